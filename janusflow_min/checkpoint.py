@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""Weights from and to the official files.
+
+Inside the module the official names stay, but for the ten top-level prefixes below; the table is read in both
+directions. `model.safetensors`, or shards with `model.safetensors.index.json`, goes straight to device and dtype,
+tensor by tensor, into a model that was built on the meta device. Strict: one error lists every missing,
+unexpected and mis-shaped key. SigLIP's pooling head is in the official file and used by nobody: it is kept aside
+and written back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import JanusFlowConfig, read_json
+from .model import JanusFlow, Parts
+
+PREFIXES = {  # official: ours
+    "language_model.model.": "llm.",
+    "language_model.lm_head.": "llm.lm_head.",
+    "vision_und_enc_model.vision_tower.": "siglip.",
+    "vision_und_enc_aligner.": "und_aligner.",
+    "beg_of_und_embed": "und_begin",
+    "vision_gen_enc_model.": "uvit_encoder.",
+    "vision_gen_enc_aligner.": "gen_in_aligner.",
+    "vision_gen_dec_aligner_norm.": "gen_out_norm.",
+    "vision_gen_dec_aligner.": "gen_out_aligner.",
+    "vision_gen_dec_model.": "uvit_decoder.",
+}
+POOLING_HEAD = "vision_und_enc_model.vision_tower.attn_pool."
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def from_official(name: str) -> str:
+    """Official key -> ours. ValueError where no prefix fits."""
+    return _swap(name, PREFIXES.items())
+
+
+def to_official(name: str) -> str:
+    """Our key -> the official one; `from_official` read backwards."""
+    return _swap(name, ((ours, official) for official, ours in PREFIXES.items()))
+
+
+def _swap(name: str, table: Iterable[tuple[str, str]]) -> str:
+    fitting = [(old, new) for old, new in table if name.startswith(old)]
+    if not fitting:
+        raise ValueError(f"{name!r} is not a key of a JanusFlow checkpoint")
+    old, new = max(fitting, key=lambda pair: len(pair[0]))  # llm.lm_head. before llm.
+    return new + name[len(old) :]
+
+
+def load_model(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    parts: Parts = "all",
+    progress: bool = True,
+) -> JanusFlow:
+    """Build the model of a checkpoint folder and fill it.
+
+    Raises FileNotFoundError for missing files, ValueError for broken ones and for keys that do not fit.
+    """
+    folder = Path(folder)
+    config = JanusFlowConfig.from_file(folder / "config.json")
+    with torch.device("meta"):
+        model = JanusFlow(config, parts)
+        whole = model if parts == "all" else JanusFlow(config)
+    files = weight_files(folder)
+    _check_keys(folder, files, {to_official(k): tuple(v.shape) for k, v in whole.state_dict().items()})
+
+    wanted = set(model.state_dict())
+    state: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
+    total = sum(len(names) for names in files.values())
+    with tqdm(total=total, desc="Loading weights", unit="tensor", disable=not progress, leave=False) as bar:
+        for path, names in files.items():
+            with open_weights(path, device) as f:
+                for name in names:
+                    if name.startswith(POOLING_HEAD):
+                        if parts == "all":
+                            extra[name] = _read(f, path, name).to("cpu", dtype)
+                    elif (ours := from_official(name)) in wanted:
+                        state[ours] = _read(f, path, name).to(device, dtype)
+                    bar.update()
+    model.load_state_dict(state, strict=True, assign=True)
+    left = [k for k, p in model.state_dict().items() if p.is_meta]
+    assert not left, f"still on the meta device: {left}"
+    model.extra_tensors = extra  # official names; kept for save_model
+    return model.eval().requires_grad_(False)
+
+
+def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None = None) -> None:
+    """Write config.json and the weights into an existing folder, under official names.
+
+    max_shard_size in bytes: None writes one `model.safetensors`, else shards and their index.
+    """
+    folder = Path(folder)
+    if model.parts != "all":
+        raise ValueError(f'only {model.parts!r} was loaded; load with parts="all" to save a whole checkpoint')
+    config = model.config.to_dict() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {to_official(k): v.detach().contiguous() for k, v in model.state_dict().items()}
+    tensors |= getattr(model, "extra_tensors", {})
+    if max_shard_size is None:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """The checkpoint's files and the keys to read from each."""
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file():
+        with open_weights(single) as f:
+            return {single: list(f.keys())}
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    files: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        files.setdefault(folder / str(file), []).append(name)
+    for path, names in files.items():
+        with open_weights(path) as f:
+            absent = sorted(set(names) - set(f.keys()))
+        if absent:
+            raise ValueError(f"{path} lacks keys that {INDEX} says are there: {_listing(absent)}")
+    return files
+
+
+@contextmanager
+def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator:
+    """`safe_open` with errors that name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        f = safe_open(path, framework="pt", device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+    with f:
+        yield f
+
+
+def _read(f, path: Path, name: str) -> Tensor:
+    tensor = f.get_tensor(name)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{path}: {name} holds {tensor.dtype}; weights must be of a float type")
+    return tensor
+
+
+def _check_keys(folder: Path, files: dict[Path, list[str]], expected: dict[str, tuple[int, ...]]) -> None:
+    """One error with all that is missing, unexpected or mis-shaped."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, names in files.items():
+        with open_weights(path) as f:
+            shapes |= {name: tuple(f.get_slice(name).get_shape()) for name in names}
+    found = {name for name in shapes if not name.startswith(POOLING_HEAD)}
+    wrong = {k: (shapes[k], expected[k]) for k in sorted(found & expected.keys()) if shapes[k] != expected[k]}
+    lines = []
+    if missing := sorted(expected.keys() - found):
+        lines.append(f"{len(missing)} missing: {_listing(missing)}")
+    if unexpected := sorted(found - expected.keys()):
+        lines.append(f"{len(unexpected)} unexpected: {_listing(unexpected)}")
+    if wrong:
+        texts = [f"{k} is {list(a)}, config.json asks for {list(b)}" for k, (a, b) in wrong.items()]
+        lines.append(f"{len(wrong)} mis-shaped: {_listing(texts)}")
+    if lines:
+        raise ValueError(f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(lines))
+
+
+def _listing(names: list[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextmanager
+def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the block ends well and vanishes if not.
+
+    FileExistsError where something is there already, unless `overwrite`; then the old folder goes last.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} exists already and is not an empty folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    temporary, old = (target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("writing", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            os.rename(target, old)
+        os.rename(temporary, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        for path in (temporary, old):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.exists():
+                path.unlink()

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: MIT
+"""What a checkpoint's `config.json` says, as frozen dataclasses.
+
+Defaults are the released JanusFlow-1.3B. Every size of every module follows from these; nothing is a literal
+elsewhere. Follows the reference's `janus/janusflow/models/modeling_vlm.py` (`MultiModalityConfig`), the presets
+of `siglip_vit.py`, and the keyword arguments of `uvit.py`.
+
+The file holds four sections: `language_config` (a Llama configuration) and three of the form `{cls, params}`.
+Keys of `params` that we do not know are ignored, as the reference does; values that would change the numbers and
+that we do not compute are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SIGLIP_PRESETS = {  # the reference's siglip_vit.py, SigLIP_MODEL_CONFIG; image_size comes from `params`
+    "siglip_large_patch16_384": dict(width=1024, layers=24, heads=16, patch_size=16, mlp_ratio=4.0),
+    "siglip_large_patch16_256": dict(width=1024, layers=24, heads=16, patch_size=16, mlp_ratio=4.0),
+    "siglip_so400m_patch14_384": dict(width=1152, layers=27, heads=16, patch_size=14, mlp_ratio=3.7362),
+    "siglip_so400m_patch14_224": dict(width=1152, layers=27, heads=16, patch_size=14, mlp_ratio=3.7362),
+}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The language model. `head_dim` 0 means hidden_size / num_attention_heads."""
+
+    vocab_size: int = 102400
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 0  # 0: as many as attention heads
+    head_dim: int = 0
+    max_position_embeddings: int = 16384
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        heads = self.num_attention_heads
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // max(heads, 1))
+        _positive(self, "language_config")
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"language_config: num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if heads * self.head_dim != self.hidden_size or self.head_dim % 2:
+            raise ValueError(
+                f"language_config: {heads} heads of {self.head_dim} do not make hidden_size {self.hidden_size} "
+                "(head_dim must be even)"
+            )
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """The understanding encoder, a ViT without class token. `layers` already has `select_layer` applied."""
+
+    image_size: int = 384
+    patch_size: int = 16
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "vision_und_enc_config")
+        if self.width % self.heads or self.image_size < self.patch_size:
+            raise ValueError(
+                f"vision_und_enc_config: width {self.width} must be a multiple of heads {self.heads}, and "
+                f"image_size {self.image_size} at least patch_size {self.patch_size}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class UViTConfig:
+    """ShallowUViT encoder or decoder. `channels` is the width at the token grid (`block_out_channels`).
+
+    Encoder: `in_channels` latent channels in, `channels` features out, one strided convolution of `stride`.
+    Decoder: `in_channels` from the aligner plus a skip of `channels`, `out_channels` of velocity out.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 768
+    channels: int = 768
+    num_blocks: int = 2
+    hidden_size: int = 2048  # of t_emb
+    norm_eps: float = 1e-6
+    bias: bool = True
+    kernel_size: int = 2
+    stride: int = 2
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "vision_gen_*_config", skip=("padding", "num_blocks"))
+
+
+@dataclass(frozen=True)
+class JanusFlowConfig:
+    """The whole model. `JanusFlowConfig()` is JanusFlow-1.3B; `from_file` reads any other."""
+
+    llm: LlamaConfig = field(default_factory=LlamaConfig)
+    siglip: SiglipConfig = field(default_factory=SiglipConfig)
+    uvit_encoder: UViTConfig = field(default_factory=UViTConfig)
+    uvit_decoder: UViTConfig = field(default_factory=lambda: UViTConfig(in_channels=768, out_channels=4))
+
+    def __post_init__(self) -> None:
+        enc, dec, width = self.uvit_encoder, self.uvit_decoder, self.llm.hidden_size
+        if enc.hidden_size != width or dec.hidden_size != width:
+            raise ValueError(
+                f"config: t_emb takes a place in the LLM, so hidden_size of both UViT parts "
+                f"({enc.hidden_size}, {dec.hidden_size}) must be the LLM's, {width}"
+            )
+        if enc.in_channels != dec.out_channels:
+            raise ValueError(
+                f"config: the encoder reads {enc.in_channels} latent channels, the decoder writes {dec.out_channels}"
+            )
+        if enc.channels != dec.channels:
+            raise ValueError(
+                f"config: the long skip carries {enc.channels} channels, the decoder expects {dec.channels}"
+            )
+        if (enc.kernel_size, enc.stride, enc.padding) != (2, 2, 0):
+            raise ValueError(
+                "vision_gen_enc_config: kernel_size, stride, padding must be 2, 2, 0, for the decoder doubles the grid once; "
+                f"got {enc.kernel_size}, {enc.stride}, {enc.padding}"
+            )
+
+    @property
+    def latent_channels(self) -> int:
+        return self.uvit_encoder.in_channels
+
+    @property
+    def latent_stride(self) -> int:
+        """Latent cells per image token and side."""
+        return self.uvit_encoder.stride
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> JanusFlowConfig:
+        """Read `config.json`. Raises FileNotFoundError or ValueError, which names the file and the key."""
+        path = Path(path)
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> JanusFlowConfig:
+        """From the content of the official `config.json`; see the module's first lines."""
+        sections = ("language_config", "vision_und_enc_config", "vision_gen_enc_config", "vision_gen_dec_config")
+        missing = [name for name in sections if not isinstance(data.get(name), Mapping)]
+        if missing:
+            kind = data.get("model_type", "unknown")
+            hint = " (this looks like Janus or Janus-Pro)" if "gen_vision_config" in data else ""
+            raise ValueError(
+                f"not a JanusFlow configuration: model_type {kind!r}{hint}, section {', '.join(missing)} missing"
+            )
+        return cls(
+            llm=_llama(data["language_config"]),
+            siglip=_siglip(_params(data, "vision_und_enc_config", "CLIPVisionTower")),
+            uvit_encoder=_uvit(_params(data, "vision_gen_enc_config", "ShallowUViTEncoder"), encoder=True),
+            uvit_decoder=_uvit(_params(data, "vision_gen_dec_config", "ShallowUViTDecoder"), encoder=False),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The official `config.json` for this model; `from_dict` reads it back."""
+        llm, siglip, enc, dec = self.llm, self.siglip, self.uvit_encoder, self.uvit_decoder
+        preset = next((name for name, p in SIGLIP_PRESETS.items() if _matches(name, p, siglip)), "siglip_custom")
+
+        def section(kind: str, cls: str, params: dict[str, Any]) -> dict[str, Any]:
+            return {"cls": cls, "model_type": kind, "params": params}
+
+        def uvit(part: UViTConfig) -> dict[str, Any]:
+            return {
+                "block_out_channels": [part.channels],
+                "dropout": 0.0,
+                "hidden_size": part.hidden_size,
+                "layers_in_middle": part.num_blocks,
+                "norm_eps": part.norm_eps,
+                "use_bias": part.bias,
+                "use_mid_block": part.num_blocks > 0,
+            }
+
+        und = {"image_size": siglip.image_size, "model_name": preset, "select_feature": "same", "select_layer": -1}
+        if preset == "siglip_custom":  # explicit sizes override the preset; an extension of the official format
+            und |= {f.name: getattr(siglip, f.name) for f in fields(siglip) if f.name != "image_size"}
+        gen = {
+            "kernel_size": enc.kernel_size,
+            "stride": enc.stride,
+            "padding": enc.padding,
+            "input_channels": enc.in_channels,
+            "elementwize_affine": True,
+        }
+        out = {
+            "in_channels": dec.in_channels,
+            "out_channels": dec.out_channels,
+            "upsamples": 1,
+            "elementwise_affine": True,
+        }
+        return {
+            "architectures": ["MultiModalityCausalLM"],
+            "model_type": "multi_modality",
+            "language_config": {"model_type": "llama"} | {f.name: getattr(llm, f.name) for f in fields(llm)},
+            "vision_und_enc_config": section("vision_und_enc", "CLIPVisionTower", und),
+            "vision_gen_enc_config": section("vision_gen_enc", "ShallowUViTEncoder", uvit(enc) | gen),
+            "vision_gen_dec_config": section("vision_gen_dec", "ShallowUViTDecoder", uvit(dec) | out),
+        }
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from `path`; FileNotFoundError or ValueError name the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a checkpoint folder in the official layout holds it")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def _positive(config: Any, where: str, skip: tuple[str, ...] = ()) -> None:
+    """Every number above 0, integers where the default is one."""
+    for f in fields(config):
+        value, kind = getattr(config, f.name), type(f.default)
+        right = isinstance(value, bool) if kind is bool else not isinstance(value, bool) and isinstance(value, (int, kind))
+        if not right:
+            raise ValueError(f"{where}: {f.name} must be {kind.__name__}, got {value!r}")
+        if kind is not bool and (value < 0 or (value == 0 and f.name not in skip)):
+            raise ValueError(f"{where}: {f.name} must be above 0, got {value!r}")
+
+
+def _only(section: str, params: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
+    """Refuse values that would change the numbers and that this library does not compute."""
+    for key, values in supported.items():
+        if key in params and params[key] not in values:
+            raise ValueError(f"{section}: {key} = {params[key]!r} is not supported, only {values[0]!r}")
+
+
+def _params(data: Mapping[str, Any], section: str, cls: str) -> Mapping[str, Any]:
+    name, params = data[section].get("cls", ""), data[section].get("params", {})
+    if cls not in str(name):
+        raise ValueError(f"{section}: cls must be {cls!r}, got {name!r}")
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{section}: params must be an object, got {params!r}")
+    return params
+
+
+def _llama(data: Mapping[str, Any]) -> LlamaConfig:
+    if data.get("model_type", "llama") != "llama":
+        raise ValueError(f"language_config: model_type must be 'llama', got {data['model_type']!r}")
+    supported = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish")}
+    _only("language_config", data, supported | {"rope_scaling": (None,), "tie_word_embeddings": (False,)})
+    defaults = {  # transformers' LlamaConfig, which the reference falls back to
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    }
+    names = [f.name for f in fields(LlamaConfig)]
+    return LlamaConfig(**defaults | {k: data[k] for k in names if data.get(k) is not None})
+
+
+def _siglip(params: Mapping[str, Any]) -> SiglipConfig:
+    where = "vision_und_enc_config"
+    _only(where, params, {"pixel_mean": (None,), "pixel_std": (None,), "select_layers": (None,)})
+    name = params.get("model_name", "siglip_large_patch16_384")
+    sizes = ("width", "layers", "heads", "patch_size", "mlp_ratio")
+    explicit = {key: params[key] for key in sizes if key in params}
+    if name not in SIGLIP_PRESETS and len(explicit) < len(sizes):
+        raise ValueError(
+            f"{where}: model_name {name!r} is not one of {', '.join(SIGLIP_PRESETS)}, and {', '.join(sizes)} are not all given"
+        )
+    sizes = SIGLIP_PRESETS.get(name, {}) | explicit
+    layers, select = sizes["layers"], params.get("select_layer", -2)
+    kept = min(layers, layers + select + 1 if select <= 0 else select)
+    return SiglipConfig(**sizes | {"layers": kept, "image_size": params.get("image_size", 336)})
+
+
+def _uvit(params: Mapping[str, Any], encoder: bool) -> UViTConfig:
+    where = "vision_gen_enc_config" if encoder else "vision_gen_dec_config"
+    channels = params.get("block_out_channels", [768])
+    if not isinstance(channels, (list, tuple)) or len(channels) != 1:
+        raise ValueError(f"{where}: block_out_channels must hold one width, got {channels!r}")
+    _only(where, params, {"dropout": (0.0,)} | ({} if encoder else {"upsamples": (1,)}))
+    if not encoder and "upsamples" not in params:
+        raise ValueError(f"{where}: upsamples is missing (the reference's default, 2, does not fit); 1 is supported")
+    common = dict(
+        channels=channels[0],
+        num_blocks=params.get("layers_in_middle", 2) if params.get("use_mid_block", True) else 0,
+        hidden_size=params.get("hidden_size", 2048),
+        norm_eps=params.get("norm_eps", 1e-6),
+        bias=params.get("use_bias", True),
+    )
+    if not encoder:
+        return UViTConfig(
+            in_channels=params.get("in_channels", 768), out_channels=params.get("out_channels", 3), **common
+        )
+    kernel, stride = params.get("kernel_size", 7), params.get("stride", 4)
+    padding = params.get("padding")
+    return UViTConfig(
+        in_channels=params.get("input_channels", 3),
+        out_channels=channels[0],
+        kernel_size=kernel,
+        stride=stride,
+        padding=kernel - stride if padding is None else padding,
+        **common,
+    )
+
+
+def _matches(name: str, preset: Mapping[str, Any], siglip: SiglipConfig) -> bool:
+    return name.endswith(f"_{siglip.image_size}") and all(getattr(siglip, k) == v for k, v in preset.items())

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""JanusFlow: one Llama that answers about images and paints them. Start reading here.
+
+Understanding: image -> SigLIP -> aligner -> Llama -> next-token logits.
+Generation: latents -> UViT encoder -> aligner -> Llama -> norm, aligner -> UViT decoder -> velocity of the flow.
+
+Follows the reference's `modeling_vlm.py` and the sampling loop of `demo/app_janusflow.py`; paper section 3.2.
+
+Legend: B batch, T text tokens, N image tokens, D the LLM's hidden size, C h w latent, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .config import JanusFlowConfig
+from .llama import KVCache, Llama, RMSNorm
+from .siglip import Siglip
+from .uvit import ShallowUViTDecoder, ShallowUViTEncoder
+
+Parts = Literal["all", "generation", "understanding"]
+PARTS: tuple[Parts, ...] = ("all", "generation", "understanding")
+
+
+class JanusFlow(nn.Module):
+    """The model. With `parts` other than "all" only what that task needs is built; the rest is None."""
+
+    def __init__(self, config: JanusFlowConfig, parts: Parts = "all"):
+        super().__init__()
+        if parts not in PARTS:
+            raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
+        self.config, self.parts = config, parts
+        width = config.llm.hidden_size
+        self.llm = Llama(config.llm, lm_head=parts != "generation")
+        if parts != "generation":
+            self.siglip = Siglip(config.siglip)
+            self.und_aligner = nn.Linear(config.siglip.width, width)
+            self.und_begin = nn.Parameter(torch.zeros(1, width))
+        if parts != "understanding":
+            self.uvit_encoder = ShallowUViTEncoder(config.uvit_encoder)
+            self.gen_in_aligner = nn.Linear(config.uvit_encoder.channels, width)
+            self.gen_out_norm = RMSNorm(width, config.llm.rms_norm_eps)
+            self.gen_out_aligner = nn.Linear(width, config.uvit_decoder.in_channels)
+            self.uvit_decoder = ShallowUViTDecoder(config.uvit_decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.llm.embed_tokens.weight.dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the pictures it paints: one image token per patch of the understanding encoder's grid."""
+        side = self.config.siglip.image_size // self.config.siglip.patch_size * self.config.latent_stride
+        return self.config.latent_channels, side, side
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens of a painted picture (t_emb not counted)."""
+        _, height, width = self.latent_shape
+        return height * width // self.config.latent_stride**2
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return KVCache(self.config.llm, batch, capacity, self.device, self.dtype)
+
+    # Understanding ----------------------------------------------------------------------------------------------
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, S, S) -> what the LLM sees of each: the begin embedding, then N features
+        (B, 1 + N, D)."""
+        features = self.und_aligner(self.siglip(pixels))
+        return torch.cat([self.und_begin.expand(len(pixels), 1, -1), features], dim=1)
+
+    def embed_inputs(
+        self, input_ids: Tensor, pixel_values: Tensor, images_seq_mask: Tensor, images_emb_mask: Tensor
+    ) -> Tensor:
+        """The LLM's input for a batch of the processor: text embeddings, with image embeddings in their places.
+
+        input_ids (B, T), pixel_values (B, M, 3, S, S) for at most M images a row, images_seq_mask (B, T) true at
+        begin-of-image and image tokens, images_emb_mask (B, M, 1 + N) true for the images there are -> (B, T, D).
+        """
+        embeds = self.llm.embed_tokens(input_ids)
+        present = images_emb_mask[..., 0]  # (B, M)
+        if not present.any():
+            return embeds
+        images = self.embed_images(pixel_values[present].to(embeds.dtype))  # (images, 1 + N, D), rows in order
+        return embeds.masked_scatter(images_seq_mask[..., None], images.to(embeds.dtype))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> next-token logits (..., vocabulary), fp32."""
+        return self.llm.lm_head(hidden).float()
+
+    # Generation -------------------------------------------------------------------------------------------------
+
+    def velocity(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        *,
+        text_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        tap: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One evaluation of the velocity field.
+
+        latents (B, C, h, w), timestep (B,) in [0, 1000]. The prompt comes either as `text_embeds` (R, T, D), put
+        in front, or as a `cache` that already holds it. R rows of prompt may be a multiple of B: the latents then
+        serve each B rows in turn (conditional rows, then unconditional ones), and are encoded only once.
+        position_ids (R, T' + 1 + N) and attention_mask (R, T + 1 + N) as `Llama.forward` wants them, T' = T with
+        text_embeds and 0 with a cache. Returns the velocity (R, C, h, w); with `tap` = k also the LLM's states
+        after block k at the image tokens (R, N, D).
+        """
+        latents = latents.to(self.dtype)
+        x, t_emb, skip = self.encode_latents(latents, timestep)
+        tokens = torch.cat([t_emb[:, None], x], dim=1)  # (B, 1 + N, D)
+        prompt_rows = cache.keys.shape[1] if cache is not None else len(latents) if text_embeds is None else len(text_embeds)
+        copies = prompt_rows // len(latents)
+        if copies > 1:
+            tokens, skip, t_emb = tokens.repeat(copies, 1, 1), skip.repeat(copies, 1, 1, 1), t_emb.repeat(copies, 1)
+        if text_embeds is not None:
+            tokens = torch.cat([text_embeds, tokens], dim=1)
+        out = self.llm(tokens, position_ids, attention_mask, cache, tap)
+        hidden, tapped = out if tap is not None else (out, None)
+        count = x.shape[1]
+        v = self.decode_velocity(hidden[:, -count:], skip, t_emb)
+        return v if tap is None else (v, tapped[:, -count:])
+
+    def encode_latents(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, C, h, w), timestep (B,) -> image tokens (B, N, D), t_emb (B, D), skip (B, C', h/2, w/2)."""
+        skip, t_emb = self.uvit_encoder(latents, timestep)
+        return self.gen_in_aligner(skip.flatten(2).transpose(1, 2)), t_emb, skip
+
+    def decode_velocity(self, hidden: Tensor, skip: Tensor, t_emb: Tensor) -> Tensor:
+        """The LLM's states at the image tokens (B, N, D), skip, t_emb -> velocity (B, C, h, w)."""
+        x = self.gen_out_aligner(self.gen_out_norm(hidden))
+        x = x.transpose(1, 2).unflatten(2, skip.shape[2:])  # (B, C', h/2, w/2)
+        return self.uvit_decoder(x, skip, t_emb)
+
+
+@torch.no_grad()
+def init_weights(model: JanusFlow, generator: torch.Generator | None = None, std: float = 0.02) -> JanusFlow:
+    """Random weights to start training from: normal(0, std) matrices, unit norms, zero biases; residual outputs
+    scaled down with depth as in GPT-2. `generator` is a CPU generator: the same seed gives the same weights."""
+    layers = model.config.llm.num_hidden_layers
+    for name, p in model.named_parameters():
+        if name.endswith("bias") or "channelwise_norm" in name:
+            p.zero_()
+        elif p.ndim == 1:
+            p.fill_(1.0)
+        else:
+            scale = std if p.ndim == 2 or "embed" in name else p[0].numel() ** -0.5  # convolutions: 1/sqrt(fan-in)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                scale = std / (2 * layers) ** 0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    return model

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""The picture's latent space: diffusers' AutoencoderKL (SDXL's VAE officially), frozen. The only import of
+diffusers, made when a VAE is first loaded.
+
+Legend: B batch, C h w latent, H W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .config import read_json
+
+HUB_ID = "stabilityai/sdxl-vae"
+
+
+class VAE(nn.Module):
+    """Encodes to, and decodes from, latents in the flow's scale (times `scaling_factor`)."""
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.scaling_factor = float(autoencoder.config.scaling_factor)
+        self.latent_channels = int(autoencoder.config.latent_channels)
+        self.downscale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.autoencoder.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.autoencoder.parameters()).device
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of the flow -> pixels (B, 3, H, W), about [-1, 1], in the VAE's dtype."""
+        # Divide before casting, as the reference does: in bf16 the order matters for the last bit.
+        return self.autoencoder.decode((latents / self.scaling_factor).to(self.dtype)).sample
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> latents of the flow (B, C, h, w): the mean, or with a CPU `generator`
+        a sample of the posterior."""
+        posterior = self.autoencoder.encode(pixels.to(self.dtype)).latent_dist
+        z = posterior.mean
+        if generator is not None:
+            noise = torch.randn(z.shape, generator=generator).to(z)
+            z = z + posterior.std * noise
+        return z * self.scaling_factor
+
+
+def check_vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in (torch.float32, torch.bfloat16):
+        reason = ": SDXL's VAE overflows in it, and pictures turn black" if dtype == torch.float16 else ""
+        raise ValueError(f"the VAE runs in bfloat16 or float32, not {str(dtype).removeprefix('torch.')}{reason}")
+    return dtype
+
+
+def load_vae(folder: str | Path, device: torch.device, dtype: torch.dtype) -> VAE:
+    """From a folder in diffusers' layout (config.json, diffusion_pytorch_model.safetensors), or one that holds it
+    as `vae/`. Strict: missing, unexpected or mis-shaped weights raise ValueError."""
+    check_vae_dtype(dtype)
+    folder = Path(folder)
+    if (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no VAE at {folder}; vae_path takes a folder with diffusers' AutoencoderKL")
+    kind = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise ValueError(f"{folder / 'config.json'} describes a {kind}; an AutoencoderKL is needed")
+    if not any(folder.glob("diffusion_pytorch_model*")):
+        raise FileNotFoundError(f"{folder} has no diffusion_pytorch_model.safetensors")
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+
+    try:
+        with _quiet(logging):
+            autoencoder, info = AutoencoderKL.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # diffusers and safetensors raise many kinds; all mean that the folder is not usable
+        raise ValueError(f"the VAE in {folder} cannot be loaded: {error}") from error
+    problems = [f"{kind.removesuffix('_keys')}: {keys}" for kind, keys in info.items() if keys]
+    if problems:
+        raise ValueError(f"the VAE in {folder} does not fit its config.json; {'; '.join(problems)}")
+    return VAE(autoencoder.to(device))
+
+
+@contextlib.contextmanager
+def _quiet(logging):
+    """diffusers warns about what the check after it reports."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
