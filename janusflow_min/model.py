@@ -156,7 +156,8 @@ def init_weights(model: JanusFlow, generator: torch.Generator | None = None, std
         elif p.ndim == 1:
             p.fill_(1.0)
         else:
-            scale = std if p.ndim == 2 or "embed" in name else p[0].numel() ** -0.5  # convolutions: 1/sqrt(fan-in)
+            small = p.ndim == 2 or "embed" in name or "unpatch_conv" in name
+            scale = std if small else p[0].numel() ** -0.5  # other convolutions: 1/sqrt(fan-in)
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 scale = std / (2 * layers) ** 0.5
             p.copy_(torch.randn(p.shape, generator=generator) * scale)

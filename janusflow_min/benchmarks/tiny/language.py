@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What is said about a scene: captions, questions with their answers, and the way back from text to a `Spec`.
 
-Plain captions have the forms of GenEval's prompts. Every caption names every object of its scene, and all that
-is said is true by the rules of `scenes.py`; questions are asked only where the answer is beyond doubt.
+Plain captions have the forms of GenEval's prompts. Every caption names every object of its scene, and all
+that is said is true by the rules of `scenes.py`; questions are asked only where the answer is beyond doubt.
 """
 
 from __future__ import annotations
@@ -178,9 +178,9 @@ def _where(scene: Scene, rng: random.Random) -> list[QA]:
 def _yes_and_no(scene: Scene, rng: random.Random) -> tuple[list[QA], list[QA]]:
     """Questions answered yes and questions answered no.
 
-    The noes are near misses: the same shape in another colour (of the scene, if there is one), the same colour
-    in another shape, the opposite relation, or a relation along the other axis that is not there at all. They
-    never speak of a held-out combination: else "no" would be its only answer in training.
+    The noes are near misses: the same shape in another colour (of the scene, if there is one), the same
+    colour in another shape, the opposite relation, or a relation along the other axis that is not there at
+    all. They never speak of a held-out combination: else "no" would be its only answer in training.
     """
     kinds = dict.fromkeys([(thing.colour, thing.shape) for thing in scene.objects])
     yes, no = [], []
@@ -358,8 +358,8 @@ def answer_is_right(kind: str, expected: str, given: str) -> bool:
 def corpus(scenes: int = 3000, seed: int = 0) -> list[str]:
     """Captions, questions and answers of training scenes: text with every word, to train a tokenizer on.
 
-    The same list for the same arguments. At the end come the shapes, colours, places and sizes once each, so that
-    no word depends on the draw.
+    The same list for the same arguments. At the end come the shapes, colours, places and sizes once each, so
+    that no word depends on the draw.
     """
     rng = random.Random(seed)
     found = []

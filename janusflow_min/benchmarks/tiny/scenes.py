@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Synthetic scenes of one to four flat shapes: what is in them, which are held out, and how they are drawn.
 
-A scene is plain data, sampled from a `random.Random` in pure Python; `pack` turns scenes into one tensor, which
-`render` draws on any device with antialiased signed-distance functions. The families are those of GenEval (Ghosh
-et al. 2023, arXiv:2310.11513), and "left of" and its kin follow GenEval's rule on bounding boxes.
+A scene is plain data, sampled from a `random.Random` in pure Python; `pack` turns scenes into one tensor,
+which `render` draws on any device with antialiased signed-distance functions. The families are GenEval's
+(Ghosh et al. 2023, arXiv:2310.11513); "left of" and its kin follow GenEval's rule on bounding boxes.
 
 Pixels: x to the right, y downward, (0, 0) the upper left corner of the picture, centres of pixels at +0.5.
 Dimensions: B scenes, K = 4 slots for objects, S = 128 side of a picture in pixels.
@@ -232,7 +232,7 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in px
 def relations(a: Box, b: Box) -> list[str]:
     """GenEval's relations of box a to box b: none, one or two of `RELATIONS`.
 
-    Of an offset counts what exceeds a tenth of the summed sizes; it has to be over half of the offset's length.
+    What exceeds a tenth of the summed sizes counts, and has to be over half of the offset's length.
     """
     dx, dy = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
     x = math.copysign(max(abs(dx) - 0.1 * (a[2] - a[0] + b[2] - b[0]), 0), dx)
@@ -337,7 +337,7 @@ def _two_colours(rng: random.Random) -> tuple[str, str]:
 
 
 def _draw(rng: random.Random, family: str, rule: str | None) -> Scene | None:
-    """One scene of a family; `rule`: the held-out rule that it has to break. The other rules are checked later.
+    """One scene of a family; `rule`: the held-out rule to break. The other rules are checked later.
 
     None where the kinds of object break another rule: known before they are placed, which takes the longest.
     """
@@ -383,9 +383,9 @@ def _draw(rng: random.Random, family: str, rule: str | None) -> Scene | None:
             shapes = held_out if rng.random() < 0.5 else held_out[::-1]
         kinds = list(zip(colours, shapes, strict=True))
         radii = [_between(rng, 16.0, 26.0), _between(rng, 16.0, 26.0)]
-    if _kind_reasons(kinds) - {rule} or (
-        relation and not rule and (shapes[0], relation, shapes[1]) in HELD_OUT_RELATION
-    ):
+    if _kind_reasons(kinds) - {rule}:
+        return None
+    if relation and rule is None and (shapes[0], relation, shapes[1]) in HELD_OUT_RELATION:
         return None
     places = _place_related(rng, radii, relation) if relation else _place(rng, radii)
     return Scene(
@@ -406,11 +406,8 @@ def sample_scene(rng: random.Random, family: str, split: str = "train") -> Scene
         family: one of `FAMILIES`, or "mixed" (three objects of two or three shapes; training split only).
         split: "train": breaks no held-out rule. "held_out": breaks the family's own rule and no other.
     """
-    if (
-        family not in TRAIN_FAMILIES
-        or split not in ("train", "held_out")
-        or (family, split) == ("mixed", "held_out")
-    ):
+    families = {"train": TRAIN_FAMILIES, "held_out": FAMILIES}
+    if family not in families.get(split, ()):
         raise ValueError(f"expected a family of a split, {families}; got {family!r}, {split!r}")
     rule = HELD_OUT_RULE[family] if split == "held_out" else None
     wanted = {rule} if rule else set()

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: MIT
+"""A rule-based reader: what shapes, colours and places a picture shows, and whether a prompt asks for them.
+
+It sees pixels only and knows nothing of the model that drew them. The background is the named colour that
+most of the picture has; what differs from it falls into connected components. A component's colour is that of
+its inner pixels; its shape is the one whose outline (`scenes.py`), fitted to the component's centre and area,
+differs least from it. Where no outline fits, or two fit alike, it is "unknown", and no prompt is satisfied.
+
+Dimensions: S side of the picture, h w height and width of a cut-out; pixels 0..255.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+
+from janusflow_min.benchmarks.tiny.language import PLURAL, Item, Spec, parse_prompt
+from janusflow_min.benchmarks.tiny.scenes import (
+    AREA,
+    BACKGROUNDS,
+    CIRCLE,
+    COLOURS,
+    CROSS,
+    HALF_BOX,
+    MAX_OBJECTS,
+    RING,
+    SHAPES,
+    SIZE,
+    SQUARE,
+    STAR,
+    STAR_DOWN,
+    STAR_INNER,
+    TRIANGLE,
+    Box,
+    relations,
+)
+
+UNKNOWN = "unknown"
+SPECK = 25.0  # px; components of a smaller area are noise
+DIFFERENT = 32.0  # distance in rgb from the background's colour from which a pixel belongs to an object
+SAME_BACKGROUND = 28.0  # distance in rgb within which the background has a name
+SAME_COLOUR = 45.0  # distance in rgb within which a colour has a name: half of orange to yellow
+UNIFORM = 0.9  # share of an object's inner pixels that are of its colour, at least
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One component: names or "unknown"; box (x1, y1, x2, y2), centre, area and radius (as in scenes), px."""
+
+    shape: str
+    colour: str
+    box: Box
+    centre: tuple[float, float]
+    area: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The background's name or "unknown", and all that lies on it, from left to right."""
+
+    background: str
+    objects: tuple[Seen, ...]
+
+
+# ---- from pixels to components -----------------------------------------------------------------------------
+
+
+def _components(mask: np.ndarray) -> list[list[tuple[int, int, int]]]:
+    """The 8-connected components of a mask (S, S), as runs (row, first, last + 1): union-find over runs."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)  # (S, S + 1)
+    rows, starts = np.nonzero(edges == 1)
+    ends = np.nonzero(edges == -1)[1]
+    runs = list(zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True))
+    parent = list(range(len(runs)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    above = 0  # the first run that may still touch the current one from the row above
+    for i, (row, start, end) in enumerate(runs):
+        while runs[above][0] < row - 1 or (runs[above][0] == row - 1 and runs[above][2] < start):
+            above += 1
+        j = above
+        while j < i and runs[j][0] == row - 1 and runs[j][1] <= end:
+            parent[root(j)] = root(i)
+            j += 1
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for i, run in enumerate(runs):
+        found.setdefault(root(i), []).append(run)
+    return list(found.values())
+
+
+def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]], limit: float) -> str:
+    distance, name = min((float(np.linalg.norm(colour - rgb)), name) for name, rgb in names.items())
+    return name if distance <= limit else UNKNOWN
+
+
+def _erode(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask (h, w) whose four neighbours are in it too."""
+    m = np.pad(mask, 1)
+    return mask & m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
+
+
+# ---- outlines ----------------------------------------------------------------------------------------------
+
+
+def _cover(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    """Each pixel's share (0..1) in a shape of radius r around (0, 0); x (w,) and y (h,) in px -> (h, w)."""
+    x, y = np.abs(x)[None, :], y[:, None]
+    if shape in ("circle", "ring"):
+        distance = np.hypot(x, y)
+        if shape == "circle":
+            distance = distance - CIRCLE * r
+        else:
+            distance = np.abs(distance - (RING[0] + RING[1]) / 2 * r) - (RING[0] - RING[1]) / 2 * r
+    elif shape == "square":
+        distance = np.maximum(x, np.abs(y)) - SQUARE * r
+    elif shape == "triangle":
+        w, h = TRIANGLE
+        distance = np.maximum((2 * h * x - w * (y + h * r)) / math.hypot(2 * h, w), y - h * r)
+    elif shape == "cross":
+        long, thin = CROSS
+        y = np.abs(y)
+        distance = np.minimum(
+            np.maximum(x - long * r, y - thin * r),
+            np.maximum(x - thin * r, y - long * r),
+        )
+    else:  # star: the angle from the nearest tip, then the straight edge between tip and inner corner
+        up = STAR_DOWN * r - y
+        length, angle = np.hypot(x, up), np.arctan2(x, up)
+        angle = np.abs((angle + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
+        px, py = length * np.sin(angle), length * np.cos(angle) - STAR * r
+        ex, ey = STAR_INNER * math.sin(math.pi / 5), STAR_INNER * math.cos(math.pi / 5) - 1
+        distance = (py * ex - px * ey) / math.hypot(ex, ey)
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def _outline(alpha: np.ndarray, box: tuple[int, int, int, int], area: float) -> tuple[str, float]:
+    """The shape whose outline fits a cover map (h, w) best, or "unknown", and its radius in px.
+
+    Every outline gets the component's area and is tried around the centre of its box, moved by up to half a
+    pixel. The misfit is the area in which the two differ, as a share of the component's. Blur costs an
+    outline about a pixel all around, which is more for a small one, and rounds the tips of triangles and
+    stars.
+    """
+    x1, y1, x2, y2 = box
+    x = np.arange(alpha.shape[1]) + 0.5 - (x1 + x2) / 2
+    y = np.arange(alpha.shape[0]) + 0.5 - (y1 + y2) / 2
+    misfits = []
+    for shape in SHAPES:
+        radius = math.sqrt(area / AREA[shape])
+        tried = [
+            float(np.abs(alpha - _cover(shape, x - dx, y - dy, radius)).sum()) / area
+            for dx, dy in ((0, 0), (0.5, 0), (-0.5, 0), (0, 0.5), (0, -0.5))
+        ]
+        misfits.append((min(tried), shape, radius))
+    (best, shape, radius), (second, *_), *_ = sorted(misfits)
+    if best > 0.10 + 1.6 / radius or best > 0.7 * second:
+        return UNKNOWN, radius
+    half_width, half_height = HALF_BOX[shape]
+    slack = 1.5 + 0.05 * radius
+    tips = 2.0 if shape in ("triangle", "star") else 0.0
+    for side, expected in ((x2 - x1, 2 * half_width * radius), (y2 - y1, 2 * half_height * radius)):
+        if not -slack - tips <= side - expected <= slack:
+            return UNKNOWN, radius
+    return shape, radius
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def _pixels(image) -> np.ndarray:
+    pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    if pixels.dtype != np.uint8 or pixels.shape != (SIZE, SIZE, 3):
+        raise ValueError(f"expected uint8 ({SIZE}, {SIZE}, 3), got {pixels.dtype} {pixels.shape}")
+    return pixels.astype(np.float32)
+
+
+def _object(pixels: np.ndarray, ground: np.ndarray, runs: list[tuple[int, int, int]]) -> Seen | None:
+    """A component (its runs) of a picture (S, S, 3) whose background is `ground` (3,); None for a speck."""
+    top, bottom = max(runs[0][0] - 2, 0), min(runs[-1][0] + 3, SIZE)
+    left, right = max(min(run[1] for run in runs) - 2, 0), min(max(run[2] for run in runs) + 2, SIZE)
+    mask = np.zeros((bottom - top, right - left), dtype=bool)
+    for row, start, end in runs:
+        mask[row - top, start - left : end - left] = True
+    if mask.sum() < SPECK:
+        return None
+    patch = pixels[top:bottom, left:right]  # (h, w, 3)
+    inner = _erode(_erode(mask))
+    if inner.sum() < 12:
+        inner = mask
+    inside = patch[inner]  # (n, 3)
+    colour = np.median(inside, axis=0)
+    uniform = float((np.linalg.norm(inside - colour, axis=1) < SAME_COLOUR).mean())
+    name = _nearest(colour, COLOURS, SAME_COLOUR) if uniform >= UNIFORM else UNKNOWN
+    # An edge pixel is a mixture: the object's share of it is its place between the two colours.
+    way = colour - ground
+    near = np.pad(mask, 1)
+    near = near[:-2, 1:-1] | near[2:, 1:-1] | near[1:-1, :-2] | near[1:-1, 2:] | mask
+    alpha = np.clip(((patch - ground) @ way) / float(way @ way), 0, 1) * near
+    alpha[inner] = 1
+    area = float(alpha.sum())
+    solid = alpha >= 0.5
+    if area < SPECK or not solid.any():
+        return None
+    rows, columns = np.nonzero(solid.any(1))[0], np.nonzero(solid.any(0))[0]
+    x1, x2, y1, y2 = int(columns[0]), int(columns[-1]) + 1, int(rows[0]), int(rows[-1]) + 1
+    shape, radius = _outline(alpha, (x1, y1, x2, y2), area)
+    box = (left + x1, top + y1, left + x2, top + y2)
+    return Seen(shape, name, box, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), area, radius)
+
+
+def read(image) -> Reading:
+    """What a picture shows.
+
+    Args:
+        image: uint8 (128, 128, 3), or a PIL image of that size.
+    """
+    pixels = _pixels(image)
+    flat = pixels.reshape(-1, 3)
+    shares = {
+        name: np.linalg.norm(flat - np.array(rgb, np.float32), axis=1) < SAME_BACKGROUND
+        for name, rgb in BACKGROUNDS.items()
+    }
+    likely = max(shares, key=lambda name: int(shares[name].sum()))
+    if shares[likely].mean() < 0.25:
+        return Reading(UNKNOWN, ())
+    ground = np.median(flat[shares[likely]], axis=0)
+    mask = np.linalg.norm(pixels - ground, axis=2) > DIFFERENT
+    found = [_object(pixels, ground, runs) for runs in _components(mask)]
+    objects = sorted((thing for thing in found if thing is not None), key=lambda thing: thing.centre)
+    return Reading(likely, tuple(objects))
+
+
+# ---- judging -----------------------------------------------------------------------------------------------
+
+
+def size_of(radius: float) -> str | None:
+    """ "small" or "large", with half of the gap to the medium sizes as tolerance (px); None between."""
+    if radius <= 19.5:
+        return "small"
+    return "large" if radius >= 26.5 else None
+
+
+def _is(thing: Seen, item: Item) -> bool:
+    return (
+        thing.shape == item.shape
+        and item.colour in (None, thing.colour)
+        and item.size in (None, size_of(thing.radius))
+    )
+
+
+def _words(item: Item) -> str:
+    return " ".join(word for word in (item.size, item.colour, item.shape) if word)
+
+
+def judge(reading: Reading, spec: Spec) -> tuple[bool, str]:
+    """Whether a picture shows exactly what is asked: these objects and no others. If so, the reason is ""."""
+    things = reading.objects
+    slots = [item for item in spec.items for _ in range(item.count)]
+    if reading.background == UNKNOWN or spec.background not in (None, reading.background):
+        return False, f"background: expected {spec.background or 'a known one'}, seen {reading.background}"
+    if any(thing.shape == UNKNOWN for thing in things):
+        return False, "an object of no known shape"
+    if any(thing.colour == UNKNOWN for thing in things):
+        return False, "an object of no known colour"
+    if len(things) != len(slots):
+        return False, f"objects: expected {len(slots)}, seen {len(things)}"
+    expected, seen = Counter(item.shape for item in slots), Counter(thing.shape for thing in things)
+    if expected != seen:
+        shape = next(shape for shape in SHAPES if expected[shape] != seen[shape])
+        return False, f"{PLURAL[shape]}: expected {expected[shape]}, seen {seen[shape]}"
+    for item in slots:
+        if not any(_is(thing, item) for thing in things):
+            return False, f"no {_words(item)}"
+    reason = "the objects are not those that are asked for"
+    for order in permutations(things):  # at most 4! = 24
+        if all(_is(thing, item) for thing, item in zip(order, slots, strict=True)):
+            if spec.relation is None:
+                return True, ""
+            first, count = spec.items[0], spec.items[0].count
+            if all(spec.relation in relations(a.box, b.box) for a in order[:count] for b in order[count:]):
+                return True, ""
+            reason = f"the {_words(first)} is not {spec.relation} the {_words(spec.items[1])}"
+    return False, reason
+
+
+def check(image, prompt: str) -> tuple[bool, str]:
+    """Whether a picture is a right answer to a prompt, and if not, why.
+
+    Strict: exactly the objects that the prompt names, each of a clear shape and colour, with the colours,
+    size, background and relation (GenEval's rule on the boxes) that the prompt tells.
+
+    Args:
+        image: uint8 (128, 128, 3), a PIL image of that size, or a `Reading`.
+        prompt: any caption of this world.
+    """
+    spec = parse_prompt(prompt)
+    if spec is None or sum(item.count for item in spec.items) > MAX_OBJECTS:
+        raise ValueError(f"not a prompt of this world: {prompt!r}")
+    return judge(image if isinstance(image, Reading) else read(image), spec)

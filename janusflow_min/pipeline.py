@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: MIT
+"""What a person calls: `load`, then `generate`, `understand`, `chat`; `save` writes the official layout again.
+
+    import janusflow_min as jf
+    pipe = jf.load("tiny")
+    pipe.generate("a photo of a red star").images[0].save("star.png")
+    pipe.understand("What is in the picture?", images="star.png").text
+
+Sampling follows the reference's `demo/app_janusflow.py`, answering its `inference.py`. The prompt's keys and values
+are computed once for every distinct prompt and stay in the cache over all steps: causal attention makes that
+exact. The unconditional rows of guidance see BOS alone, at position 0, and share their twins' positions.
+
+Legend: B images, R rows of the LLM's batch, T text tokens, N image tokens, D hidden size, C h w latent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import load_model, new_folder, save_model
+from .config import read_json
+from .flow import euler, guide
+from .model import PARTS, JanusFlow, Parts
+from .processor import Processor
+from .vae import HUB_ID, VAE, check_vae_dtype, load_vae
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+DEFAULT_QUESTION = "Describe the image."
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Painted images: `parallel_size` for each prompt, prompts in order."""
+
+    images: list[Image.Image]
+    latents: Tensor  # (B, C, h, w) fp32 on the CPU, final latents before the VAE
+    seeds: list[int] | None  # None where the caller gave the noise
+    prompts: list[str]  # of each image
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str  # without special tokens
+    sft_format: str  # the prompt as the model read it
+    token_ids: list[int]  # the EOS that ended it included
+
+
+class Pipeline:
+    """A loaded model with its processor and VAE. Made by `load`."""
+
+    def __init__(self, model: JanusFlow, processor: Processor, vae: VAE | None):
+        self.model, self.processor, self.vae = model, processor, vae
+
+    # Generation -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        parallel_size: int = 5,
+        cfg_weight: float = 2.0,
+        num_inference_steps: int = 30,
+        img_size: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        upstream_rounding: bool = False,
+        progress: bool = True,
+    ) -> Generation:
+        """Paint images from text.
+
+        prompt: one or several; each gets `parallel_size` images. cfg_weight: guidance, 1 is none.
+        img_size: side of the square result in px; other than the model's own means a Lanczos resize.
+        seed: image k of the call gets seed + k and a generator of its own, so its noise depends on neither batch
+        nor device; a list gives every image its seed; None draws seeds, which the result names.
+        latents: (B, C, h, w) starting noise instead of seeds, B = prompts · parallel_size.
+        upstream_rounding: round time, step and latents to the model's dtype as the published sampler does; by
+        default they stay in fp32.
+        Raises ValueError for what it cannot paint: an empty prompt, special tags in it, sizes or steps below 1,
+        latents of another shape; FloatingPointError where latents become NaN or infinite.
+        """
+        self._need("generation")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("prompt is an empty list")
+        _at_least_one(parallel_size=parallel_size, num_inference_steps=num_inference_steps)
+        if img_size is not None:
+            _at_least_one(img_size=img_size)
+        if not np.isfinite(cfg_weight):
+            raise ValueError(f"cfg_weight must be a finite number, got {cfg_weight}")
+        encoded = [self.processor.generation_prompt(text)[0][:-1] for text in prompts]  # t_emb replaces the tag
+        count = len(prompts) * parallel_size
+        noise, seeds = self._noise(count, seed, latents)
+        dtype = self.model.dtype if upstream_rounding else torch.float32
+        with tqdm(total=num_inference_steps, desc="Painting", unit="step", disable=not progress, leave=False) as bar:
+            velocity = self.velocity(encoded, parallel_size, cfg_weight)
+            final = euler(velocity, noise.to(self.model.device, dtype), num_inference_steps, lambda i, z: bar.update())
+        if not torch.isfinite(final).all():
+            bad = sorted({i // parallel_size for i in range(count) if not torch.isfinite(final[i]).all()})
+            raise FloatingPointError(
+                f"the latents of {', '.join(repr(prompts[i]) for i in bad)} are not finite, so nothing is painted; "
+                f"the model runs in {self.model.dtype}, cfg_weight is {cfg_weight}"
+                + ("; float16 overflows in this model, use bfloat16" if self.model.dtype == torch.float16 else "")
+            )
+        # One image at a time: the VAE's activations, not the model, would set the peak of memory.
+        pixels = [to_uint8(self.vae.decode(z[None]))[0] for z in final]
+        images = [Image.fromarray(p) for p in pixels]
+        if img_size is not None and img_size != images[0].width:
+            images = [image.resize((img_size, img_size), Image.Resampling.LANCZOS) for image in images]
+        return Generation(images, final.float().cpu(), seeds, [text for text in prompts for _ in range(parallel_size)])
+
+    def velocity(self, prompts: Sequence[Sequence[int]], parallel_size: int, cfg_weight: float):
+        """The guided velocity (z (B, C, h, w), timestep (B,)) -> (B, C, h, w) for B = prompts · parallel_size.
+
+        prompts: token ids of each, the generation tag left out. Guidance 1 skips the unconditional rows.
+        """
+        model, device = self.model, self.model.device
+        image_tokens = 1 + model.num_image_tokens  # t_emb in front
+        longest = max(map(len, prompts))
+        self._check_length(longest + image_tokens, f"the longest prompt and {image_tokens} image tokens")
+        # Distinct prompts, then BOS alone for the unconditional rows: left-padded, computed once.
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        rows = [*distinct, distinct[0][:1]]
+        ids, mask = left_pad(rows, self.processor.tokenizer.pad_id, device)  # (R', T)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        prefix = model.new_cache(len(rows), longest)
+        model.llm(model.llm.embed_tokens(ids), positions, mask, prefix)
+        # One row for every image, conditional rows first.
+        index = {ids: i for i, ids in enumerate(distinct)}
+        chosen = [index[tuple(p)] for p in prompts for _ in range(parallel_size)]
+        lengths = torch.tensor([len(distinct[i]) for i in chosen], device=device)
+        guided = cfg_weight != 1.0
+        if guided:
+            lengths = lengths.repeat(2)
+            chosen = chosen + [len(distinct)] * len(chosen)
+        chosen = torch.tensor(chosen, device=device)
+        cache = prefix.select(chosen, longest + image_tokens)
+        seen = torch.cat([mask[chosen], mask.new_ones(len(chosen), image_tokens)], dim=1)  # (R, T + 1 + N)
+        seen = None if bool(seen.all()) else seen
+        image_positions = lengths[:, None] + torch.arange(image_tokens, device=device)  # (R, 1 + N)
+
+        def evaluate(z: Tensor, timestep: Tensor) -> Tensor:
+            cache.length = longest  # forget the last step's image tokens
+            v = model.velocity(z, timestep, position_ids=image_positions, attention_mask=seen, cache=cache)
+            if not guided:
+                return v
+            v = v.to(z.dtype)  # guidance in the sampler's precision
+            return guide(*v.chunk(2), cfg_weight)
+
+        return evaluate
+
+    def _noise(self, count: int, seed: int | Sequence[int] | None, latents: Tensor | None):
+        shape = (count, *self.model.latent_shape)
+        if latents is not None:
+            if seed is not None:
+                raise ValueError("give either seed or latents, not both")
+            latents = torch.as_tensor(latents)
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents must be {list(shape)} (images, C, h, w), got {list(latents.shape)}")
+            if not torch.isfinite(latents).all():
+                raise ValueError("latents hold NaN or infinite values")
+            return latents, None
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "big")
+        if isinstance(seed, (int, np.integer)):
+            seeds = [int(seed) + k for k in range(count)]
+        else:
+            seeds = [int(s) for s in seed]
+        if len(seeds) != count:
+            raise ValueError(f"{count} images need {count} seeds, got {len(seeds)}")
+        if not all(0 <= s < 2**63 for s in seeds):
+            raise ValueError(f"seeds must lie in [0, 2**63), got {min(seeds)} to {max(seeds)}")
+        drawn = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(drawn), seeds
+
+    # Understanding ----------------------------------------------------------------------------------------------
+
+    def understand(
+        self,
+        prompt: str | Sequence[str] | None,
+        images: Any = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        top_k: int = 50,
+        seed: int | None = None,
+    ) -> Answer | list[Answer]:
+        """Answer a question, about images or none.
+
+        prompt: one question or several. images: for one question an image (path, PIL image or uint8 array
+        [H, W, 3]) or a list of them; for several questions a list with an image, a list of images or None for each.
+        An empty question about images means "Describe the image." The other options are `chat`'s.
+        """
+        single = prompt is None or isinstance(prompt, str)
+        prompts = [prompt] if single else list(prompt)
+        if single:
+            groups = [_as_list(images)]
+        else:
+            if images is not None and (isinstance(images, (str, Path, Image.Image)) or len(images) != len(prompts)):
+                raise ValueError(f"{len(prompts)} prompts need a list of {len(prompts)} images, lists of images or None")
+            groups = [_as_list(group) for group in (images if images is not None else [None] * len(prompts))]
+        conversations = []
+        for text, group in zip(prompts, groups, strict=True):
+            if not (text or "").strip():
+                if not group:
+                    raise ValueError("the prompt is empty and there is no image to describe")
+                text = DEFAULT_QUESTION
+            self.processor.tokenizer.refuse_special(text)
+            content = f"{self.processor.tokenizer.image_tag}\n" * len(group) + text
+            user = {"role": "User", "content": content, "images": group}
+            conversations.append([user, {"role": "Assistant", "content": ""}])
+        answers = self._answer(conversations, max_new_tokens, temperature, top_p, top_k, seed)
+        return answers[0] if single else answers
+
+    def chat(
+        self,
+        conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        top_k: int = 50,
+        seed: int | None = None,
+    ) -> Answer | list[Answer]:
+        """Continue a conversation, or a list of them as one batch.
+
+        A conversation is a list of messages in the reference's form: {"role": "User" or "Assistant", "content":
+        text with an <image_placeholder> for each image, "images": [...]}; where the last is not an empty message
+        of the assistant, one is added.
+        temperature 0 is greedy; above 0: temperature, top-k, top-p, then one multinomial draw over the batch a
+        step, from a CPU generator made of `seed`. Raises ValueError for conversations that do not fit.
+        """
+        if not conversation:
+            raise ValueError("the conversation is empty")
+        single = isinstance(conversation[0], Mapping)
+        conversations = [conversation] if single else conversation
+        answers = self._answer([list(c) for c in conversations], max_new_tokens, temperature, top_p, top_k, seed)
+        return answers[0] if single else answers
+
+    @torch.inference_mode()
+    def _answer(self, conversations, max_new_tokens, temperature, top_p, top_k, seed) -> list[Answer]:
+        self._need("understanding")
+        _at_least_one(max_new_tokens=max_new_tokens)
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or above, got {temperature}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+        if top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or above, got {top_k}")
+        for messages in conversations:
+            if not messages:
+                raise ValueError("the conversation is empty")
+            last = messages[-1]
+            if str(last.get("role", "")).lower() != "assistant" or str(last.get("content", "")).strip():
+                messages.append({"role": "Assistant", "content": ""})
+        batch = self.processor.batch(conversations)
+        length = batch.input_ids.shape[1]
+        self._check_length(length + 1, f"the conversation's {length} tokens and an answer")
+        device = self.model.device
+        mask = batch.attention_mask.to(device).bool()
+        embeds = self.model.embed_inputs(
+            batch.input_ids.to(device),
+            batch.pixel_values.to(device),
+            batch.images_seq_mask.to(device),
+            batch.images_emb_mask.to(device),
+        )
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        tokens = decode(
+            self.model,
+            embeds,
+            mask,
+            min(max_new_tokens, self.model.config.llm.max_position_embeddings - length),
+            self.processor.tokenizer.eos_id,
+            lambda logits: sample(logits, temperature, top_p, top_k, generator),
+        )
+        texts = [self.processor.tokenizer.decode(ids) for ids in tokens]
+        return [Answer(t, s, ids) for t, s, ids in zip(texts, batch.sft_format, tokens, strict=True)]
+
+    def _check_length(self, length: int, what: str) -> None:
+        limit = self.model.config.llm.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"{what} need {length} positions; the model has {limit}")
+
+    def _need(self, task: str) -> None:
+        if self.model.parts not in ("all", task):
+            raise ValueError(f'only parts="{self.model.parts}" was loaded; {task} needs "all" or "{task}"')
+
+
+def decode(model: JanusFlow, inputs_embeds: Tensor, mask: Tensor, max_new_tokens: int, eos_id: int, choose):
+    """Autoregressive decoding of left-padded rows, until EOS or `max_new_tokens`.
+
+    inputs_embeds (B, T, D), mask (B, T) bool, choose: fp32 logits (B, V) -> ids (B,). Returns a list of ids for
+    each row, EOS included where it came.
+    """
+    rows, length = mask.shape
+    full = bool(mask.all())
+    mask = torch.cat([mask, mask.new_ones(rows, max_new_tokens)], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T + new): counted from a row's first real token
+    cache = model.new_cache(rows, length + max_new_tokens)
+    ended = torch.zeros(rows, dtype=torch.bool, device=mask.device)
+    columns, start = [], 0
+    embeds = inputs_embeds
+    for end in range(length, length + max_new_tokens):
+        seen = None if full else mask[:, :end]
+        hidden = model.llm(embeds, positions[:, start:end], seen, cache)
+        ids = choose(model.logits(hidden[:, -1]))
+        ids = ids.masked_fill(ended, eos_id)  # a row that ended is filled up with EOS
+        columns.append(ids)
+        ended = ended | (ids == eos_id)
+        if ended.all():
+            break
+        embeds, start = model.llm.embed_tokens(ids)[:, None], end
+    answers = torch.stack(columns, dim=1).tolist()
+    return [ids[: ids.index(eos_id) + 1] if eos_id in ids else ids for ids in answers]
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None) -> Tensor:
+    """fp32 logits (B, V) -> ids (B,): greedy at temperature 0, else temperature, top-k, top-p and one draw.
+
+    Top-p as in transformers: in ascending order, tokens whose cumulative probability stays at or below 1 - p go;
+    the best always stays. The draw is over the whole vocabulary, on the CPU.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    scores = logits / temperature
+    if 0 < top_k < scores.shape[-1]:
+        worst = scores.topk(top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < worst, float("-inf"))
+    if top_p < 1:
+        ascending, order = scores.sort()
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[:, -1] = False
+        scores = scores.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+    probabilities = scores.softmax(-1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids of different lengths -> ids (R, T) and mask (R, T), padding on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """Pixels (B, 3, H, W) in about [-1, 1] -> bytes (B, H, W, 3): clipped, then truncated as the reference does."""
+    pixels = pixels.float().clamp(-1, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return ((pixels + 1) / 2 * 255).astype(np.uint8)
+
+
+# Loading and saving ---------------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path = "tiny",
+    vae_path: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    vae_dtype: str | torch.dtype | None = None,
+    parts: Parts = "all",
+    progress: bool = True,
+) -> Pipeline:
+    """Load a checkpoint in the official layout.
+
+    source: "tiny" (the trained default inside this package), a folder, or a hub id such as
+    "deepseek-ai/JanusFlow-1.3B". vae_path: folder or hub id; by default the checkpoint's own `vae/`, else
+    stabilityai/sdxl-vae from the hub. device "auto": CUDA, then MPS, then the CPU. dtype "auto": bfloat16 on CUDA,
+    else float32. vae_dtype: the model's where that is possible. parts: "all", "generation" or "understanding"
+    loads no more than the task needs. Raises FileNotFoundError or ValueError, which name what is wrong.
+    """
+    if parts not in PARTS:
+        raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    if vae_dtype is None and dtype == torch.float16 and parts != "understanding":
+        vae_dtype = torch.float32
+    vae_dtype = check_vae_dtype(dtype if vae_dtype is None else pick_dtype(vae_dtype, device)) if (
+        parts != "understanding"
+    ) else dtype
+    folder = resolve(source)
+    read_json(folder / "config.json")  # the commonest mistake first: not a checkpoint's folder
+    model = load_model(folder, device, dtype, parts, progress)
+    processor = Processor.from_folder(folder, model.config.llm.vocab_size)
+    _check_fit(folder, model, processor)
+    vae = None
+    if parts != "understanding":
+        inside = folder / "vae"
+        where = Path(inside) if vae_path is None and inside.is_dir() else resolve(vae_path or HUB_ID, vae=True)
+        vae = load_vae(where, device, vae_dtype)
+        if vae.latent_channels != model.config.latent_channels:
+            raise ValueError(
+                f"the VAE in {where} has {vae.latent_channels} latent channels, the model {model.config.latent_channels}"
+            )
+    return Pipeline(model, processor, vae)
+
+
+def save(pipe: Pipeline, folder: str | Path, overwrite: bool = False, max_shard_size: int | None = None) -> Path:
+    """Write the pipeline in the official layout, VAE included, in its present dtypes; returns the folder.
+
+    The folder appears only when everything is written. FileExistsError where something is there already, unless
+    `overwrite`. max_shard_size in bytes splits the weights. A pipeline loaded in parts is refused.
+    """
+    with new_folder(folder, overwrite) as temporary:
+        save_model(pipe.model, temporary, max_shard_size)
+        for name, content in pipe.processor.files.items():
+            (temporary / name).write_bytes(content)
+        pipe.vae.autoencoder.save_pretrained(temporary / "vae")
+    return Path(folder)
+
+
+def resolve(source: str | Path, vae: bool = False) -> Path:
+    """"tiny", a folder or a hub id -> a local folder, downloaded where need be (an interrupted download resumes)."""
+    if str(source) == "tiny" and not vae:
+        return TINY
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    what = "vae_path" if vae else "source"
+    text = str(source)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.exists():
+        raise FileNotFoundError(f"{what} {text!r} is neither a folder nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:  # offline, not found, gated: the hub's client raises a family of its own
+        raise FileNotFoundError(
+            f"{what} {text!r} is not a folder here, and it could not be downloaded ({type(error).__name__}: {error}). "
+            f"Without a network, copy the repository's files ({', '.join(patterns)}) to a folder and pass its path"
+        ) from error
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """ "auto": CUDA, then Apple's MPS, then the CPU. ValueError for a device that this machine lacks."""
+    if str(device) == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} is not usable here: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto": bfloat16 on CUDA, else float32. Names as in torch, with or without "torch."."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return chosen
+
+
+def _check_fit(folder: Path, model: JanusFlow, processor: Processor) -> None:
+    siglip = model.config.siglip
+    if processor.num_image_tokens != siglip.num_patches:
+        raise ValueError(
+            f"{folder / 'processor_config.json'}: num_image_tokens is {processor.num_image_tokens}, but the encoder "
+            f"makes {siglip.num_patches} of an image of {siglip.image_size} px"
+        )
+    if processor.image_processor.image_size != siglip.image_size:
+        raise ValueError(
+            f"{folder / 'preprocessor_config.json'}: image_size is {processor.image_processor.image_size}, the "
+            f"encoder's in config.json {siglip.image_size}"
+        )
+
+
+def _as_list(images: Any) -> list:
+    if images is None:
+        return []
+    if isinstance(images, (str, Path, Image.Image, np.ndarray)):
+        return [images]
+    return list(images)
+
+
+def _at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -1,0 +1,507 @@
+# SPDX-License-Identifier: MIT
+"""Train the default model that ships in the package, from nothing, with one command on one GPU.
+
+    python scripts/train_tiny.py --work runs/tiny                 # all stages, about 25 minutes on an H100
+    python scripts/train_tiny.py --work runs/tiny --smoke         # the same path in miniature, minutes on a CPU
+    python scripts/evaluate_tiny.py runs/tiny/tiny                # then judge it
+
+Stages, each skipped when its result lies in --work already: `tokenizer` (a byte-level BPE over the world's
+sentences), `data` (scenes, captions, conversations, as integers), `vae`, `latents`, `model` (resumes from its
+newest checkpoint, optimizer included), `export` (the official layout, bfloat16).
+
+The objective is `janusflow_min.training.objective`, the paper's: flow matching with logit-normal time and 10 %
+prompt dropping, cross-entropy on answers, alignment to SigLIP's features. Everything, SigLIP too, starts from
+random weights; the paper starts from pre-trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import random
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+
+from janusflow_min.benchmarks.tiny import language, scenes
+from janusflow_min.checkpoint import new_folder, save_model
+from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
+from janusflow_min.flow import sample_time
+from janusflow_min.model import JanusFlow, init_weights
+from janusflow_min.processor import SYSTEM_PROMPT, Processor
+from janusflow_min.training.data import conversation_example
+from janusflow_min.training.objective import IGNORE, AlignmentHead, generation_loss, understanding_loss
+from janusflow_min.vae import VAE
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the result. Counts of the default fit 20 minutes of an H100."""
+
+    seed: int = 0
+    # data
+    generation_scenes: int = 800_000
+    captions_per_scene: int = 4
+    conversations: int = 400_000
+    turns: int = 4  # questions about each image
+    prompt_length: int = 31  # tokens, padded on the left
+    conversation_length: int = 192  # tokens, padded on the right
+    families: tuple[tuple[str, int], ...] = (
+        ("single_object", 8),
+        ("two_object", 14),
+        ("counting", 20),
+        ("colors", 8),
+        ("position", 20),
+        ("color_attr", 20),
+        ("mixed", 10),
+    )
+    # VAE
+    vae_channels: tuple[int, ...] = (32, 48, 64, 64)
+    vae_seconds: float = 110.0
+    vae_batch: int = 96
+    vae_lr: float = 1.5e-3
+    # model
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    layers: int = 6
+    siglip_width: int = 128
+    siglip_layers: int = 4
+    uvit_channels: int = 80
+    batch: int = 512  # images with prompts a step
+    conversation_batch: int = 128
+    lr: float = 1.5e-3
+    warmup: int = 500
+    seconds: float = 1000.0  # of training; the schedule runs over this time
+    decay: float = 0.35  # last share of the schedule, linear to zero
+    average: float = 0.999
+    drop: float = 0.1
+    time_mean: float = -0.4  # of the logit-normal; below 0 is towards noise, where layout is decided
+    time_std: float = 1.0
+    answer_weight: float = 0.5
+    alignment_weight: float = 0.5
+    alignment_layer: int = 2  # of 6; the paper: 6 of 24
+    log_every: int = 100  # steps
+
+    def config(self, vocab_size: int) -> JanusFlowConfig:
+        width, channels = self.hidden_size, self.uvit_channels
+        return JanusFlowConfig(
+            llm=LlamaConfig(
+                vocab_size=vocab_size,
+                hidden_size=width,
+                intermediate_size=self.intermediate_size,
+                num_hidden_layers=self.layers,
+                num_attention_heads=width // 64,
+                max_position_embeddings=1024,
+            ),
+            siglip=SiglipConfig(
+                image_size=scenes.SIZE,
+                patch_size=16,
+                width=self.siglip_width,
+                layers=self.siglip_layers,
+                heads=self.siglip_width // 32,
+            ),
+            uvit_encoder=UViTConfig(4, channels, channels, hidden_size=width),
+            uvit_decoder=UViTConfig(channels, 4, channels, hidden_size=width),
+        )
+
+
+SMOKE = dict(
+    generation_scenes=100,
+    conversations=50,
+    vae_seconds=10.0,
+    vae_batch=8,
+    batch=8,
+    conversation_batch=2,
+    seconds=30.0,
+    warmup=20,
+    log_every=2,
+)
+SPECIAL = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜▁pad▁｜>",
+    "<image_placeholder>",
+    "<｜begin▁of▁generation｜>",
+    "<begin_of_image>",
+    "<end_of_image>",
+)
+
+
+# Tokenizer ------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE that knows the world's words whole, and the small files of the official layout."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(s, special=True, normalized=False) for s in SPECIAL],
+        show_progress=False,
+    )
+    template = f"{SYSTEM_PROMPT}\n\nUser: .\n\nAssistant: .User: .\n\n"
+    tokenizer.train_from_iterator([template] * 100 + language.corpus(), trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    bos, eos = SPECIAL[:2]
+    small = {
+        "tokenizer_config.json": {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "bos_token": bos,
+            "eos_token": eos,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 1024,
+            "tokenizer_class": "LlamaTokenizerFast",
+        },
+        "special_tokens_map.json": {"bos_token": bos, "eos_token": eos, "pad_token": SPECIAL[2]},
+        "preprocessor_config.json": {
+            "image_processor_type": "VLMImageProcessor",
+            "processor_class": "VLChatProcessor",
+            "image_size": scenes.SIZE,
+            "min_size": 14,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+        },
+        "processor_config.json": {
+            "processor_class": "VLChatProcessor",
+            "num_image_tokens": (scenes.SIZE // 16) ** 2,
+            "sft_format": "deepseek",
+            "add_special_token": False,
+            "mask_prompt": True,
+            "ignore_id": IGNORE,
+            "image_tag": SPECIAL[3],
+        },
+    }
+    for name, content in small.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def vocab_size(folder: Path) -> int:
+    """Rows of the embedding: the tokenizer's, rounded up to a multiple of 64."""
+    return math.ceil(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() / 64) * 64
+
+
+# Data -----------------------------------------------------------------------------------------------------------
+
+
+def make_chunk(job: tuple[str, int, int, Recipe, Path]) -> dict[str, np.ndarray]:
+    """One worker's share: `kind` "generation" or "conversation", `count` scenes of the given seed."""
+    kind, seed, count, recipe, folder = job
+    rng = random.Random(f"{kind} {seed} {recipe.seed}")
+    processor = Processor.from_folder(folder, vocab_size(folder))
+    pad = processor.tokenizer.pad_id
+    names, weights = zip(*recipe.families, strict=True)
+    families = rng.choices(names, weights, k=count)
+    drawn = [scenes.sample_scene(rng, family) for family in families]
+    packed = scenes.pack(drawn).numpy().astype(np.float32)
+    if kind == "generation":
+        ids = np.full((count, recipe.captions_per_scene, recipe.prompt_length), pad, np.int16)
+        for i, (scene, family) in enumerate(zip(drawn, families, strict=True)):
+            for j in range(recipe.captions_per_scene):
+                tokens = processor.generation_prompt(language.caption(scene, family, rng))[0][:-1]
+                ids[i, j, -len(tokens) :] = tokens  # raises where prompt_length is too short
+        return {"packed": packed, "ids": ids}
+    ids = np.full((count, recipe.conversation_length), pad, np.int16)
+    labels = np.full_like(ids, IGNORE)
+    for i, scene in enumerate(drawn):
+        messages = []
+        for qa in language.sample_questions(scene, rng, recipe.turns):
+            tag = "" if messages else SPECIAL[3] + "\n"
+            messages += [{"role": "User", "content": tag + qa.question}, {"role": "Assistant", "content": qa.answer}]
+        tokens, targets = conversation_example(processor, messages)
+        ids[i, : len(tokens)], labels[i, : len(tokens)] = tokens, targets
+    return {"packed": packed, "ids": ids, "labels": labels}
+
+
+def make_data(recipe: Recipe, folder: Path, path: Path, kind: str, count: int) -> None:
+    size = min(5000, count)
+    jobs = [(kind, i, min(size, count - i * size), recipe, folder) for i in range(math.ceil(count / size))]
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
+        chunks = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc=f"Data, {kind}"))
+    arrays = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    temporary = path.with_name(path.name + ".writing.npz")
+    np.savez(temporary, **arrays)
+    os.replace(temporary, path)
+
+
+def load_arrays(path: Path, device: torch.device) -> dict[str, Tensor]:
+    with np.load(path) as data:
+        return {key: torch.from_numpy(data[key]).to(device) for key in data}
+
+
+# VAE ------------------------------------------------------------------------------------------------------------
+
+
+def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """diffusers' AutoencoderKL on rendered scenes: L1 + 3·MSE + 3e-4·KL. Ends with the latents' scale measured."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(recipe.seed)
+    stages = len(recipe.vae_channels)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=recipe.vae_channels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=scenes.SIZE,
+    ).to(device, memory_format=torch.channels_last)
+    rng = random.Random(f"vae {recipe.seed}")
+    names, weights = zip(*recipe.families, strict=True)
+    count = min(40_000, recipe.generation_scenes)
+    drawn = [scenes.sample_scene(rng, family) for family in rng.choices(names, weights, k=count)]
+    packed = scenes.pack(drawn).to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), recipe.vae_lr, betas=(0.9, 0.99), weight_decay=0.0)
+    log = open(folder.parent / "vae.jsonl", "w")  # noqa: SIM115
+    start, step, elapsed = time.monotonic(), 0, 0.0
+    bar = tqdm(total=round(recipe.vae_seconds), desc="VAE", unit="s")
+    while elapsed < recipe.vae_seconds:
+        for group in optimizer.param_groups:  # warm-up over steps, then a cosine over the time
+            cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, elapsed / recipe.vae_seconds))
+            group["lr"] = recipe.vae_lr * min(1.0, (step + 1) / 100) * cosine
+        x = scenes.render(packed[torch.randint(count, (recipe.vae_batch,), device=device)])
+        x = x.to(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample
+        error = y.float() - x
+        mse = error.square().mean()
+        loss = error.abs().mean() + 3 * mse + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 20 == 0:
+            psnr = 10 * math.log10(4 / mse.item())  # waits for the GPU
+            elapsed = time.monotonic() - start
+            print(json.dumps({"step": step, "seconds": elapsed, "loss": loss.item(), "psnr": psnr}), file=log, flush=True)
+            bar.set_postfix(step=step, psnr=f"{psnr:.1f}")
+            bar.update(round(elapsed) - bar.n)
+    log.close()
+    with torch.no_grad():
+        z = torch.cat([vae.encode(scenes.render(p)).latent_dist.mean for p in packed[:2000].split(100)])
+    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
+    with new_folder(folder, overwrite=True) as temporary:
+        vae.to(torch.bfloat16).save_pretrained(temporary)
+
+
+def load_frozen_vae(folder: Path, device: torch.device) -> VAE:
+    from diffusers import AutoencoderKL
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+    return VAE(vae.to(device, memory_format=torch.channels_last))
+
+
+@torch.no_grad()
+def encode_all(vae: VAE, packed: Tensor, batch: int = 1024) -> Tensor:
+    draw = torch.compile(scenes.render) if packed.is_cuda else scenes.render
+    full = packed.split(batch)
+    return torch.cat([vae.encode(draw(p)).to(torch.bfloat16) for p in tqdm(full, desc="Latents")])
+
+
+# Model ----------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(recipe: Recipe, step: int, elapsed: float) -> float:
+    """Warm-up over steps, then constant, then linear to zero over the last share of the time."""
+    left = max(0.0, 1.0 - elapsed / recipe.seconds)
+    return recipe.lr * min(1.0, (step + 1) / recipe.warmup, left / recipe.decay)
+
+
+def train_model(recipe: Recipe, work: Path, device: torch.device, compile_model: bool) -> None:
+    """Train until the schedule's time is used up; a checkpoint every minute and at the end, resumed from."""
+    vae = load_frozen_vae(work / "vae", device)
+    generation = load_arrays(work / "generation.npz", device)
+    conversation = load_arrays(work / "conversation.npz", device)
+    latents = encode_all(vae, generation["packed"])
+    config = recipe.config(vocab_size(work / "tokenizer"))
+    model = init_weights(JanusFlow(config), torch.Generator().manual_seed(recipe.seed)).to(device)
+    torch.manual_seed(recipe.seed)
+    head = AlignmentHead(config.llm.hidden_size, config.siglip.width).to(device)
+    modules = torch.nn.ModuleList([model, head])
+    params = list(modules.parameters())
+    average = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    pad = Processor.from_folder(work / "tokenizer", config.llm.vocab_size).tokenizer.pad_id
+    image_ids = torch.tensor(image_token_ids(work / "tokenizer"), device=device)
+    dice = torch.Generator().manual_seed(recipe.seed)
+    step, elapsed = 0, 0.0
+    checkpoint = work / "training.pt"
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        modules.load_state_dict(saved["modules"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average = [p.to(device) for p in saved["average"]]
+        dice.set_state(saved["dice"].cpu())
+        step, elapsed = saved["step"], saved["elapsed"]
+
+    def losses(packed, z, ids, t, noise, drop, packed_und, ids_und, labels_und):
+        generated = generation_loss(
+            model, head, z, scenes.render(packed), ids, ids != pad, t, noise, drop, tap=recipe.alignment_layer
+        )
+        seen = (ids_und[..., None] == image_ids).any(-1)
+        answers = understanding_loss(model, ids_und, labels_und, seen, scenes.render(packed_und))
+        return generated.flow, generated.alignment, answers
+
+    if compile_model:
+        losses = torch.compile(losses)
+
+    def draw_batch():
+        g, c = len(latents), len(conversation["ids"])
+        rows = torch.randint(g, (recipe.batch,), generator=dice).to(device)
+        which = torch.randint(recipe.captions_per_scene, (recipe.batch,), generator=dice).to(device)
+        talks = torch.randint(c, (recipe.conversation_batch,), generator=dice).to(device)
+        t = sample_time(recipe.batch, recipe.time_mean, recipe.time_std, dice).to(device)
+        drop = (torch.rand(recipe.batch, generator=dice) < recipe.drop).to(device)
+        noise_seed = int(torch.randint(2**62, (), generator=dice))
+        noise = torch.randn(
+            latents[rows].shape, device=device, generator=torch.Generator(device).manual_seed(noise_seed)
+        )
+        return (
+            generation["packed"][rows],
+            latents[rows].float(),
+            generation["ids"][rows, which].long(),
+            t,
+            noise,
+            drop,
+            conversation["packed"][talks],
+            conversation["ids"][talks].long(),
+            conversation["labels"][talks].long(),
+        )
+
+    def save():
+        state = {
+            "modules": modules.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average,
+            "dice": dice.get_state(),
+            "step": step,
+            "elapsed": elapsed,
+        }
+        torch.save(state, checkpoint.with_suffix(".writing"))
+        os.replace(checkpoint.with_suffix(".writing"), checkpoint)
+
+    log = open(work / "training.jsonl", "a")  # noqa: SIM115
+    bar = tqdm(total=round(recipe.seconds), initial=round(elapsed), desc="Model", unit="s")
+    last, saved_at = None, elapsed
+    skipped = torch.zeros((), device=device)
+    while elapsed < recipe.seconds:
+        batch = draw_batch()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            flow, alignment, answers = losses(*batch)
+        loss = flow.mean() + recipe.alignment_weight * alignment.mean() + recipe.answer_weight * answers
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        good = torch.isfinite(norm)
+        skipped += (~good).float()
+        optimizer.found_inf = (~good).float()  # how the fused optimizer is told to leave the step out
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step, elapsed)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, params, 1 - min(recipe.average, (1 + step) / (10 + step)))
+        step += 1
+        if step % recipe.log_every == 0 or last is None:
+            now_flow = flow.mean().item()  # waits for the GPU
+            if last is not None:  # the first step, with its compilation, is not counted
+                elapsed += time.monotonic() - last
+            last = time.monotonic()
+            row = {
+                "step": step,
+                "seconds": round(elapsed, 1),
+                "flow": now_flow,
+                "alignment": alignment.mean().item(),
+                "answers": answers.item(),
+                "norm": norm.item(),
+                "skipped": int(skipped),
+                "lr": learning_rate(recipe, step, elapsed),
+            }
+            for low in (0.0, 0.25, 0.5, 0.75):
+                here = (batch[3] >= low) & (batch[3] < low + 0.25)
+                row[f"flow_{low:.2f}"] = (flow * here).sum().item() / max(1, int(here.sum()))
+            print(json.dumps(row), file=log, flush=True)
+            bar.set_postfix(flow=f"{now_flow:.4f}", answers=f"{answers.item():.3f}", step=step)
+            bar.update(round(elapsed) - bar.n)
+            if elapsed - saved_at > 60:
+                save()
+                export(recipe, work, model, params, average, device)
+                saved_at, last = elapsed, time.monotonic()
+    save()
+    export(recipe, work, model, params, average, device)
+
+
+def image_token_ids(folder: Path) -> list[int]:
+    """Ids whose embeddings an image replaces: begin-of-image and the image's own."""
+    tokenizer = Processor.from_folder(folder, vocab_size(folder)).tokenizer
+    return [tokenizer.image_start_id, tokenizer.image_id]
+
+
+@torch.no_grad()
+def export(recipe: Recipe, work: Path, model: JanusFlow, params: list, average: list, device: torch.device) -> None:
+    """The averaged weights in the official layout, bfloat16, with tokenizer and VAE: `work/tiny`."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    state = {names[id(p)]: a.to("cpu", torch.bfloat16) for p, a in zip(params, average, strict=True) if id(p) in names}
+    clean = JanusFlow(model.config).to(torch.bfloat16)
+    clean.load_state_dict(state, strict=True)
+    with new_folder(work / "tiny", overwrite=True) as folder:
+        save_model(clean, folder)
+        for path in (work / "tokenizer").iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        (folder / "vae").mkdir()
+        for path in (work / "vae").iterdir():
+            (folder / "vae" / path.name).write_bytes(path.read_bytes())
+        (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for every stage's result")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=Recipe.seconds, help="training time of the model")
+    parser.add_argument("--stop-after", choices=("tokenizer", "data", "vae"), help="end after this stage")
+    parser.add_argument("--only-vae", action="store_true", help="the VAE alone (beside a run that makes the data)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on a GPU")
+    parser.add_argument("--smoke", action="store_true", help="a miniature of everything, to see that it runs")
+    args = parser.parse_args()
+    recipe = replace(Recipe(), seconds=args.seconds)
+    if args.smoke:
+        recipe = replace(recipe, **SMOKE)
+    work, device = args.work, torch.device(args.device)
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")
+    if not (work / "vae").is_dir() and (args.only_vae or args.stop_after not in ("tokenizer", "data")):
+        train_vae(recipe, work / "vae", device)
+    if args.only_vae:
+        return
+    if not (work / "tokenizer").is_dir():
+        make_tokenizer(work / "tokenizer")
+    if args.stop_after == "tokenizer":
+        return
+    for kind, count in (("generation", recipe.generation_scenes), ("conversation", recipe.conversations)):
+        if not (work / f"{kind}.npz").is_file():
+            make_data(recipe, work / "tokenizer", work / f"{kind}.npz", kind, count)
+    if args.stop_after in ("data", "vae"):
+        return
+    train_model(recipe, work, device, device.type == "cuda" if args.compile is None else args.compile)
+
+
+if __name__ == "__main__":
+    main()
