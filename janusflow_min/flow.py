@@ -46,10 +46,17 @@ def euler(
 
 
 def sample_time(
-    count: int, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None
+    count: int,
+    mean: float = 0.0,
+    std: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Training times t (count,) in (0, 1), logit-normal (paper section 3.3; mean and deviation not stated there)."""
-    return torch.sigmoid(mean + std * torch.randn(count, generator=generator))
+    """Training times t (count,) in (0, 1), logit-normal (paper section 3.4; mean and deviation not stated there).
+
+    `generator` lives on `device`.
+    """
+    return torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=device))
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from janusflow_min.benchmarks.tiny import language, scenes
-from janusflow_min.checkpoint import new_folder, save_model
+from janusflow_min.checkpoint import load_model, new_folder, save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
 from janusflow_min.flow import sample_time
 from janusflow_min.model import JanusFlow, init_weights
@@ -49,9 +49,9 @@ class Recipe:
 
     seed: int = 0
     # data
-    generation_scenes: int = 800_000
+    generation_scenes: int = 300_000
     captions_per_scene: int = 4
-    conversations: int = 400_000
+    conversations: int = 120_000
     turns: int = 4  # questions about each image
     prompt_length: int = 31  # tokens, padded on the left
     conversation_length: int = 192  # tokens, padded on the right
@@ -66,7 +66,7 @@ class Recipe:
     )
     # VAE
     vae_channels: tuple[int, ...] = (32, 48, 64, 64)
-    vae_seconds: float = 110.0
+    vae_seconds: float = 90.0
     vae_batch: int = 96
     vae_lr: float = 1.5e-3
     # model
@@ -77,10 +77,10 @@ class Recipe:
     siglip_layers: int = 4
     uvit_channels: int = 80
     batch: int = 512  # images with prompts a step
-    conversation_batch: int = 128
+    conversation_batch: int = 64
     lr: float = 1.5e-3
     warmup: int = 500
-    seconds: float = 1000.0  # of training; the schedule runs over this time
+    seconds: float = 800.0  # of training; the schedule runs over this time
     decay: float = 0.35  # last share of the schedule, linear to zero
     average: float = 0.999
     drop: float = 0.1
@@ -311,9 +311,8 @@ def load_frozen_vae(folder: Path, device: torch.device) -> VAE:
 
 @torch.no_grad()
 def encode_all(vae: VAE, packed: Tensor, batch: int = 1024) -> Tensor:
-    draw = torch.compile(scenes.render) if packed.is_cuda else scenes.render
-    full = packed.split(batch)
-    return torch.cat([vae.encode(draw(p)).to(torch.bfloat16) for p in tqdm(full, desc="Latents")])
+    parts = tqdm(packed.split(batch), desc="Latents")
+    return torch.cat([vae.encode(scenes.render(p)).to(torch.bfloat16) for p in parts])
 
 
 # Model ----------------------------------------------------------------------------------------------------------
@@ -325,7 +324,15 @@ def learning_rate(recipe: Recipe, step: int, elapsed: float) -> float:
     return recipe.lr * min(1.0, (step + 1) / recipe.warmup, left / recipe.decay)
 
 
-def train_model(recipe: Recipe, work: Path, device: torch.device, compile_model: bool) -> None:
+def train_model(
+    recipe: Recipe,
+    work: Path,
+    device: torch.device,
+    compiled: bool,
+    graph: bool,
+    init: Path | None,
+    finish_at: float | None,
+) -> None:
     """Train until the schedule's time is used up; a checkpoint every minute and at the end, resumed from."""
     vae = load_frozen_vae(work / "vae", device)
     generation = load_arrays(work / "generation.npz", device)
@@ -338,19 +345,27 @@ def train_model(recipe: Recipe, work: Path, device: torch.device, compile_model:
     modules = torch.nn.ModuleList([model, head])
     params = list(modules.parameters())
     average = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(params, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    rate = torch.zeros((), device=device)  # learning rate and the average's weight, as tensors: a graph reads them
+    blend = torch.zeros((), device=device)
+    optimizer = torch.optim.AdamW(
+        params, rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
+    )
     pad = Processor.from_folder(work / "tokenizer", config.llm.vocab_size).tokenizer.pad_id
     image_ids = torch.tensor(image_token_ids(work / "tokenizer"), device=device)
-    dice = torch.Generator().manual_seed(recipe.seed)
+    dice = torch.Generator(device).manual_seed(recipe.seed)
     step, elapsed = 0, 0.0
     checkpoint = work / "training.pt"
     if checkpoint.is_file():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         modules.load_state_dict(saved["modules"])
         optimizer.load_state_dict(saved["optimizer"])
+        optimizer.param_groups[0]["lr"] = rate
         average = [p.to(device) for p in saved["average"]]
         dice.set_state(saved["dice"].cpu())
         step, elapsed = saved["step"], saved["elapsed"]
+    elif init is not None:
+        model.load_state_dict(load_model(init, device, torch.float32, progress=False).state_dict())
+        average = [p.detach().clone() for p in params]
 
     def losses(packed, z, ids, t, noise, drop, packed_und, ids_und, labels_und):
         generated = generation_loss(
@@ -360,31 +375,68 @@ def train_model(recipe: Recipe, work: Path, device: torch.device, compile_model:
         answers = understanding_loss(model, ids_und, labels_und, seen, scenes.render(packed_und))
         return generated.flow, generated.alignment, answers
 
-    if compile_model:
+    if compiled:
         losses = torch.compile(losses)
 
     def draw_batch():
-        g, c = len(latents), len(conversation["ids"])
-        rows = torch.randint(g, (recipe.batch,), generator=dice).to(device)
-        which = torch.randint(recipe.captions_per_scene, (recipe.batch,), generator=dice).to(device)
-        talks = torch.randint(c, (recipe.conversation_batch,), generator=dice).to(device)
-        t = sample_time(recipe.batch, recipe.time_mean, recipe.time_std, dice).to(device)
-        drop = (torch.rand(recipe.batch, generator=dice) < recipe.drop).to(device)
-        noise_seed = int(torch.randint(2**62, (), generator=dice))
-        noise = torch.randn(
-            latents[rows].shape, device=device, generator=torch.Generator(device).manual_seed(noise_seed)
-        )
+        # All on the device: a copy from the host would wait for the whole queue of kernels.
+        def below(n: int, count: int) -> Tensor:
+            return torch.randint(n, (count,), generator=dice, device=device)
+
+        rows, which = below(len(latents), recipe.batch), below(recipe.captions_per_scene, recipe.batch)
+        talks = below(len(conversation["ids"]), recipe.conversation_batch)
+        z = latents[rows].float()
         return (
             generation["packed"][rows],
-            latents[rows].float(),
+            z,
             generation["ids"][rows, which].long(),
-            t,
-            noise,
-            drop,
+            sample_time(recipe.batch, recipe.time_mean, recipe.time_std, dice, device),
+            torch.randn(z.shape, generator=dice, device=device),
+            torch.rand(recipe.batch, generator=dice, device=device) < recipe.drop,
             conversation["packed"][talks],
             conversation["ids"][talks].long(),
             conversation["labels"][talks].long(),
         )
+
+    skipped = torch.zeros((), device=device)
+
+    def train_step() -> tuple[Tensor, ...]:
+        batch = draw_batch()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            flow, alignment, answers = losses(*batch)
+        loss = flow.mean() + recipe.alignment_weight * alignment.mean() + recipe.answer_weight * answers
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        bad = (~torch.isfinite(norm)).float()
+        skipped.add_(bad)
+        optimizer.found_inf = bad  # how the fused optimizer is told to leave a step out
+        optimizer.step()
+        with torch.no_grad():
+            for a, p in zip(average, params, strict=True):
+                a.lerp_(p, blend)
+        return flow.detach(), alignment.detach(), answers.detach(), batch[3], norm
+
+    def set_rates() -> None:
+        rate.fill_(learning_rate(recipe, step, elapsed))
+        blend.fill_(1 - min(recipe.average, (1 + step) / (10 + step)))
+
+    replay = None
+    if graph:  # the whole step as one CUDA graph: launching its kernels one by one takes longer than they run
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                set_rates()
+                optimizer.zero_grad(set_to_none=True)
+                train_step()
+                step += 1
+        torch.cuda.synchronize()
+        optimizer.zero_grad(set_to_none=True)
+        captured = torch.cuda.CUDAGraph()
+        captured.register_generator_state(dice)
+        with torch.cuda.graph(captured):
+            result = train_step()
+        replay = captured.replay
 
     def save():
         state = {
@@ -398,54 +450,45 @@ def train_model(recipe: Recipe, work: Path, device: torch.device, compile_model:
         torch.save(state, checkpoint.with_suffix(".writing"))
         os.replace(checkpoint.with_suffix(".writing"), checkpoint)
 
+    if finish_at is not None:
+        recipe = replace(recipe, seconds=max(1.0, finish_at - time.monotonic()))
     log = open(work / "training.jsonl", "a")  # noqa: SIM115
     bar = tqdm(total=round(recipe.seconds), initial=round(elapsed), desc="Model", unit="s")
-    last, saved_at = None, elapsed
-    skipped = torch.zeros((), device=device)
+    last, saved_at = time.monotonic(), elapsed
     while elapsed < recipe.seconds:
-        batch = draw_batch()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            flow, alignment, answers = losses(*batch)
-        loss = flow.mean() + recipe.alignment_weight * alignment.mean() + recipe.answer_weight * answers
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        good = torch.isfinite(norm)
-        skipped += (~good).float()
-        optimizer.found_inf = (~good).float()  # how the fused optimizer is told to leave the step out
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step, elapsed)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(average, params, 1 - min(recipe.average, (1 + step) / (10 + step)))
+        set_rates()
+        if replay is not None:
+            replay()
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            result = train_step()
         step += 1
-        if step % recipe.log_every == 0 or last is None:
-            now_flow = flow.mean().item()  # waits for the GPU
-            if last is not None:  # the first step, with its compilation, is not counted
-                elapsed += time.monotonic() - last
-            last = time.monotonic()
+        if step % recipe.log_every == 0:
+            flow, alignment, answers, t, norm = result
             row = {
                 "step": step,
                 "seconds": round(elapsed, 1),
-                "flow": now_flow,
+                "flow": flow.mean().item(),  # waits for the GPU
                 "alignment": alignment.mean().item(),
                 "answers": answers.item(),
                 "norm": norm.item(),
                 "skipped": int(skipped),
-                "lr": learning_rate(recipe, step, elapsed),
+                "lr": rate.item(),
             }
             for low in (0.0, 0.25, 0.5, 0.75):
-                here = (batch[3] >= low) & (batch[3] < low + 0.25)
+                here = (t >= low) & (t < low + 0.25)
                 row[f"flow_{low:.2f}"] = (flow * here).sum().item() / max(1, int(here.sum()))
             print(json.dumps(row), file=log, flush=True)
-            bar.set_postfix(flow=f"{now_flow:.4f}", answers=f"{answers.item():.3f}", step=step)
+            elapsed += time.monotonic() - last
+            bar.set_postfix(flow=f"{row['flow']:.4f}", answers=f"{row['answers']:.3f}", step=step)
             bar.update(round(elapsed) - bar.n)
             if elapsed - saved_at > 60:
                 save()
-                export(recipe, work, model, params, average, device)
-                saved_at, last = elapsed, time.monotonic()
+                export(recipe, work, model, params, average)
+                saved_at = elapsed
+            last = time.monotonic()
     save()
-    export(recipe, work, model, params, average, device)
+    export(recipe, work, model, params, average)
 
 
 def image_token_ids(folder: Path) -> list[int]:
@@ -455,7 +498,7 @@ def image_token_ids(folder: Path) -> list[int]:
 
 
 @torch.no_grad()
-def export(recipe: Recipe, work: Path, model: JanusFlow, params: list, average: list, device: torch.device) -> None:
+def export(recipe: Recipe, work: Path, model: JanusFlow, params: list, average: list) -> None:
     """The averaged weights in the official layout, bfloat16, with tokenizer and VAE: `work/tiny`."""
     names = {id(p): name for name, p in model.named_parameters()}
     state = {names[id(p)]: a.to("cpu", torch.bfloat16) for p, a in zip(params, average, strict=True) if id(p) in names}
@@ -478,12 +521,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=Recipe.seconds, help="training time of the model")
     parser.add_argument("--stop-after", choices=("tokenizer", "data", "vae"), help="end after this stage")
     parser.add_argument("--only-vae", action="store_true", help="the VAE alone (beside a run that makes the data)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on a GPU")
+    parser.add_argument("--init", type=Path, help="checkpoint folder to start the model from, instead of random weights")
+    parser.add_argument("--finish-within", type=float, help="seconds from now; overrides --seconds")
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--compile", action=flag, default=None, help="torch.compile; default: on a GPU")
+    parser.add_argument("--graph", action=flag, default=None, help="one CUDA graph a step; default: on a GPU")
+    parser.add_argument("--scenes", type=int, help="scenes to draw in all, instead of the recipe's")
     parser.add_argument("--smoke", action="store_true", help="a miniature of everything, to see that it runs")
-    args = parser.parse_args()
+    args, began = parser.parse_args(), time.monotonic()
     recipe = replace(Recipe(), seconds=args.seconds)
     if args.smoke:
         recipe = replace(recipe, **SMOKE)
+    if args.scenes is not None:
+        recipe = replace(recipe, generation_scenes=args.scenes, conversations=args.scenes)
     work, device = args.work, torch.device(args.device)
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
@@ -500,7 +550,9 @@ def main() -> None:
             make_data(recipe, work / "tokenizer", work / f"{kind}.npz", kind, count)
     if args.stop_after in ("data", "vae"):
         return
-    train_model(recipe, work, device, device.type == "cuda" if args.compile is None else args.compile)
+    compiled, graph = (device.type == "cuda" if f is None else f for f in (args.compile, args.graph))
+    finish_at = None if args.finish_within is None else began + args.finish_within
+    train_model(recipe, work, device, compiled, graph, args.init, finish_at)
 
 
 if __name__ == "__main__":

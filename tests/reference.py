@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The public reference, run as a witness: built for any configuration, filled from our files, asked stage by stage.
+"""The public reference as a witness: built for any configuration, filled from our files, stage by stage.
 
 A helper for `test_reference_live.py` and `scripts/compare_reference.py`, not a test. It needs a checkout of
-github deepseek-ai/Janus, commit 1daa72f, and what that imports: transformers 4.46, timm, attrdict, torchvision,
-einops, diffusers. Nothing of the reference is copied here: its modules are imported and called. Two things in it
-are fixed to one size and are replaced for others: its table of SigLIP presets, and its aligners.
+github deepseek-ai/Janus, commit 1daa72f, and what that imports: transformers 4.46, timm, attrdict,
+torchvision, einops, diffusers. Nothing of the reference is copied here: its modules are imported and called.
+Two things in it are fixed to one size and are replaced for others: its SigLIP presets and its aligners.
 
-Legend: B batch, T tokens, N image tokens, M images per row, P patches, W SigLIP width, D hidden size, V vocabulary,
-C h w latent, n steps.
+Legend: B batch, T tokens, N image tokens, M images per row, P patches, W SigLIP width, D hidden size, V
+vocabulary, C h w latent, n steps.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def import_reference(root: str | Path) -> SimpleNamespace:
     """The reference's modules `modeling`, `siglip` and `processing` from the checkout at `root`."""
     root = Path(root).expanduser().resolve()
     if not (root / "janus" / "janusflow" / "models" / "modeling_vlm.py").is_file():
-        raise FileNotFoundError(f"{root} is no checkout of deepseek-ai/Janus: janus/janusflow/models is missing")
-    os.environ.setdefault("USE_FLAX", "0")  # transformers would import jax and tensorflow where they are installed
+        raise FileNotFoundError(f"{root} is no checkout of deepseek-ai/Janus")
+    # Where jax and tensorflow are installed, transformers would import them.
+    os.environ.setdefault("USE_FLAX", "0")
     os.environ.setdefault("USE_TF", "0")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
@@ -51,10 +52,10 @@ def import_reference(root: str | Path) -> SimpleNamespace:
 
 
 def build(config: Mapping[str, Any], root: str | Path) -> nn.Module:
-    """The reference's `MultiModalityCausalLM` for the content of a `config.json`; fp32 on the CPU, not initialised.
+    """Its `MultiModalityCausalLM` for the content of a `config.json`: fp32, on the CPU, not initialised.
 
-    Explicit sizes in `vision_und_enc_config.params` make, or override, the preset that `model_name` names. The
-    aligners follow the configuration; at the official size they are what the reference hard-codes.
+    Explicit sizes in `vision_und_enc_config.params` make, or override, the preset that `model_name` names.
+    The aligners follow the configuration; at the official size they are what the reference hard-codes.
     """
     from transformers.modeling_utils import no_init_weights
 
@@ -113,15 +114,15 @@ def read_weights(folder: Path, device: torch.device | str = "cpu") -> Iterator[t
                 yield key, f.get_tensor(key)
 
 
-# Understanding --------------------------------------------------------------------------------------------------
+# Understanding ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def understand(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """The stages of the understanding path for a left-padded batch (its `BatchedVLChatProcessorOutput` or ours).
+    """The stages of the understanding path for a left-padded batch, of its processor or of ours.
 
-    siglip (images that are there, P, W), inputs_embeds and hidden (B, T, D), logits (B, T, V) fp32. Positions are
-    those that `generate` would give: counted from a row's first real token.
+    siglip (images that are there, P, W), inputs_embeds and hidden (B, T, D), logits (B, T, V) fp32. Positions
+    are those that `generate` would give: counted from a row's first real token.
     """
     device, dtype = model.beg_of_und_embed.device, model.beg_of_und_embed.dtype
     pixels = batch.pixel_values.to(device, dtype)
@@ -156,8 +157,8 @@ def answer(
     bos_id: int = 0,
     **sampling: Any,
 ) -> list[list[int]]:
-    """Token ids of each row's continuation by its `generate`, cut behind the first EOS. Greedy, unless `sampling`
-    (temperature, top_p) is given; then it draws from torch's global generator."""
+    """Token ids of each row's continuation by its `generate`, cut behind the first EOS. Greedy, unless
+    `sampling` (temperature, top_p) is given; then it draws from torch's global generator."""
     output = model.language_model.generate(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask.to(inputs_embeds.device),
@@ -173,7 +174,7 @@ def answer(
     return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
 
 
-# Generation -----------------------------------------------------------------------------------------------------
+# Generation -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -182,9 +183,9 @@ def paint(
 ) -> dict[str, Tensor]:
     """What the sampling loop of `demo/app_janusflow.py` computes, for any number and size of images.
 
-    prompt_ids end in the generation tag, noise (B, C, h, w) is cast to the model's dtype, in which every operation
-    of a step is rounded. Returns the velocities of the first step, v_cond and v_uncond (B, C, h, w), and z after
-    every step (n, B, C, h, w).
+    prompt_ids end in the generation tag, noise (B, C, h, w) is cast to the model's dtype, in which every
+    operation of a step is rounded. Returns the velocities of the first step, v_cond and v_uncond (B, C, h,
+    w), and z after every step (n, B, C, h, w).
     """
     device, dtype = model.beg_of_und_embed.device, model.beg_of_und_embed.dtype
     count, _, height, width = noise.shape
@@ -217,7 +218,7 @@ def paint(
     return {"v_cond": first[0], "v_uncond": first[1], "z": torch.stack(after)}
 
 
-# Processor ------------------------------------------------------------------------------------------------------
+# Processor --------------------------------------------------------------------------------------------------
 
 
 def load_processor(folder: str | Path, root: str | Path) -> Any:

@@ -5,7 +5,13 @@
 
 JANUS_ROOT is a checkout of github deepseek-ai/Janus at commit 1daa72f; `tests/reference.py` says what else it
 needs. What the recorded outputs cannot pin is here: grouped heads, other sizes of everything, `select_layer`,
-shards, another mean, odd grids, rows without images. Add `-s` to see the largest difference of every stage.
+shards, another mean, odd grids, rows without images.
+
+Largest differences seen (relative L2 norm; `-s` prints them), torch 2.14 on a CPU: fp32 2.7e-6 in hidden
+states, logits and latents, 9.4e-7 in velocities, none in SigLIP and embeddings. bf16: none in the whole
+understanding path; 1.4 % in velocities, where our cache takes another attention kernel, and 0.8, 1.6 and
+3.7 % in the latents of guidance 1, 2 and 5. The bf16 figures are those of equal rotary frequencies: see the
+fixture `frequencies`.
 """
 
 from __future__ import annotations
@@ -30,13 +36,13 @@ from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UVi
 from janusflow_min.flow import euler
 from janusflow_min.model import JanusFlow
 from janusflow_min.pipeline import Pipeline, decode, sample
-from janusflow_min.processor import Processor
+from janusflow_min.processor import CLIP_MEAN, CLIP_STD, Processor
 
 ROOT = os.environ.get("JANUS_ROOT")
 FILES = Path(__file__).parent / "fixtures" / "parity" / "tiny"
 pytestmark = [
     pytest.mark.reference,
-    pytest.mark.skipif(not ROOT, reason="JANUS_ROOT is not set: the folder of a checkout of deepseek-ai/Janus"),
+    pytest.mark.skipif(not ROOT, reason="JANUS_ROOT, a checkout of deepseek-ai/Janus, is not set"),
 ]
 
 FP32 = 1e-5  # relative L2 norm, every stage
@@ -57,11 +63,13 @@ def tiny() -> JanusFlowConfig:
 
 
 def grouped() -> JanusFlowConfig:
-    """Wider; eight heads share two key/value heads; other epsilons, theta and MLP ratio; the decoder narrower than
-    its skip; nine image tokens."""
+    """Wider; eight heads share two key/value heads; other epsilons, theta and MLP ratio; the decoder narrower
+    than its skip; nine image tokens."""
     uvit = UViTConfig(in_channels=4, out_channels=40, channels=40, hidden_size=256, norm_eps=1e-5)
     return JanusFlowConfig(
-        llm=LlamaConfig(700, 256, 608, 4, 8, 2, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=50000.0),
+        llm=LlamaConfig(
+            700, 256, 608, 4, 8, 2, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=50000.0
+        ),
         siglip=SiglipConfig(image_size=36, patch_size=12, width=48, layers=3, heads=3, mlp_ratio=3.7362),
         uvit_encoder=uvit,
         uvit_decoder=replace(uvit, in_channels=32, out_channels=4),
@@ -69,9 +77,11 @@ def grouped() -> JanusFlowConfig:
 
 
 def shallow() -> JanusFlowConfig:
-    """For `select_layer` and shards; patch 14, an odd grid of 25 tokens, three latent channels, no UViT biases in
-    the encoder, other numbers of blocks."""
-    encoder = UViTConfig(in_channels=3, out_channels=32, channels=32, hidden_size=96, num_blocks=1, bias=False)
+    """For `select_layer` and shards; patch 14, an odd grid of 25 tokens, three latent channels, no UViT
+    biases in the encoder, other numbers of blocks."""
+    encoder = UViTConfig(
+        in_channels=3, out_channels=32, channels=32, hidden_size=96, num_blocks=1, bias=False
+    )
     return JanusFlowConfig(
         llm=LlamaConfig(640, 96, 256, 2, 6, 3, max_position_embeddings=512),
         siglip=SiglipConfig(image_size=70, patch_size=14, width=64, layers=3, heads=4, mlp_ratio=2.5),
@@ -108,7 +118,7 @@ def load_once(folder: Path, dtype: torch.dtype, exact_frequencies: bool | None):
 CASES = {  # configuration, bytes a shard, select_layer, mean and deviation of the pixels
     "tiny": (tiny, None, -1, 0.5, 0.5),
     "grouped": (grouped, None, -1, 0.5, 0.5),
-    "shallow": (shallow, "half", -3, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "shallow": (shallow, "half", -3, list(CLIP_MEAN), list(CLIP_STD)),
 }
 
 if ROOT:
@@ -146,7 +156,8 @@ def make_case(name: str, folder: Path) -> Case:
         shutil.copy(FILES / file, folder)
     rewrite(folder, "processor_config.json", num_image_tokens=config.siglip.num_patches)
     mean, std = (value if isinstance(value, list) else [value] * 3 for value in (mean, std))
-    rewrite(folder, "preprocessor_config.json", image_size=config.siglip.image_size, image_mean=mean, image_std=std)
+    pixels = {"image_size": config.siglip.image_size, "image_mean": mean, "image_std": std}
+    rewrite(folder, "preprocessor_config.json", **pixels)
     processor = Processor.from_folder(folder, config.llm.vocab_size)
     return Case(name, folder, config, processor, reference.load_processor(folder, ROOT))
 
@@ -158,8 +169,8 @@ def rewrite(folder: Path, file: str, **values: Any) -> None:
 
 @torch.no_grad()
 def randomize(model: JanusFlow, seed: int) -> JanusFlow:
-    """Every parameter far from where training would start: matrices of gain 1, queries and keys of gain 2 (so that
-    attention is far from uniform), norms about 1, biases and the response norms plainly not 0."""
+    """Every parameter far from where training would start: matrices of gain 1, queries and keys of gain 2 (so
+    that attention is far from uniform), norms about 1, biases and the response norms plainly not 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
@@ -176,7 +187,7 @@ def randomize(model: JanusFlow, seed: int) -> JanusFlow:
 
 
 def pooling_head(model: JanusFlow, seed: int) -> dict[str, torch.Tensor]:
-    """Random `attn_pool.*` tensors of the shapes that the reference builds; it loads them and never uses them."""
+    """Random `attn_pool.*` tensors in the reference's shapes; it loads them and never uses them."""
     generator = torch.Generator().manual_seed(seed)
     theirs = reference.build(model.config.to_dict(), ROOT).state_dict()
     names = [name for name in theirs if ".attn_pool." in name]
@@ -231,20 +242,24 @@ def rounded_rope_table(position_ids: torch.Tensor, head_dim: int, theta: float, 
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-SINGLE = ("one_image", "two_images", "turns", "white_space")
+SINGLE = ("one_image", "two_images", "turns", "white_space", "text_only")
 BATCHES = {"pair": ("one_image", "turns"), "mixed": ("two_images", "text_only", "one_image")}
 ROWS = {name: (name,) for name in SINGLE} | BATCHES
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 norm of the difference."""
-    assert actual.shape == expected.shape, f"shape {list(actual.shape)}, the reference has {list(expected.shape)}"
+    assert actual.shape == expected.shape, f"{list(actual.shape)}, the reference has {list(expected.shape)}"
     actual, expected = actual.double(), expected.double()
     assert torch.isfinite(expected).all()
     return float((actual - expected).norm() / expected.norm())
 
 
-def check(largest: dict, stage: str, actual: torch.Tensor, expected: torch.Tensor, limit: float, note: str) -> None:
+def check(
+    largest: dict, stage: str, actual: torch.Tensor, expected: torch.Tensor, limit: float, note: str
+) -> None:
+    if expected.numel() == 0:  # features of the images of a row that has none
+        return
     value = distance(actual, expected)
     key = f"{'fp32' if limit == FP32 else 'bf16'} {stage}"
     largest[key] = max(largest[key], value)
@@ -260,7 +275,9 @@ def batches(case: Case, rows: tuple[str, ...]):
 def understand(model: JanusFlow, batch) -> dict[str, torch.Tensor]:
     """Our side of `reference.understand`."""
     present = batch.images_emb_mask[..., 0]
-    embeds = model.embed_inputs(batch.input_ids, batch.pixel_values, batch.images_seq_mask, batch.images_emb_mask)
+    embeds = model.embed_inputs(
+        batch.input_ids, batch.pixel_values, batch.images_seq_mask, batch.images_emb_mask
+    )
     mask = batch.attention_mask.bool()
     hidden = model.llm(embeds, (mask.cumsum(1) - 1).clamp(min=0), None if mask.all() else mask)
     return {
@@ -291,7 +308,7 @@ def starting_noise(case: Case, count: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(11))
 
 
-# Files ----------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 
 
 def test_reference_loads_what_we_saved(case, tmp_path):
@@ -315,10 +332,10 @@ def test_select_layer(select):
     assert JanusFlowConfig.from_dict(data).siglip.layers == len(tower.blocks)
 
 
-# Processor ------------------------------------------------------------------------------------------------------
+# Processor --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [*ROWS.values(), ("text_only",)], ids="+".join)
+@pytest.mark.parametrize("rows", ROWS.values(), ids="+".join)
 def test_processor(case, rows):
     """Stops any difference in ids, masks, pixels and prompt strings, one conversation or a padded batch."""
     ours, theirs = batches(case, rows)
@@ -342,7 +359,7 @@ def test_pixels_of_random_images(case):
         assert torch.equal(case.processor.image_processor(image), torch.as_tensor(theirs)), (width, height)
 
 
-# Understanding --------------------------------------------------------------------------------------------------
+# Understanding ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids="+".join)
@@ -358,7 +375,8 @@ def test_understanding_fp32(case, rows, largest):
 
     eos = case.processor.tokenizer.eos_id
     tokens = decode(model, actual["inputs_embeds"], real, NEW_TOKENS, eos, lambda logits: logits.argmax(-1))
-    assert tokens == reference.answer(witness, expected["inputs_embeds"], theirs.attention_mask, NEW_TOKENS, eos)
+    embeds = expected["inputs_embeds"]
+    assert tokens == reference.answer(witness, embeds, theirs.attention_mask, NEW_TOKENS, eos)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids="+".join)
@@ -385,7 +403,7 @@ def test_sampled_tokens(case, rows):
 
 
 def test_stops_at_eos(case):
-    """Stops a row running on behind its EOS, or ending its neighbours: a token of the second row serves as EOS."""
+    """Stops a row running on behind its EOS, or ending its neighbours: a token of the second row is EOS."""
     ours, theirs = batches(case, BATCHES["mixed"])
     model, witness = case.ours(), case.reference()
     embeds = reference.understand(witness, theirs)["inputs_embeds"]
@@ -408,12 +426,13 @@ def test_understanding_bf16(case, rows, largest, frequencies):
     real = ours.attention_mask.bool()
     for stage, value in actual.items():
         pick = real if stage != "siglip" else slice(None)
-        check(largest, stage, value[pick], expected[stage][pick], BF16.get(stage, 0.02), f"{case.name} {rows}")
+        limit = BF16.get(stage, 0.02)
+        check(largest, stage, value[pick], expected[stage][pick], limit, f"{case.name} {rows}")
 
 
 @pytest.mark.parametrize("rows", BATCHES.values(), ids="+".join)
 def test_bf16_is_as_near_to_the_truth_as_the_published(case, rows):
-    """Our bf16 as it is, against the reference's in fp32: no further away than the reference's bf16 as published."""
+    """Our bf16 as it is lies no further from the reference's fp32 than its own bf16 as published."""
     ours, theirs = batches(case, rows)
     truth = reference.understand(case.reference(), theirs)
     published = reference.understand(case.reference(torch.bfloat16), theirs)
@@ -423,7 +442,7 @@ def test_bf16_is_as_near_to_the_truth_as_the_published(case, rows):
         assert distance(actual[stage][real], truth[stage][real]) <= limit, stage
 
 
-# Generation -----------------------------------------------------------------------------------------------------
+# Generation -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight", [2.0, 5.0, 1.0])
@@ -439,12 +458,13 @@ def test_generation_fp32(case, prompt, weight, largest):
 
 
 def test_generation_of_two_prompts_at_once(case, largest):
-    """Stops prompts of different lengths in one batch, which the reference cannot do, seeing one another's padding."""
+    """Stops prompts of different lengths in one batch, which the reference lacks, from seeing padding."""
     ids = [case.processor.generation_prompt(prompt)[0] for prompt in PROMPTS]
     assert len(ids[0]) != len(ids[1])
     noise, witness, pad = starting_noise(case, 4), case.reference(), case.processor.tokenizer.pad_id
     alone = [
-        reference.paint(witness, row, part, 2.0, STEPS, pad) for row, part in zip(ids, noise.chunk(2), strict=True)
+        reference.paint(witness, row, part, 2.0, STEPS, pad)
+        for row, part in zip(ids, noise.chunk(2), strict=True)
     ]
     actual = paint(case, case.ours(), [row[:-1] for row in ids], noise, 2.0)
     for stage in ("v_cond", "v_uncond", "z"):
