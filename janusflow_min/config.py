@@ -131,8 +131,8 @@ class JanusFlowConfig:
             )
         if (enc.kernel_size, enc.stride, enc.padding) != (2, 2, 0):
             raise ValueError(
-                "vision_gen_enc_config: kernel_size, stride, padding must be 2, 2, 0, for the decoder doubles the grid once; "
-                f"got {enc.kernel_size}, {enc.stride}, {enc.padding}"
+                "vision_gen_enc_config: kernel_size, stride, padding must be 2, 2, 0 (the decoder doubles the grid "
+                f"once), got {enc.kernel_size}, {enc.stride}, {enc.padding}"
             )
 
     @property
@@ -157,7 +157,12 @@ class JanusFlowConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> JanusFlowConfig:
         """From the content of the official `config.json`; see the module's first lines."""
-        sections = ("language_config", "vision_und_enc_config", "vision_gen_enc_config", "vision_gen_dec_config")
+        sections = (
+            "language_config",
+            "vision_und_enc_config",
+            "vision_gen_enc_config",
+            "vision_gen_dec_config",
+        )
         missing = [name for name in sections if not isinstance(data.get(name), Mapping)]
         if missing:
             kind = data.get("model_type", "unknown")
@@ -175,7 +180,9 @@ class JanusFlowConfig:
     def to_dict(self) -> dict[str, Any]:
         """The official `config.json` for this model; `from_dict` reads it back."""
         llm, siglip, enc, dec = self.llm, self.siglip, self.uvit_encoder, self.uvit_decoder
-        preset = next((name for name, p in SIGLIP_PRESETS.items() if _matches(name, p, siglip)), "siglip_custom")
+        preset = next(
+            (name for name, p in SIGLIP_PRESETS.items() if _matches(name, p, siglip)), "siglip_custom"
+        )
 
         def section(kind: str, cls: str, params: dict[str, Any]) -> dict[str, Any]:
             return {"cls": cls, "model_type": kind, "params": params}
@@ -191,8 +198,15 @@ class JanusFlowConfig:
                 "use_mid_block": part.num_blocks > 0,
             }
 
-        und = {"image_size": siglip.image_size, "model_name": preset, "select_feature": "same", "select_layer": -1}
-        if preset == "siglip_custom":  # explicit sizes override the preset; an extension of the official format
+        und = {
+            "image_size": siglip.image_size,
+            "model_name": preset,
+            "select_feature": "same",
+            "select_layer": -1,
+        }
+        if (
+            preset == "siglip_custom"
+        ):  # explicit sizes override the preset; an extension of the official format
             und |= {f.name: getattr(siglip, f.name) for f in fields(siglip) if f.name != "image_size"}
         gen = {
             "kernel_size": enc.kernel_size,
@@ -235,7 +249,11 @@ def _positive(config: Any, where: str, skip: tuple[str, ...] = ()) -> None:
     """Every number above 0, integers where the default is one."""
     for f in fields(config):
         value, kind = getattr(config, f.name), type(f.default)
-        right = isinstance(value, bool) if kind is bool else not isinstance(value, bool) and isinstance(value, (int, kind))
+        right = (
+            isinstance(value, bool)
+            if kind is bool
+            else not isinstance(value, bool) and isinstance(value, (int, kind))
+        )
         if not right:
             raise ValueError(f"{where}: {f.name} must be {kind.__name__}, got {value!r}")
         if kind is not bool and (value < 0 or (value == 0 and f.name not in skip)):
@@ -283,7 +301,8 @@ def _siglip(params: Mapping[str, Any]) -> SiglipConfig:
     explicit = {key: params[key] for key in sizes if key in params}
     if name not in SIGLIP_PRESETS and len(explicit) < len(sizes):
         raise ValueError(
-            f"{where}: model_name {name!r} is not one of {', '.join(SIGLIP_PRESETS)}, and {', '.join(sizes)} are not all given"
+            f"{where}: model_name {name!r} is not one of {', '.join(SIGLIP_PRESETS)}, "
+            f"and {', '.join(sizes)} are not all given"
         )
     sizes = SIGLIP_PRESETS.get(name, {}) | explicit
     layers, select = sizes["layers"], params.get("select_layer", -2)
@@ -298,7 +317,9 @@ def _uvit(params: Mapping[str, Any], encoder: bool) -> UViTConfig:
         raise ValueError(f"{where}: block_out_channels must hold one width, got {channels!r}")
     _only(where, params, {"dropout": (0.0,)} | ({} if encoder else {"upsamples": (1,)}))
     if not encoder and "upsamples" not in params:
-        raise ValueError(f"{where}: upsamples is missing (the reference's default, 2, does not fit); 1 is supported")
+        raise ValueError(
+            f"{where}: upsamples is missing (the reference's default, 2, does not fit); 1 is supported"
+        )
     common = dict(
         channels=channels[0],
         num_blocks=params.get("layers_in_middle", 2) if params.get("use_mid_block", True) else 0,

@@ -31,13 +31,20 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_table(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_table(
+    position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype, upstream_rounding: bool = False
+) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, computed in fp32 and then cast.
 
-    position_ids (B, T) or (1, T), whole numbers from 0 -> two tensors (B, 1, T, d).
+    position_ids (B, T) or (1, T), whole numbers from 0 -> two tensors (B, 1, T, d). upstream_rounding: round the
+    frequencies to `dtype` first. The published code casts the whole model to bf16 and this buffer with it, which
+    costs it more accuracy than all the rest of bf16.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids[..., None].float() * theta**-exponent  # (B, T, d/2)
+    frequencies = 1.0 / theta**exponent  # (d/2,)
+    if upstream_rounding:
+        frequencies = frequencies.to(dtype).float()
+    angles = position_ids[..., None].float() * frequencies  # (B, T, d/2)
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, d): element i turns with i + d/2
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -55,7 +62,9 @@ class KVCache:
     forgets what came later, which is how the flow's sampler keeps a prompt over all its steps.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, config: LlamaConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, G, capacity, d)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -79,7 +88,11 @@ class KVCache:
         new = object.__new__(KVCache)
         layers, _, groups, _, d = self.keys.shape
         shape = (layers, len(rows), groups, capacity, d)
-        new.keys, new.values, new.length = self.keys.new_zeros(shape), self.values.new_zeros(shape), self.length
+        new.keys, new.values, new.length = (
+            self.keys.new_zeros(shape),
+            self.values.new_zeros(shape),
+            self.length,
+        )
         new.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
         new.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
         return new
@@ -90,13 +103,18 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.repeats = config.num_attention_heads // config.num_key_value_heads
-        q_dim, kv_dim = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        q_dim, kv_dim = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         batch, length, _ = x.shape
         split = (batch, length, -1, self.head_dim)
         q = rotate(self.q_proj(x).view(split).transpose(1, 2), *rope)  # (B, H, T, d)
@@ -130,7 +148,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -153,17 +173,20 @@ class Llama(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         tap: int | None = None,
+        upstream_rounding: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states after the final norm.
 
         inputs_embeds (B, T, D). position_ids (B, T) or (1, T); by default they count on from the cache.
         attention_mask (B, S), true for tokens that may be seen, the cache's included; None: all of them.
         With `tap` = k also the states after the k-th block, counted from 1, before the final norm: both (B, T, D).
+        upstream_rounding: see `rope_table`.
         """
         length, past = inputs_embeds.shape[1], 0 if cache is None else cache.length
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
-        rope = rope_table(position_ids, self.config.head_dim, self.config.rope_theta, inputs_embeds.dtype)
+        head_dim, theta = self.config.head_dim, self.config.rope_theta
+        rope = rope_table(position_ids, head_dim, theta, inputs_embeds.dtype, upstream_rounding)
         mask = visible(length, past, attention_mask, inputs_embeds.device)
         x, tapped = inputs_embeds, None
         for i, block in enumerate(self.layers, start=1):

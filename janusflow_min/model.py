@@ -69,7 +69,7 @@ class JanusFlow(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         return KVCache(self.config.llm, batch, capacity, self.device, self.dtype)
 
-    # Understanding ----------------------------------------------------------------------------------------------
+    # Understanding -----------------------------------------------------------------------
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) -> what the LLM sees of each: the begin embedding, then N features
@@ -89,14 +89,16 @@ class JanusFlow(nn.Module):
         present = images_emb_mask[..., 0]  # (B, M)
         if not present.any():
             return embeds
-        images = self.embed_images(pixel_values[present].to(embeds.dtype))  # (images, 1 + N, D), rows in order
-        return embeds.masked_scatter(images_seq_mask[..., None], images.to(embeds.dtype))
+        images = self.embed_images(
+            pixel_values[present].to(embeds.dtype)
+        )  # (images, 1 + N, D), rows in order
+        return place_images(embeds, images, images_seq_mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> next-token logits (..., vocabulary), fp32."""
         return self.llm.lm_head(hidden).float()
 
-    # Generation -------------------------------------------------------------------------------------------------
+    # Generation -----------------------------------------------------------------------
 
     def velocity(
         self,
@@ -108,6 +110,7 @@ class JanusFlow(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         tap: int | None = None,
+        upstream_rounding: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One evaluation of the velocity field.
 
@@ -116,18 +119,28 @@ class JanusFlow(nn.Module):
         serve each B rows in turn (conditional rows, then unconditional ones), and are encoded only once.
         position_ids (R, T' + 1 + N) and attention_mask (R, T + 1 + N) as `Llama.forward` wants them, T' = T with
         text_embeds and 0 with a cache. Returns the velocity (R, C, h, w); with `tap` = k also the LLM's states
-        after block k at the image tokens (R, N, D).
+        after block k at the image tokens (R, N, D). upstream_rounding: see `llama.rope_table`.
         """
         latents = latents.to(self.dtype)
         x, t_emb, skip = self.encode_latents(latents, timestep)
         tokens = torch.cat([t_emb[:, None], x], dim=1)  # (B, 1 + N, D)
-        prompt_rows = cache.keys.shape[1] if cache is not None else len(latents) if text_embeds is None else len(text_embeds)
+        prompt_rows = (
+            cache.keys.shape[1]
+            if cache is not None
+            else len(latents)
+            if text_embeds is None
+            else len(text_embeds)
+        )
         copies = prompt_rows // len(latents)
         if copies > 1:
-            tokens, skip, t_emb = tokens.repeat(copies, 1, 1), skip.repeat(copies, 1, 1, 1), t_emb.repeat(copies, 1)
+            tokens, skip, t_emb = (
+                tokens.repeat(copies, 1, 1),
+                skip.repeat(copies, 1, 1, 1),
+                t_emb.repeat(copies, 1),
+            )
         if text_embeds is not None:
             tokens = torch.cat([text_embeds, tokens], dim=1)
-        out = self.llm(tokens, position_ids, attention_mask, cache, tap)
+        out = self.llm(tokens, position_ids, attention_mask, cache, tap, upstream_rounding)
         hidden, tapped = out if tap is not None else (out, None)
         count = x.shape[1]
         v = self.decode_velocity(hidden[:, -count:], skip, t_emb)
@@ -143,6 +156,16 @@ class JanusFlow(nn.Module):
         x = self.gen_out_aligner(self.gen_out_norm(hidden))
         x = x.transpose(1, 2).unflatten(2, skip.shape[2:])  # (B, C', h/2, w/2)
         return self.uvit_decoder(x, skip, t_emb)
+
+
+def place_images(embeds: Tensor, images: Tensor, images_seq_mask: Tensor) -> Tensor:
+    """Put image embeddings (images, 1 + N, D), in order, where the mask (B, T) of embeds (B, T, D) is true.
+
+    A gather: `masked_scatter` says the same, but its backward pass makes the GPU wait for the host.
+    """
+    index = images_seq_mask.flatten().cumsum(0).sub(1).clamp(min=0)
+    chosen = images.to(embeds.dtype).flatten(0, 1).index_select(0, index).view_as(embeds)
+    return torch.where(images_seq_mask[..., None], chosen, embeds)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ Legend: B images, R rows of the LLM's batch, T text tokens, N image tokens, D hi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Pipeline:
     def __init__(self, model: JanusFlow, processor: Processor, vae: VAE | None):
         self.model, self.processor, self.vae = model, processor, vae
 
-    # Generation -------------------------------------------------------------------------------------------------
+    # Generation -----------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(
@@ -84,8 +84,8 @@ class Pipeline:
         seed: image k of the call gets seed + k and a generator of its own, so its noise depends on neither batch
         nor device; a list gives every image its seed; None draws seeds, which the result names.
         latents: (B, C, h, w) starting noise instead of seeds, B = prompts · parallel_size.
-        upstream_rounding: round time, step and latents to the model's dtype as the published sampler does; by
-        default they stay in fp32.
+        upstream_rounding: round time, step, latents and rotary frequencies to the model's dtype as the published
+        code does; by default they stay in fp32, which is closer to the true flow.
         Raises ValueError for what it cannot paint: an empty prompt, special tags in it, sizes or steps below 1,
         latents of another shape; FloatingPointError where latents become NaN or infinite.
         """
@@ -98,28 +98,46 @@ class Pipeline:
             _at_least_one(img_size=img_size)
         if not np.isfinite(cfg_weight):
             raise ValueError(f"cfg_weight must be a finite number, got {cfg_weight}")
-        encoded = [self.processor.generation_prompt(text)[0][:-1] for text in prompts]  # t_emb replaces the tag
+        encoded = [
+            self.processor.generation_prompt(text)[0][:-1] for text in prompts
+        ]  # t_emb replaces the tag
         count = len(prompts) * parallel_size
         noise, seeds = self._noise(count, seed, latents)
         dtype = self.model.dtype if upstream_rounding else torch.float32
-        with tqdm(total=num_inference_steps, desc="Painting", unit="step", disable=not progress, leave=False) as bar:
-            velocity = self.velocity(encoded, parallel_size, cfg_weight)
-            final = euler(velocity, noise.to(self.model.device, dtype), num_inference_steps, lambda i, z: bar.update())
+        with tqdm(
+            total=num_inference_steps, desc="Painting", unit="step", disable=not progress, leave=False
+        ) as bar:
+            velocity = self.velocity(encoded, parallel_size, cfg_weight, upstream_rounding)
+            final = euler(
+                velocity, noise.to(self.model.device, dtype), num_inference_steps, lambda i, z: bar.update()
+            )
         if not torch.isfinite(final).all():
             bad = sorted({i // parallel_size for i in range(count) if not torch.isfinite(final[i]).all()})
             raise FloatingPointError(
                 f"the latents of {', '.join(repr(prompts[i]) for i in bad)} are not finite, so nothing is painted; "
                 f"the model runs in {self.model.dtype}, cfg_weight is {cfg_weight}"
-                + ("; float16 overflows in this model, use bfloat16" if self.model.dtype == torch.float16 else "")
+                + (
+                    "; float16 overflows in this model, use bfloat16"
+                    if self.model.dtype == torch.float16
+                    else ""
+                )
             )
         # One image at a time: the VAE's activations, not the model, would set the peak of memory.
         pixels = [to_uint8(self.vae.decode(z[None]))[0] for z in final]
         images = [Image.fromarray(p) for p in pixels]
         if img_size is not None and img_size != images[0].width:
             images = [image.resize((img_size, img_size), Image.Resampling.LANCZOS) for image in images]
-        return Generation(images, final.float().cpu(), seeds, [text for text in prompts for _ in range(parallel_size)])
+        return Generation(
+            images, final.float().cpu(), seeds, [text for text in prompts for _ in range(parallel_size)]
+        )
 
-    def velocity(self, prompts: Sequence[Sequence[int]], parallel_size: int, cfg_weight: float):
+    def velocity(
+        self,
+        prompts: Sequence[Sequence[int]],
+        parallel_size: int,
+        cfg_weight: float,
+        upstream_rounding: bool = False,
+    ):
         """The guided velocity (z (B, C, h, w), timestep (B,)) -> (B, C, h, w) for B = prompts · parallel_size.
 
         prompts: token ids of each, the generation tag left out. Guidance 1 skips the unconditional rows.
@@ -134,7 +152,7 @@ class Pipeline:
         ids, mask = left_pad(rows, self.processor.tokenizer.pad_id, device)  # (R', T)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         prefix = model.new_cache(len(rows), longest)
-        model.llm(model.llm.embed_tokens(ids), positions, mask, prefix)
+        model.llm(model.llm.embed_tokens(ids), positions, mask, prefix, upstream_rounding=upstream_rounding)
         # One row for every image, conditional rows first.
         index = {ids: i for i, ids in enumerate(distinct)}
         chosen = [index[tuple(p)] for p in prompts for _ in range(parallel_size)]
@@ -151,7 +169,14 @@ class Pipeline:
 
         def evaluate(z: Tensor, timestep: Tensor) -> Tensor:
             cache.length = longest  # forget the last step's image tokens
-            v = model.velocity(z, timestep, position_ids=image_positions, attention_mask=seen, cache=cache)
+            v = model.velocity(
+                z,
+                timestep,
+                position_ids=image_positions,
+                attention_mask=seen,
+                cache=cache,
+                upstream_rounding=upstream_rounding,
+            )
             if not guided:
                 return v
             v = v.to(z.dtype)  # guidance in the sampler's precision
@@ -166,16 +191,16 @@ class Pipeline:
                 raise ValueError("give either seed or latents, not both")
             latents = torch.as_tensor(latents)
             if tuple(latents.shape) != shape:
-                raise ValueError(f"latents must be {list(shape)} (images, C, h, w), got {list(latents.shape)}")
+                raise ValueError(
+                    f"latents must be {list(shape)} (images, C, h, w), got {list(latents.shape)}"
+                )
             if not torch.isfinite(latents).all():
                 raise ValueError("latents hold NaN or infinite values")
             return latents, None
         if seed is None:
             seed = int.from_bytes(os.urandom(4), "big")
-        if isinstance(seed, (int, np.integer)):
-            seeds = [int(seed) + k for k in range(count)]
-        else:
-            seeds = [int(s) for s in seed]
+        single = isinstance(seed, (int, np.integer))
+        seeds = [int(seed) + k for k in range(count)] if single else [int(s) for s in seed]
         if len(seeds) != count:
             raise ValueError(f"{count} images need {count} seeds, got {len(seeds)}")
         if not all(0 <= s < 2**63 for s in seeds):
@@ -183,7 +208,7 @@ class Pipeline:
         drawn = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(drawn), seeds
 
-    # Understanding ----------------------------------------------------------------------------------------------
+    # Understanding -----------------------------------------------------------------------
 
     def understand(
         self,
@@ -194,6 +219,7 @@ class Pipeline:
         top_p: float = 0.95,
         top_k: int = 50,
         seed: int | None = None,
+        upstream_rounding: bool = False,
     ) -> Answer | list[Answer]:
         """Answer a question, about images or none.
 
@@ -206,8 +232,12 @@ class Pipeline:
         if single:
             groups = [_as_list(images)]
         else:
-            if images is not None and (isinstance(images, (str, Path, Image.Image)) or len(images) != len(prompts)):
-                raise ValueError(f"{len(prompts)} prompts need a list of {len(prompts)} images, lists of images or None")
+            if images is not None and (
+                isinstance(images, (str, Path, Image.Image)) or len(images) != len(prompts)
+            ):
+                raise ValueError(
+                    f"{len(prompts)} prompts need a list of {len(prompts)} images, lists of images or None"
+                )
             groups = [_as_list(group) for group in (images if images is not None else [None] * len(prompts))]
         conversations = []
         for text, group in zip(prompts, groups, strict=True):
@@ -219,7 +249,9 @@ class Pipeline:
             content = f"{self.processor.tokenizer.image_tag}\n" * len(group) + text
             user = {"role": "User", "content": content, "images": group}
             conversations.append([user, {"role": "Assistant", "content": ""}])
-        answers = self._answer(conversations, max_new_tokens, temperature, top_p, top_k, seed)
+        answers = self._answer(
+            conversations, max_new_tokens, temperature, top_p, top_k, seed, upstream_rounding
+        )
         return answers[0] if single else answers
 
     def chat(
@@ -230,6 +262,7 @@ class Pipeline:
         top_p: float = 0.95,
         top_k: int = 50,
         seed: int | None = None,
+        upstream_rounding: bool = False,
     ) -> Answer | list[Answer]:
         """Continue a conversation, or a list of them as one batch.
 
@@ -237,17 +270,28 @@ class Pipeline:
         text with an <image_placeholder> for each image, "images": [...]}; where the last is not an empty message
         of the assistant, one is added.
         temperature 0 is greedy; above 0: temperature, top-k, top-p, then one multinomial draw over the batch a
-        step, from a CPU generator made of `seed`. Raises ValueError for conversations that do not fit.
+        step, from a CPU generator made of `seed`. upstream_rounding: round the rotary frequencies to the model's
+        dtype, as the published code does. Raises ValueError for conversations that do not fit.
         """
         if not conversation:
             raise ValueError("the conversation is empty")
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
-        answers = self._answer([list(c) for c in conversations], max_new_tokens, temperature, top_p, top_k, seed)
+        answers = self._answer(
+            [list(c) for c in conversations],
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k,
+            seed,
+            upstream_rounding,
+        )
         return answers[0] if single else answers
 
     @torch.inference_mode()
-    def _answer(self, conversations, max_new_tokens, temperature, top_p, top_k, seed) -> list[Answer]:
+    def _answer(
+        self, conversations, max_new_tokens, temperature, top_p, top_k, seed, upstream_rounding
+    ) -> list[Answer]:
         self._need("understanding")
         _at_least_one(max_new_tokens=max_new_tokens)
         if not 0 <= temperature < float("inf"):
@@ -281,6 +325,7 @@ class Pipeline:
             min(max_new_tokens, self.model.config.llm.max_position_embeddings - length),
             self.processor.tokenizer.eos_id,
             lambda logits: sample(logits, temperature, top_p, top_k, generator),
+            upstream_rounding,
         )
         texts = [self.processor.tokenizer.decode(ids) for ids in tokens]
         return [Answer(t, s, ids) for t, s, ids in zip(texts, batch.sft_format, tokens, strict=True)]
@@ -295,7 +340,15 @@ class Pipeline:
             raise ValueError(f'only parts="{self.model.parts}" was loaded; {task} needs "all" or "{task}"')
 
 
-def decode(model: JanusFlow, inputs_embeds: Tensor, mask: Tensor, max_new_tokens: int, eos_id: int, choose):
+def decode(
+    model: JanusFlow,
+    inputs_embeds: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    eos_id: int,
+    choose: Callable[[Tensor], Tensor],
+    upstream_rounding: bool = False,
+) -> list[list[int]]:
     """Autoregressive decoding of left-padded rows, until EOS or `max_new_tokens`.
 
     inputs_embeds (B, T, D), mask (B, T) bool, choose: fp32 logits (B, V) -> ids (B,). Returns a list of ids for
@@ -311,7 +364,7 @@ def decode(model: JanusFlow, inputs_embeds: Tensor, mask: Tensor, max_new_tokens
     embeds = inputs_embeds
     for end in range(length, length + max_new_tokens):
         seen = None if full else mask[:, :end]
-        hidden = model.llm(embeds, positions[:, start:end], seen, cache)
+        hidden = model.llm(embeds, positions[:, start:end], seen, cache, upstream_rounding=upstream_rounding)
         ids = choose(model.logits(hidden[:, -1]))
         ids = ids.masked_fill(ended, eos_id)  # a row that ended is filled up with EOS
         columns.append(ids)
@@ -323,7 +376,9 @@ def decode(model: JanusFlow, inputs_embeds: Tensor, mask: Tensor, max_new_tokens
     return [ids[: ids.index(eos_id) + 1] if eos_id in ids else ids for ids in answers]
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None) -> Tensor:
+def sample(
+    logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None
+) -> Tensor:
     """fp32 logits (B, V) -> ids (B,): greedy at temperature 0, else temperature, top-k, top-p and one draw.
 
     Top-p as in transformers: in ascending order, tokens whose cumulative probability stays at or below 1 - p go;
@@ -358,7 +413,7 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return ((pixels + 1) / 2 * 255).astype(np.uint8)
 
 
-# Loading and saving ---------------------------------------------------------------------------------------------
+# Loading and saving -----------------------------------------------------------------------
 
 
 def load(
@@ -384,9 +439,11 @@ def load(
     dtype = pick_dtype(dtype, device)
     if vae_dtype is None and dtype == torch.float16 and parts != "understanding":
         vae_dtype = torch.float32
-    vae_dtype = check_vae_dtype(dtype if vae_dtype is None else pick_dtype(vae_dtype, device)) if (
-        parts != "understanding"
-    ) else dtype
+    vae_dtype = (
+        check_vae_dtype(dtype if vae_dtype is None else pick_dtype(vae_dtype, device))
+        if (parts != "understanding")
+        else dtype
+    )
     folder = resolve(source)
     read_json(folder / "config.json")  # the commonest mistake first: not a checkpoint's folder
     model = load_model(folder, device, dtype, parts, progress)
@@ -395,7 +452,9 @@ def load(
     vae = None
     if parts != "understanding":
         inside = folder / "vae"
-        where = Path(inside) if vae_path is None and inside.is_dir() else resolve(vae_path or HUB_ID, vae=True)
+        where = (
+            Path(inside) if vae_path is None and inside.is_dir() else resolve(vae_path or HUB_ID, vae=True)
+        )
         vae = load_vae(where, device, vae_dtype)
         if vae.latent_channels != model.config.latent_channels:
             raise ValueError(
@@ -404,7 +463,9 @@ def load(
     return Pipeline(model, processor, vae)
 
 
-def save(pipe: Pipeline, folder: str | Path, overwrite: bool = False, max_shard_size: int | None = None) -> Path:
+def save(
+    pipe: Pipeline, folder: str | Path, overwrite: bool = False, max_shard_size: int | None = None
+) -> Path:
     """Write the pipeline in the official layout, VAE included, in its present dtypes; returns the folder.
 
     The folder appears only when everything is written. FileExistsError where something is there already, unless
@@ -419,7 +480,7 @@ def save(pipe: Pipeline, folder: str | Path, overwrite: bool = False, max_shard_
 
 
 def resolve(source: str | Path, vae: bool = False) -> Path:
-    """"tiny", a folder or a hub id -> a local folder, downloaded where need be (an interrupted download resumes)."""
+    """ "tiny", a folder or a hub id -> a local folder, downloaded where need be (an interrupted download resumes)."""
     if str(source) == "tiny" and not vae:
         return TINY
     path = Path(source).expanduser()
@@ -436,7 +497,7 @@ def resolve(source: str | Path, vae: bool = False) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # offline, not found, gated: the hub's client raises a family of its own
         raise FileNotFoundError(
-            f"{what} {text!r} is not a folder here, and it could not be downloaded ({type(error).__name__}: {error}). "
+            f"{what} {text!r} is no folder here, and could not be downloaded ({type(error).__name__}: {error}). "
             f"Without a network, copy the repository's files ({', '.join(patterns)}) to a folder and pass its path"
         ) from error
 

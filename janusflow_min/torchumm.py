@@ -123,8 +123,12 @@ class JanusFlowBackbone:
     def generate(self, batch: Mapping[str, Any], gen_cfg: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return self.generation(batch["prompt"], batch.get("output_path"), gen_cfg)
 
-    def understand(self, batch: Mapping[str, Any], understanding_cfg: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        return self.understanding(batch.get("prompt"), batch.get("images"), batch.get("videos"), understanding_cfg)
+    def understand(
+        self, batch: Mapping[str, Any], understanding_cfg: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return self.understanding(
+            batch.get("prompt"), batch.get("images"), batch.get("videos"), understanding_cfg
+        )
 
     def _pipe(self) -> Pipeline:
         if self.pipe is None:
@@ -147,7 +151,9 @@ class InferencePipeline:
         editing."""
         request = _request(request)
         if request.backbone != self.backbone_name:
-            raise ValueError(f"the request is for backbone {request.backbone!r}, this pipeline is {self.backbone_name!r}")
+            raise ValueError(
+                f"the request is for backbone {request.backbone!r}, this pipeline is {self.backbone_name!r}"
+            )
         if request.task == "generation":
             if not (request.prompt or "").strip():
                 raise ValueError("a generation request needs a prompt that is not empty")
@@ -179,17 +185,23 @@ def _request(request: InferenceRequest | Mapping[str, Any]) -> InferenceRequest:
     if unknown or missing:
         raise ValueError(
             f"a request needs backbone and task and may have {', '.join(sorted(known - {'backbone', 'task'}))}; "
-            + "; ".join(f"{w}: {', '.join(sorted(k))}" for w, k in (("missing", missing), ("unknown", unknown)) if k)
+            + "; ".join(
+                f"{w}: {', '.join(sorted(k))}" for w, k in (("missing", missing), ("unknown", unknown)) if k
+            )
         )
-    return InferenceRequest(**{k: v for k, v in request.items() if v is not None or k in ("prompt", "output_path")})
+    return InferenceRequest(
+        **{k: v for k, v in request.items() if v is not None or k in ("prompt", "output_path")}
+    )
 
 
 def _save(images: list, path: Path) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = path.suffix or ".png"
-    names = [path.with_suffix(suffix)] if len(images) == 1 else [
-        path.with_name(f"{path.stem}_{i}{suffix}") for i in range(len(images))
-    ]
+    names = (
+        [path.with_suffix(suffix)]
+        if len(images) == 1
+        else [path.with_name(f"{path.stem}_{i}{suffix}") for i in range(len(images))]
+    )
     for image, name in zip(images, names, strict=True):
         temporary = name.with_name(f".{secrets.token_hex(4)}.{name.name}")
         try:

@@ -55,7 +55,9 @@ class VAE(nn.Module):
 def check_vae_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in (torch.float32, torch.bfloat16):
         reason = ": SDXL's VAE overflows in it, and pictures turn black" if dtype == torch.float16 else ""
-        raise ValueError(f"the VAE runs in bfloat16 or float32, not {str(dtype).removeprefix('torch.')}{reason}")
+        raise ValueError(
+            f"the VAE runs in bfloat16 or float32, not {str(dtype).removeprefix('torch.')}{reason}"
+        )
     return dtype
 
 
@@ -85,7 +87,9 @@ def load_vae(folder: str | Path, device: torch.device, dtype: torch.dtype) -> VA
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-    except Exception as error:  # diffusers and safetensors raise many kinds; all mean that the folder is not usable
+    except (
+        Exception
+    ) as error:  # diffusers and safetensors raise many kinds; all mean that the folder is not usable
         raise ValueError(f"the VAE in {folder} cannot be loaded: {error}") from error
     problems = [f"{kind.removesuffix('_keys')}: {keys}" for kind, keys in info.items() if keys]
     if problems:

@@ -176,7 +176,7 @@ def helper() -> ModuleType:
     return module
 
 
-# Weights and inputs -----------------------------------------------------------------------------------------
+# Weights and inputs -----------------------------------------------------------------------
 
 
 def tiny_config() -> JanusFlowConfig:
@@ -244,7 +244,7 @@ def make_inputs(config: JanusFlowConfig, options: Options) -> Inputs:
     )
 
 
-# Runs -------------------------------------------------------------------------------------------------------
+# Runs -----------------------------------------------------------------------
 
 
 def evaluate(folder: Path, reference: ModuleType, options: Options, log) -> dict[str, Run]:
@@ -342,7 +342,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-# Figures ----------------------------------------------------------------------------------------------------
+# Figures -----------------------------------------------------------------------
 
 
 def compare(runs: dict[str, Run], device: str) -> dict[str, dict[str, float]]:

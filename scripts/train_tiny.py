@@ -136,7 +136,7 @@ SPECIAL = (
 )
 
 
-# Tokenizer ------------------------------------------------------------------------------------------------------
+# Tokenizer -----------------------------------------------------------------------
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -195,7 +195,7 @@ def vocab_size(folder: Path) -> int:
     return math.ceil(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() / 64) * 64
 
 
-# Data -----------------------------------------------------------------------------------------------------------
+# Data -----------------------------------------------------------------------
 
 
 def make_chunk(job: tuple[str, int, int, Recipe, Path]) -> dict[str, np.ndarray]:
@@ -221,7 +221,10 @@ def make_chunk(job: tuple[str, int, int, Recipe, Path]) -> dict[str, np.ndarray]
         messages = []
         for qa in language.sample_questions(scene, rng, recipe.turns):
             tag = "" if messages else SPECIAL[3] + "\n"
-            messages += [{"role": "User", "content": tag + qa.question}, {"role": "Assistant", "content": qa.answer}]
+            messages += [
+                {"role": "User", "content": tag + qa.question},
+                {"role": "Assistant", "content": qa.answer},
+            ]
         tokens, targets = conversation_example(processor, messages)
         ids[i, : len(tokens)], labels[i, : len(tokens)] = tokens, targets
     return {"packed": packed, "ids": ids, "labels": labels}
@@ -243,7 +246,7 @@ def load_arrays(path: Path, device: torch.device) -> dict[str, Tensor]:
         return {key: torch.from_numpy(data[key]).to(device) for key in data}
 
 
-# VAE ------------------------------------------------------------------------------------------------------------
+# VAE -----------------------------------------------------------------------
 
 
 def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
@@ -290,7 +293,11 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
         if step % 20 == 0:
             psnr = 10 * math.log10(4 / mse.item())  # waits for the GPU
             elapsed = time.monotonic() - start
-            print(json.dumps({"step": step, "seconds": elapsed, "loss": loss.item(), "psnr": psnr}), file=log, flush=True)
+            print(
+                json.dumps({"step": step, "seconds": elapsed, "loss": loss.item(), "psnr": psnr}),
+                file=log,
+                flush=True,
+            )
             bar.set_postfix(step=step, psnr=f"{psnr:.1f}")
             bar.update(round(elapsed) - bar.n)
     log.close()
@@ -315,7 +322,7 @@ def encode_all(vae: VAE, packed: Tensor, batch: int = 1024) -> Tensor:
     return torch.cat([vae.encode(scenes.render(p)).to(torch.bfloat16) for p in parts])
 
 
-# Model ----------------------------------------------------------------------------------------------------------
+# Model -----------------------------------------------------------------------
 
 
 def learning_rate(recipe: Recipe, step: int, elapsed: float) -> float:
@@ -345,7 +352,9 @@ def train_model(
     modules = torch.nn.ModuleList([model, head])
     params = list(modules.parameters())
     average = [p.detach().clone() for p in params]
-    rate = torch.zeros((), device=device)  # learning rate and the average's weight, as tensors: a graph reads them
+    rate = torch.zeros(
+        (), device=device
+    )  # learning rate and the average's weight, as tensors: a graph reads them
     blend = torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(
         params, rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
@@ -412,8 +421,9 @@ def train_model(
         optimizer.found_inf = bad  # how the fused optimizer is told to leave a step out
         optimizer.step()
         with torch.no_grad():
-            for a, p in zip(average, params, strict=True):
-                a.lerp_(p, blend)
+            change = torch._foreach_sub(params, average)
+            torch._foreach_mul_(change, blend)
+            torch._foreach_add_(average, change)
         return flow.detach(), alignment.detach(), answers.detach(), batch[3], norm
 
     def set_rates() -> None:
@@ -501,7 +511,11 @@ def image_token_ids(folder: Path) -> list[int]:
 def export(recipe: Recipe, work: Path, model: JanusFlow, params: list, average: list) -> None:
     """The averaged weights in the official layout, bfloat16, with tokenizer and VAE: `work/tiny`."""
     names = {id(p): name for name, p in model.named_parameters()}
-    state = {names[id(p)]: a.to("cpu", torch.bfloat16) for p, a in zip(params, average, strict=True) if id(p) in names}
+    state = {
+        names[id(p)]: a.to("cpu", torch.bfloat16)
+        for p, a in zip(params, average, strict=True)
+        if id(p) in names
+    }
     clean = JanusFlow(model.config).to(torch.bfloat16)
     clean.load_state_dict(state, strict=True)
     with new_folder(work / "tiny", overwrite=True) as folder:
@@ -515,13 +529,21 @@ def export(recipe: Recipe, work: Path, model: JanusFlow, params: list, average: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for every stage's result")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/tiny"), help="folder for every stage's result"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=Recipe.seconds, help="training time of the model")
     parser.add_argument("--stop-after", choices=("tokenizer", "data", "vae"), help="end after this stage")
-    parser.add_argument("--only-vae", action="store_true", help="the VAE alone (beside a run that makes the data)")
-    parser.add_argument("--init", type=Path, help="checkpoint folder to start the model from, instead of random weights")
+    parser.add_argument(
+        "--only-vae", action="store_true", help="the VAE alone (beside a run that makes the data)"
+    )
+    parser.add_argument(
+        "--init", type=Path, help="checkpoint folder to start the model from, instead of random weights"
+    )
     parser.add_argument("--finish-within", type=float, help="seconds from now; overrides --seconds")
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--compile", action=flag, default=None, help="torch.compile; default: on a GPU")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flow import TIME_SCALE, flow_loss, interpolate
-from ..model import JanusFlow
+from ..model import JanusFlow, place_images
 
 IGNORE = -100  # label of a token that carries no loss; processor_config.json's ignore_id
 
@@ -28,7 +28,11 @@ class AlignmentHead(nn.Module):
         super().__init__()
         inner = inner or hidden_size
         self.layers = nn.Sequential(
-            nn.Linear(hidden_size, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, width)
+            nn.Linear(hidden_size, inner),
+            nn.SiLU(),
+            nn.Linear(inner, inner),
+            nn.SiLU(),
+            nn.Linear(inner, width),
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -106,8 +110,7 @@ def understanding_loss(
     """
     embeds = model.llm.embed_tokens(input_ids)
     if pixels is not None:
-        images = model.embed_images(pixels)
-        embeds = embeds.masked_scatter(images_seq_mask[..., None], images.to(embeds.dtype))
+        embeds = place_images(embeds, model.embed_images(pixels), images_seq_mask)
     hidden = model.llm(embeds, attention_mask=attention_mask)
     logits = model.logits(hidden[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
