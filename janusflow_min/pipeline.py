@@ -456,9 +456,10 @@ def load(
             Path(inside) if vae_path is None and inside.is_dir() else resolve(vae_path or HUB_ID, vae=True)
         )
         vae = load_vae(where, device, vae_dtype)
-        if vae.latent_channels != model.config.latent_channels:
+        channels = model.config.latent_channels
+        if vae.latent_channels != channels:
             raise ValueError(
-                f"the VAE in {where} has {vae.latent_channels} latent channels, the model {model.config.latent_channels}"
+                f"the VAE in {where} has {vae.latent_channels} latent channels, the model {channels}"
             )
     return Pipeline(model, processor, vae)
 

@@ -30,7 +30,6 @@ import pytest
 import torch
 from PIL import Image
 
-from janusflow_min import llama
 from janusflow_min.checkpoint import INDEX, load_model, save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
 from janusflow_min.flow import euler
@@ -221,25 +220,15 @@ def conversations() -> dict[str, list[dict]]:
 
 
 @pytest.fixture(params=["exact", "published"])
-def frequencies(request, monkeypatch) -> str:
+def frequencies(request) -> str:
     """Which rotary frequencies a bf16 run has.
 
     The reference as published casts the whole model by `.to(bfloat16)`, and with it the buffer of the rotary
-    inverse frequencies, which moves its hidden states by 1 to 4 %. We compute them in fp32 always. So two
-    comparisons: as we are, against the reference with its fp32 frequencies put back ("exact"), and with our
-    frequencies rounded for the test, against the reference as published.
+    inverse frequencies, which moves its hidden states by 1 to 4 %. So two comparisons: with
+    `upstream_rounding` against the reference as published, and without it against the reference with its fp32
+    frequencies put back ("exact").
     """
-    if request.param == "published":
-        monkeypatch.setattr(llama, "rope_table", rounded_rope_table)
     return request.param
-
-
-def rounded_rope_table(position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
-    """`llama.rope_table` with frequencies rounded to `dtype`."""
-    rounded = (1.0 / theta ** (torch.arange(0, head_dim, 2) / head_dim)).to(dtype).float()
-    angles = position_ids[..., None].float() * rounded
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 SINGLE = ("one_image", "two_images", "turns", "white_space", "text_only")
@@ -272,14 +261,15 @@ def batches(case: Case, rows: tuple[str, ...]):
 
 
 @torch.no_grad()
-def understand(model: JanusFlow, batch) -> dict[str, torch.Tensor]:
+def understand(model: JanusFlow, batch, upstream_rounding: bool = False) -> dict[str, torch.Tensor]:
     """Our side of `reference.understand`."""
     present = batch.images_emb_mask[..., 0]
     embeds = model.embed_inputs(
         batch.input_ids, batch.pixel_values, batch.images_seq_mask, batch.images_emb_mask
     )
     mask = batch.attention_mask.bool()
-    hidden = model.llm(embeds, (mask.cumsum(1) - 1).clamp(min=0), None if mask.all() else mask)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.llm(embeds, positions, None if mask.all() else mask, upstream_rounding=upstream_rounding)
     return {
         "siglip": model.siglip(batch.pixel_values[present].to(model.dtype)),
         "inputs_embeds": embeds,
@@ -289,16 +279,27 @@ def understand(model: JanusFlow, batch) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def paint(case: Case, model: JanusFlow, prompts: list[list[int]], noise: torch.Tensor, weight: float) -> dict:
+def paint(
+    case: Case,
+    model: JanusFlow,
+    prompts: list[list[int]],
+    noise: torch.Tensor,
+    weight: float,
+    upstream_rounding: bool = False,
+) -> dict:
     """Our side of `reference.paint`, through the pipeline's own velocity; several prompts make one batch."""
     pipe = Pipeline(model, case.processor, None)
     each = len(noise) // len(prompts)
     z, steps = noise.to(model.dtype), []
     start = torch.zeros(len(z), dtype=z.dtype)
-    euler(pipe.velocity(prompts, each, weight), z, STEPS, lambda i, new: steps.append(new))
+
+    def velocity(weight: float):
+        return pipe.velocity(prompts, each, weight, upstream_rounding)
+
+    euler(velocity(weight), z, STEPS, lambda i, new: steps.append(new))
     return {  # guidance 1 is the conditional velocity alone, 0 the unconditional one
-        "v_cond": pipe.velocity(prompts, each, 1.0)(z, start),
-        "v_uncond": pipe.velocity(prompts, each, 0.0)(z, start),
+        "v_cond": velocity(1.0)(z, start),
+        "v_uncond": velocity(0.0)(z, start),
         "z": torch.stack(steps),
     }
 
@@ -422,7 +423,8 @@ def test_understanding_bf16(case, rows, largest, frequencies):
     """The tolerances of the recorded outputs hold for other models too."""
     ours, theirs = batches(case, rows)
     witness = case.reference(torch.bfloat16, exact_frequencies=frequencies == "exact")
-    actual, expected = understand(case.ours(torch.bfloat16), ours), reference.understand(witness, theirs)
+    actual = understand(case.ours(torch.bfloat16), ours, upstream_rounding=frequencies == "published")
+    expected = reference.understand(witness, theirs)
     real = ours.attention_mask.bool()
     for stage, value in actual.items():
         pick = real if stage != "siglip" else slice(None)
@@ -479,7 +481,8 @@ def test_generation_bf16(case, prompt, weight, largest, frequencies):
     ids, noise = case.processor.generation_prompt(prompt)[0], starting_noise(case, 2)
     witness = case.reference(torch.bfloat16, exact_frequencies=frequencies == "exact")
     expected = reference.paint(witness, ids, noise, weight, STEPS, case.processor.tokenizer.pad_id)
-    actual = paint(case, case.ours(torch.bfloat16), [ids[:-1]], noise, weight)
+    model, published = case.ours(torch.bfloat16), frequencies == "published"
+    actual = paint(case, model, [ids[:-1]], noise, weight, upstream_rounding=published)
     for stage in ("v_cond", "v_uncond"):
         check(largest, stage, actual[stage], expected[stage], 0.02, f"{case.name} w {weight}")
     limit = 0.05 if weight > 2 else 0.02
