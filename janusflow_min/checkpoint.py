@@ -78,7 +78,7 @@ def load_model(
         model = JanusFlow(config, parts)
         whole = model if parts == "all" else JanusFlow(config)
     files = weight_files(folder)
-    _check_keys(folder, files, {to_official(k): tuple(v.shape) for k, v in whole.state_dict().items()})
+    check_keys(folder, files, {to_official(k): tuple(v.shape) for k, v in whole.state_dict().items()})
 
     wanted = set(model.state_dict())
     state: dict[str, Tensor] = {}
@@ -175,7 +175,7 @@ def _read(f, path: Path, name: str) -> Tensor:
     return tensor
 
 
-def _check_keys(folder: Path, files: dict[Path, list[str]], expected: dict[str, tuple[int, ...]]) -> None:
+def check_keys(folder: Path, files: dict[Path, list[str]], expected: dict[str, tuple[int, ...]]) -> None:
     """One error with all that is missing, unexpected or mis-shaped."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, names in files.items():

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What a checkpoint's `config.json` says, as frozen dataclasses.
 
-Defaults are the released JanusFlow-1.3B. Every size of every module follows from these; nothing is a literal
-elsewhere. Follows the reference's `janus/janusflow/models/modeling_vlm.py` (`MultiModalityConfig`), the presets
-of `siglip_vit.py`, and the keyword arguments of `uvit.py`.
+Defaults are the released JanusFlow-1.3B, and every size of every module follows from here. Follows the reference's
+`modeling_vlm.py` (`MultiModalityConfig`), the presets of `siglip_vit.py` and the arguments of `uvit.py`.
 
-The file holds four sections: `language_config` (a Llama configuration) and three of the form `{cls, params}`.
-Keys of `params` that we do not know are ignored, as the reference does; values that would change the numbers and
-that we do not compute are refused.
+The file holds `language_config` (a Llama configuration) and three sections of the form `{cls, params}`. Unknown keys
+are ignored, as the reference does; values that would change the numbers and that we do not compute are refused.
 """
 
 from __future__ import annotations
@@ -18,42 +16,49 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-SIGLIP_PRESETS = {  # the reference's siglip_vit.py, SigLIP_MODEL_CONFIG; image_size comes from `params`
-    "siglip_large_patch16_384": dict(width=1024, layers=24, heads=16, patch_size=16, mlp_ratio=4.0),
-    "siglip_large_patch16_256": dict(width=1024, layers=24, heads=16, patch_size=16, mlp_ratio=4.0),
-    "siglip_so400m_patch14_384": dict(width=1152, layers=27, heads=16, patch_size=14, mlp_ratio=3.7362),
-    "siglip_so400m_patch14_224": dict(width=1152, layers=27, heads=16, patch_size=14, mlp_ratio=3.7362),
+_LARGE = dict(width=1024, layers=24, heads=16, patch_size=16, mlp_ratio=4.0)
+_SO400M = dict(width=1152, layers=27, heads=16, patch_size=14, mlp_ratio=3.7362)
+SIGLIP_PRESETS = {  # the reference's SigLIP_MODEL_CONFIG; image_size comes from `params`
+    "siglip_large_patch16_384": _LARGE,
+    "siglip_large_patch16_256": _LARGE,
+    "siglip_so400m_patch14_384": _SO400M,
+    "siglip_so400m_patch14_224": _SO400M,
+}
+SECTIONS = {  # of config.json: the class that each must name
+    "vision_und_enc_config": "CLIPVisionTower",
+    "vision_gen_enc_config": "ShallowUViTEncoder",
+    "vision_gen_dec_config": "ShallowUViTDecoder",
 }
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The language model. `head_dim` 0 means hidden_size / num_attention_heads."""
+    """The language model. 0 for key/value heads or head_dim means the usual: all heads, hidden_size / heads."""
 
     vocab_size: int = 102400
     hidden_size: int = 2048
     intermediate_size: int = 5632
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    num_key_value_heads: int = 0  # 0: as many as attention heads
+    num_key_value_heads: int = 0
     head_dim: int = 0
     max_position_embeddings: int = 16384
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        heads = self.num_attention_heads
+        where, heads = "language_config", self.num_attention_heads
+        _check_numbers(self, where, zero=("num_key_value_heads", "head_dim"))
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
-        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // max(heads, 1))
-        _positive(self, "language_config")
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
         if heads % self.num_key_value_heads:
             raise ValueError(
-                f"language_config: num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
         if heads * self.head_dim != self.hidden_size or self.head_dim % 2:
             raise ValueError(
-                f"language_config: {heads} heads of {self.head_dim} do not make hidden_size {self.hidden_size} "
+                f"{where}: {heads} heads of {self.head_dim} do not make hidden_size {self.hidden_size} "
                 "(head_dim must be even)"
             )
 
@@ -70,7 +75,7 @@ class SiglipConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        _positive(self, "vision_und_enc_config")
+        _check_numbers(self, "vision_und_enc_config")
         if self.width % self.heads or self.image_size < self.patch_size:
             raise ValueError(
                 f"vision_und_enc_config: width {self.width} must be a multiple of heads {self.heads}, and "
@@ -102,7 +107,7 @@ class UViTConfig:
     padding: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "vision_gen_*_config", skip=("padding", "num_blocks"))
+        _check_numbers(self, "vision_gen_enc_config or vision_gen_dec_config", zero=("padding", "num_blocks"))
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class JanusFlowConfig:
 
     def __post_init__(self) -> None:
         enc, dec, width = self.uvit_encoder, self.uvit_decoder, self.llm.hidden_size
-        if enc.hidden_size != width or dec.hidden_size != width:
+        if not enc.hidden_size == dec.hidden_size == width:
             raise ValueError(
                 f"config: t_emb takes a place in the LLM, so hidden_size of both UViT parts "
                 f"({enc.hidden_size}, {dec.hidden_size}) must be the LLM's, {width}"
@@ -147,7 +152,6 @@ class JanusFlowConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> JanusFlowConfig:
         """Read `config.json`. Raises FileNotFoundError or ValueError, which names the file and the key."""
-        path = Path(path)
         data = read_json(path)
         try:
             return cls.from_dict(data)
@@ -157,78 +161,49 @@ class JanusFlowConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> JanusFlowConfig:
         """From the content of the official `config.json`; see the module's first lines."""
-        sections = (
-            "language_config",
-            "vision_und_enc_config",
-            "vision_gen_enc_config",
-            "vision_gen_dec_config",
-        )
-        missing = [name for name in sections if not isinstance(data.get(name), Mapping)]
+        missing = [name for name in ("language_config", *SECTIONS) if not isinstance(data.get(name), Mapping)]
         if missing:
             kind = data.get("model_type", "unknown")
             hint = " (this looks like Janus or Janus-Pro)" if "gen_vision_config" in data else ""
             raise ValueError(
                 f"not a JanusFlow configuration: model_type {kind!r}{hint}, section {', '.join(missing)} missing"
             )
-        return cls(
-            llm=_llama(data["language_config"]),
-            siglip=_siglip(_params(data, "vision_und_enc_config", "CLIPVisionTower")),
-            uvit_encoder=_uvit(_params(data, "vision_gen_enc_config", "ShallowUViTEncoder"), encoder=True),
-            uvit_decoder=_uvit(_params(data, "vision_gen_dec_config", "ShallowUViTDecoder"), encoder=False),
-        )
+        und, enc, dec = (_params(data, section) for section in SECTIONS)
+        return cls(_llama(data["language_config"]), _siglip(und), _uvit_encoder(enc), _uvit_decoder(dec))
 
     def to_dict(self) -> dict[str, Any]:
         """The official `config.json` for this model; `from_dict` reads it back."""
-        llm, siglip, enc, dec = self.llm, self.siglip, self.uvit_encoder, self.uvit_decoder
-        preset = next(
-            (name for name, p in SIGLIP_PRESETS.items() if _matches(name, p, siglip)), "siglip_custom"
+        siglip, enc, dec = self.siglip, self.uvit_encoder, self.uvit_decoder
+        und = {"image_size": siglip.image_size, "select_feature": "same", "select_layer": -1}
+        sizes = {f.name: getattr(siglip, f.name) for f in fields(siglip) if f.name != "image_size"}
+        fits = [n for n, p in SIGLIP_PRESETS.items() if p == sizes and n.endswith(f"_{siglip.image_size}")]
+        # Explicit sizes override the preset: an extension of the official format, for models of other sizes.
+        und |= {"model_name": fits[0]} if fits else {"model_name": "siglip_custom"} | sizes
+
+        def uvit(part: UViTConfig, **more: Any) -> dict[str, Any]:
+            common = {"block_out_channels": [part.channels], "hidden_size": part.hidden_size, "dropout": 0.0}
+            blocks = {"layers_in_middle": part.num_blocks, "use_mid_block": part.num_blocks > 0}
+            return common | blocks | {"norm_eps": part.norm_eps, "use_bias": part.bias} | more
+
+        form = {"kernel_size": enc.kernel_size, "stride": enc.stride, "padding": enc.padding}
+        params = (
+            und,
+            uvit(enc, input_channels=enc.in_channels, elementwize_affine=True, **form),
+            uvit(
+                dec,
+                in_channels=dec.in_channels,
+                out_channels=dec.out_channels,
+                upsamples=1,
+                elementwise_affine=True,
+            ),
         )
-
-        def section(kind: str, cls: str, params: dict[str, Any]) -> dict[str, Any]:
-            return {"cls": cls, "model_type": kind, "params": params}
-
-        def uvit(part: UViTConfig) -> dict[str, Any]:
-            return {
-                "block_out_channels": [part.channels],
-                "dropout": 0.0,
-                "hidden_size": part.hidden_size,
-                "layers_in_middle": part.num_blocks,
-                "norm_eps": part.norm_eps,
-                "use_bias": part.bias,
-                "use_mid_block": part.num_blocks > 0,
-            }
-
-        und = {
-            "image_size": siglip.image_size,
-            "model_name": preset,
-            "select_feature": "same",
-            "select_layer": -1,
+        sections = {
+            name: {"cls": cls, "model_type": name.removesuffix("_config"), "params": values}
+            for (name, cls), values in zip(SECTIONS.items(), params, strict=True)
         }
-        if (
-            preset == "siglip_custom"
-        ):  # explicit sizes override the preset; an extension of the official format
-            und |= {f.name: getattr(siglip, f.name) for f in fields(siglip) if f.name != "image_size"}
-        gen = {
-            "kernel_size": enc.kernel_size,
-            "stride": enc.stride,
-            "padding": enc.padding,
-            "input_channels": enc.in_channels,
-            "elementwize_affine": True,
-        }
-        out = {
-            "in_channels": dec.in_channels,
-            "out_channels": dec.out_channels,
-            "upsamples": 1,
-            "elementwise_affine": True,
-        }
-        return {
-            "architectures": ["MultiModalityCausalLM"],
-            "model_type": "multi_modality",
-            "language_config": {"model_type": "llama"} | {f.name: getattr(llm, f.name) for f in fields(llm)},
-            "vision_und_enc_config": section("vision_und_enc", "CLIPVisionTower", und),
-            "vision_gen_enc_config": section("vision_gen_enc", "ShallowUViTEncoder", uvit(enc) | gen),
-            "vision_gen_dec_config": section("vision_gen_dec", "ShallowUViTDecoder", uvit(dec) | out),
-        }
+        llm = {"model_type": "llama"} | {f.name: getattr(self.llm, f.name) for f in fields(self.llm)}
+        kind = {"architectures": ["MultiModalityCausalLM"], "model_type": "multi_modality"}
+        return kind | {"language_config": llm} | sections
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -237,50 +212,48 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a checkpoint folder in the official layout holds it")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}")
     return data
 
 
-def _positive(config: Any, where: str, skip: tuple[str, ...] = ()) -> None:
-    """Every number above 0, integers where the default is one."""
+def _check_numbers(config: Any, where: str, zero: tuple[str, ...] = ()) -> None:
+    """Every field of its default's type, and above 0 but for those that may be 0."""
     for f in fields(config):
         value, kind = getattr(config, f.name), type(f.default)
-        right = (
-            isinstance(value, bool)
-            if kind is bool
-            else not isinstance(value, bool) and isinstance(value, (int, kind))
-        )
-        if not right:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (
+            (isinstance(value, kind) and isinstance(value, bool) == (kind is bool))
+            or (kind is float and whole)
+        ):
             raise ValueError(f"{where}: {f.name} must be {kind.__name__}, got {value!r}")
-        if kind is not bool and (value < 0 or (value == 0 and f.name not in skip)):
+        if kind is not bool and not (value > 0 or (value == 0 and f.name in zero)):
             raise ValueError(f"{where}: {f.name} must be above 0, got {value!r}")
 
 
-def _only(section: str, params: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
+def _only(where: str, params: Mapping[str, Any], **supported: tuple) -> None:
     """Refuse values that would change the numbers and that this library does not compute."""
     for key, values in supported.items():
         if key in params and params[key] not in values:
-            raise ValueError(f"{section}: {key} = {params[key]!r} is not supported, only {values[0]!r}")
+            raise ValueError(f"{where}: {key} = {params[key]!r} is not supported, only {values[0]!r}")
 
 
-def _params(data: Mapping[str, Any], section: str, cls: str) -> Mapping[str, Any]:
+def _params(data: Mapping[str, Any], section: str) -> Mapping[str, Any]:
     name, params = data[section].get("cls", ""), data[section].get("params", {})
-    if cls not in str(name):
-        raise ValueError(f"{section}: cls must be {cls!r}, got {name!r}")
+    if SECTIONS[section] not in str(name):
+        raise ValueError(f"{section}: cls must be {SECTIONS[section]!r}, got {name!r}")
     if not isinstance(params, Mapping):
         raise ValueError(f"{section}: params must be an object, got {params!r}")
     return params
 
 
 def _llama(data: Mapping[str, Any]) -> LlamaConfig:
-    if data.get("model_type", "llama") != "llama":
-        raise ValueError(f"language_config: model_type must be 'llama', got {data['model_type']!r}")
-    supported = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish")}
-    _only("language_config", data, supported | {"rope_scaling": (None,), "tie_word_embeddings": (False,)})
+    where = "language_config"
+    _only(where, data, model_type=("llama",), hidden_act=("silu", "swish"), tie_word_embeddings=(False,))
+    _only(where, data, attention_bias=(False,), mlp_bias=(False,), rope_scaling=(None,))
     defaults = {  # transformers' LlamaConfig, which the reference falls back to
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -289,20 +262,19 @@ def _llama(data: Mapping[str, Any]) -> LlamaConfig:
         "num_attention_heads": 32,
         "max_position_embeddings": 2048,
     }
-    names = [f.name for f in fields(LlamaConfig)]
-    return LlamaConfig(**defaults | {k: data[k] for k in names if data.get(k) is not None})
+    return LlamaConfig(
+        **defaults | {f.name: data[f.name] for f in fields(LlamaConfig) if data.get(f.name) is not None}
+    )
 
 
 def _siglip(params: Mapping[str, Any]) -> SiglipConfig:
-    where = "vision_und_enc_config"
-    _only(where, params, {"pixel_mean": (None,), "pixel_std": (None,), "select_layers": (None,)})
-    name = params.get("model_name", "siglip_large_patch16_384")
-    sizes = ("width", "layers", "heads", "patch_size", "mlp_ratio")
-    explicit = {key: params[key] for key in sizes if key in params}
-    if name not in SIGLIP_PRESETS and len(explicit) < len(sizes):
+    where, name = "vision_und_enc_config", params.get("model_name", "siglip_large_patch16_384")
+    _only(where, params, pixel_mean=(None,), pixel_std=(None,), select_layers=(None,))
+    explicit = {key: params[key] for key in _LARGE if key in params}
+    if name not in SIGLIP_PRESETS and len(explicit) < len(_LARGE):
         raise ValueError(
             f"{where}: model_name {name!r} is not one of {', '.join(SIGLIP_PRESETS)}, "
-            f"and {', '.join(sizes)} are not all given"
+            f"and {', '.join(_LARGE)} are not all given"
         )
     sizes = SIGLIP_PRESETS.get(name, {}) | explicit
     layers, select = sizes["layers"], params.get("select_layer", -2)
@@ -310,38 +282,35 @@ def _siglip(params: Mapping[str, Any]) -> SiglipConfig:
     return SiglipConfig(**sizes | {"layers": kept, "image_size": params.get("image_size", 336)})
 
 
-def _uvit(params: Mapping[str, Any], encoder: bool) -> UViTConfig:
-    where = "vision_gen_enc_config" if encoder else "vision_gen_dec_config"
+def _uvit_common(params: Mapping[str, Any], where: str) -> dict[str, Any]:
     channels = params.get("block_out_channels", [768])
-    if not isinstance(channels, (list, tuple)) or len(channels) != 1:
+    if not isinstance(channels, list | tuple) or len(channels) != 1:
         raise ValueError(f"{where}: block_out_channels must hold one width, got {channels!r}")
-    _only(where, params, {"dropout": (0.0,)} | ({} if encoder else {"upsamples": (1,)}))
-    if not encoder and "upsamples" not in params:
-        raise ValueError(
-            f"{where}: upsamples is missing (the reference's default, 2, does not fit); 1 is supported"
-        )
-    common = dict(
+    _only(where, params, dropout=(0.0,))
+    return dict(
         channels=channels[0],
         num_blocks=params.get("layers_in_middle", 2) if params.get("use_mid_block", True) else 0,
         hidden_size=params.get("hidden_size", 2048),
         norm_eps=params.get("norm_eps", 1e-6),
         bias=params.get("use_bias", True),
     )
-    if not encoder:
-        return UViTConfig(
-            in_channels=params.get("in_channels", 768), out_channels=params.get("out_channels", 3), **common
-        )
-    kernel, stride = params.get("kernel_size", 7), params.get("stride", 4)
+
+
+def _uvit_encoder(params: Mapping[str, Any]) -> UViTConfig:
+    common = _uvit_common(params, "vision_gen_enc_config")
+    form = {"kernel_size": params.get("kernel_size", 7), "stride": params.get("stride", 4)}
     padding = params.get("padding")
+    form["padding"] = form["kernel_size"] - form["stride"] if padding is None else padding
+    return UViTConfig(params.get("input_channels", 3), common["channels"], **common, **form)
+
+
+def _uvit_decoder(params: Mapping[str, Any]) -> UViTConfig:
+    where = "vision_gen_dec_config"
+    if "upsamples" not in params:
+        raise ValueError(
+            f"{where}: upsamples is missing (the reference's default, 2, does not fit); 1 is supported"
+        )
+    _only(where, params, upsamples=(1,))
     return UViTConfig(
-        in_channels=params.get("input_channels", 3),
-        out_channels=channels[0],
-        kernel_size=kernel,
-        stride=stride,
-        padding=kernel - stride if padding is None else padding,
-        **common,
+        params.get("in_channels", 768), params.get("out_channels", 3), **_uvit_common(params, where)
     )
-
-
-def _matches(name: str, preset: Mapping[str, Any], siglip: SiglipConfig) -> bool:
-    return name.endswith(f"_{siglip.image_size}") and all(getattr(siglip, k) == v for k, v in preset.items())

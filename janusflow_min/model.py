@@ -57,7 +57,8 @@ class JanusFlow(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the pictures it paints: one image token per patch of the understanding encoder's grid."""
-        side = self.config.siglip.image_size // self.config.siglip.patch_size * self.config.latent_stride
+        siglip = self.config.siglip
+        side = siglip.image_size // siglip.patch_size * self.config.latent_stride
         return self.config.latent_channels, side, side
 
     @property

@@ -16,7 +16,7 @@ Legend: B images, R rows of the LLM's batch, T text tokens, N image tokens, D hi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from .vae import HUB_ID, VAE, check_vae_dtype, load_vae
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 DEFAULT_QUESTION = "Describe the image."
+ONE_IMAGE = (str, os.PathLike, Image.Image, np.ndarray)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,10 +88,10 @@ class Pipeline:
         upstream_rounding: round time, step, latents and rotary frequencies to the model's dtype as the published
         code does; by default they stay in fp32, which is closer to the true flow.
         Raises ValueError for what it cannot paint: an empty prompt, special tags in it, sizes or steps below 1,
-        latents of another shape; FloatingPointError where latents become NaN or infinite.
+        latents of another shape; FloatingPointError where latents or pixels become NaN or infinite.
         """
         self._need("generation")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("prompt is an empty list")
         _at_least_one(parallel_size=parallel_size, num_inference_steps=num_inference_steps)
@@ -123,8 +124,15 @@ class Pipeline:
                 )
             )
         # One image at a time: the VAE's activations, not the model, would set the peak of memory.
-        pixels = [to_uint8(self.vae.decode(z[None]))[0] for z in final]
-        images = [Image.fromarray(p) for p in pixels]
+        images = []
+        for i, z in enumerate(final):
+            pixels = self.vae.decode(z[None])
+            if not torch.isfinite(pixels).all():
+                raise FloatingPointError(
+                    f"the VAE, in {self.vae.dtype}, turns the latents of {prompts[i // parallel_size]!r} into NaN or "
+                    "infinite pixels, so nothing is painted"
+                )
+            images.append(Image.fromarray(to_uint8(pixels)[0]))
         if img_size is not None and img_size != images[0].width:
             images = [image.resize((img_size, img_size), Image.Resampling.LANCZOS) for image in images]
         return Generation(
@@ -199,12 +207,10 @@ class Pipeline:
             return latents, None
         if seed is None:
             seed = int.from_bytes(os.urandom(4), "big")
-        single = isinstance(seed, (int, np.integer))
-        seeds = [int(seed) + k for k in range(count)] if single else [int(s) for s in seed]
+        single = not isinstance(seed, Iterable)
+        seeds = [_seed(_seed(seed) + k) for k in range(count)] if single else [_seed(s) for s in seed]
         if len(seeds) != count:
             raise ValueError(f"{count} images need {count} seeds, got {len(seeds)}")
-        if not all(0 <= s < 2**63 for s in seeds):
-            raise ValueError(f"seeds must lie in [0, 2**63), got {min(seeds)} to {max(seeds)}")
         drawn = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(drawn), seeds
 
@@ -229,19 +235,19 @@ class Pipeline:
         """
         single = prompt is None or isinstance(prompt, str)
         prompts = [prompt] if single else list(prompt)
+        if not prompts:
+            raise ValueError("prompt is an empty list")
         if single:
             groups = [_as_list(images)]
         else:
-            if images is not None and (
-                isinstance(images, (str, Path, Image.Image)) or len(images) != len(prompts)
-            ):
+            if images is not None and (isinstance(images, ONE_IMAGE) or len(images) != len(prompts)):
                 raise ValueError(
                     f"{len(prompts)} prompts need a list of {len(prompts)} images, lists of images or None"
                 )
             groups = [_as_list(group) for group in (images if images is not None else [None] * len(prompts))]
         conversations = []
         for text, group in zip(prompts, groups, strict=True):
-            if not (text or "").strip():
+            if text is None or (isinstance(text, str) and not text.strip()):
                 if not group:
                     raise ValueError("the prompt is empty and there is no image to describe")
                 text = DEFAULT_QUESTION
@@ -273,12 +279,14 @@ class Pipeline:
         step, from a CPU generator made of `seed`. upstream_rounding: round the rotary frequencies to the model's
         dtype, as the published code does. Raises ValueError for conversations that do not fit.
         """
+        if not isinstance(conversation, (list, tuple)):
+            raise ValueError(f"a conversation is a list of messages, not {type(conversation).__name__}")
         if not conversation:
             raise ValueError("the conversation is empty")
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
         answers = self._answer(
-            [list(c) for c in conversations],
+            [list(c) if isinstance(c, (list, tuple)) else [c] for c in conversations],
             max_new_tokens,
             temperature,
             top_p,
@@ -298,12 +306,12 @@ class Pipeline:
             raise ValueError(f"temperature must be 0 or above, got {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-        if top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or above, got {top_k}")
+        if not _is_whole(top_k) or top_k < 0:
+            raise ValueError(f"top_k must be a whole number, 0 (off) or above, got {top_k!r}")
         for messages in conversations:
             if not messages:
                 raise ValueError("the conversation is empty")
-            last = messages[-1]
+            last = messages[-1] if isinstance(messages[-1], Mapping) else {}  # the processor names what it is
             if str(last.get("role", "")).lower() != "assistant" or str(last.get("content", "")).strip():
                 messages.append({"role": "Assistant", "content": ""})
         batch = self.processor.batch(conversations)
@@ -317,7 +325,7 @@ class Pipeline:
             batch.images_seq_mask.to(device),
             batch.images_emb_mask.to(device),
         )
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(_seed(seed))
         tokens = decode(
             self.model,
             embeds,
@@ -446,15 +454,14 @@ def load(
     )
     folder = resolve(source)
     read_json(folder / "config.json")  # the commonest mistake first: not a checkpoint's folder
+    if parts != "understanding":  # before the weights, which take long
+        inside = folder / "vae"
+        where = inside if vae_path is None and inside.is_dir() else resolve(vae_path or HUB_ID, vae=True)
     model = load_model(folder, device, dtype, parts, progress)
     processor = Processor.from_folder(folder, model.config.llm.vocab_size)
-    _check_fit(folder, model, processor)
+    check_fit(folder, model, processor)
     vae = None
     if parts != "understanding":
-        inside = folder / "vae"
-        where = (
-            Path(inside) if vae_path is None and inside.is_dir() else resolve(vae_path or HUB_ID, vae=True)
-        )
         vae = load_vae(where, device, vae_dtype)
         channels = model.config.latent_channels
         if vae.latent_channels != channels:
@@ -512,7 +519,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f"device {str(device)!r} is not usable here: {str(error).splitlines()[0]}") from None
     return chosen
 
@@ -527,7 +534,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def _check_fit(folder: Path, model: JanusFlow, processor: Processor) -> None:
+def check_fit(folder: Path, model: JanusFlow, processor: Processor) -> None:
     siglip = model.config.siglip
     if processor.num_image_tokens != siglip.num_patches:
         raise ValueError(
@@ -544,12 +551,20 @@ def _check_fit(folder: Path, model: JanusFlow, processor: Processor) -> None:
 def _as_list(images: Any) -> list:
     if images is None:
         return []
-    if isinstance(images, (str, Path, Image.Image, np.ndarray)):
-        return [images]
-    return list(images)
+    return [images] if isinstance(images, ONE_IMAGE) else list(images)
 
 
 def _at_least_one(**values: int) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        if not _is_whole(value) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _seed(value: int) -> int:
+    if not _is_whole(value) or not 0 <= value < 2**63:
+        raise ValueError(f"a seed must be a whole number in [0, 2**63), got {value!r}")
+    return int(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .pipeline import DEFAULT_QUESTION, Pipeline, load
+from PIL import Image
+
+from .pipeline import Pipeline, load
 
 NAME = "janus_flow"
 TASKS = ("generation", "editing", "understanding")
@@ -52,10 +54,10 @@ class JanusFlowBackbone:
     def load(self, cfg: Mapping[str, Any] | None = None) -> None:
         """cfg: model_path ("tiny", folder or hub id), vae_path, seed (42; start of the stream of image seeds),
         torch_dtype, device, generation_cfg, understanding_cfg. janus_root is accepted and not needed."""
-        cfg = dict(cfg or {})
-        self.generation_cfg = GENERATION | dict(cfg.get("generation_cfg") or {})
-        self.understanding_cfg = UNDERSTANDING | dict(cfg.get("understanding_cfg") or {})
-        self.next_seed = int(cfg.get("seed", 42))
+        cfg = _merge({}, cfg)
+        self.generation_cfg = _merge(GENERATION, cfg.get("generation_cfg"))
+        self.understanding_cfg = _merge(UNDERSTANDING, cfg.get("understanding_cfg"))
+        self.next_seed = _whole(cfg, "seed", 42)
         self.pipe = load(
             cfg.get("model_path") or "deepseek-ai/JanusFlow-1.3B",
             vae_path=cfg.get("vae_path"),
@@ -75,22 +77,24 @@ class JanusFlowBackbone:
         One image is saved as `output_path`, several as `stem_0.ext`, `stem_1.ext`, … A `seed` in generation_cfg is
         this request's; otherwise every image takes the next of the stream that `load` started.
         """
-        cfg = self.generation_cfg | dict(generation_cfg or {})
-        count = int(cfg["parallel_size"])
-        seed = cfg.get("seed")
-        if seed is None:
-            seed, self.next_seed = self.next_seed, self.next_seed + max(count, 0)
+        cfg = _merge(self.generation_cfg, generation_cfg)
+        count = _whole(cfg, "parallel_size")
+        names = _names(Path(output_path), count) if output_path else []  # its errors before the work
+        seed = _whole(cfg, "seed", self.next_seed)
+        if "seed" not in cfg:
+            self.next_seed += max(count, 0)
         out = self._pipe().generate(
             prompt,
             parallel_size=count,
             cfg_weight=float(cfg["cfg_weight"]),
-            num_inference_steps=int(cfg["num_inference_steps"]),
-            img_size=int(cfg["img_size"]),
-            seed=int(seed),
+            num_inference_steps=_whole(cfg, "num_inference_steps"),
+            img_size=_whole(cfg, "img_size"),
+            seed=seed,
             progress=bool(cfg.get("progress", False)),
         )
-        paths = [] if output_path is None else _save(out.images, Path(output_path))
-        return {"image": out.images[0], "images": out.images, "saved_paths": paths}
+        for image, name in zip(out.images, names, strict=False):  # no names without output_path
+            _save(image, name)
+        return {"image": out.images[0], "images": out.images, "saved_paths": [str(name) for name in names]}
 
     def understanding(
         self,
@@ -100,23 +104,26 @@ class JanusFlowBackbone:
         understanding_cfg: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """Returns {"text": the answer, "sft_format": the prompt as the model read it}. All images are used."""
+        """Returns {"text": the answer, "sft_format": the prompt as the model read it}. All images are used.
+
+        No prompt means "Describe the image." Answers are greedy unless `do_sample` is set, or a request names a
+        temperature and no `do_sample`.
+        """
         if videos:
             raise NotImplementedError("JanusFlow reads images, not videos")
-        cfg = self.understanding_cfg | dict(understanding_cfg or {})
-        temperature = float(cfg["temperature"])
-        if cfg["do_sample"] and temperature == 0:
-            temperature = 1.0  # transformers' default where sampling is on and no temperature is given
-        elif not cfg["do_sample"] and "temperature" not in (understanding_cfg or {}):
+        asked, cfg = _merge({}, understanding_cfg), _merge(self.understanding_cfg, understanding_cfg)
+        if not asked.get("do_sample", cfg["do_sample"] or "temperature" in asked):
             temperature = 0.0
+        else:  # 1 is transformers' default; a temperature of 0 in the request itself is meant
+            temperature = float(cfg["temperature"]) or (0.0 if "temperature" in asked else 1.0)
         answer = self._pipe().understand(
-            (prompt or "").strip() or DEFAULT_QUESTION,
-            images=list(images or []),
-            max_new_tokens=int(cfg["max_new_tokens"]),
+            prompt,
+            images=images,
+            max_new_tokens=_whole(cfg, "max_new_tokens"),
             temperature=temperature,
             top_p=float(cfg["top_p"]),
-            top_k=int(cfg["top_k"]),
-            seed=cfg.get("seed"),
+            top_k=_whole(cfg, "top_k"),
+            seed=_whole(cfg, "seed", None),
         )
         return {"text": answer.text, "sft_format": answer.sft_format}
 
@@ -181,7 +188,8 @@ def _request(request: InferenceRequest | Mapping[str, Any]) -> InferenceRequest:
     if not isinstance(request, Mapping):
         raise TypeError(f"a request is an InferenceRequest or a dict, not {type(request).__name__}")
     known = {f.name for f in fields(InferenceRequest)}
-    unknown, missing = set(request) - known, {"backbone", "task"} - set(request)
+    unknown = set(request) - known
+    missing = {key for key in ("backbone", "task") if request.get(key) is None}
     if unknown or missing:
         raise ValueError(
             f"a request needs backbone and task and may have {', '.join(sorted(known - {'backbone', 'task'}))}; "
@@ -194,19 +202,40 @@ def _request(request: InferenceRequest | Mapping[str, Any]) -> InferenceRequest:
     )
 
 
-def _save(images: list, path: Path) -> list[str]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _merge(defaults: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`defaults` with what `changes` says; a None in it says nothing."""
+    return dict(defaults) | {key: value for key, value in (changes or {}).items() if value is not None}
+
+
+def _whole(cfg: Mapping[str, Any], key: str, default: int | None = None) -> int | None:
+    """A whole number of a configuration, which may hold it as 4, 4.0 or "4"; 4.5 and true raise ValueError."""
+    value = cfg.get(key, default)
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{key} must be a whole number, got {value!r}") from None
+
+
+def _names(path: Path, count: int) -> list[Path]:
+    """The files of `count` images. ValueError for an extension that PIL cannot write."""
     suffix = path.suffix or ".png"
-    names = (
-        [path.with_suffix(suffix)]
-        if len(images) == 1
-        else [path.with_name(f"{path.stem}_{i}{suffix}") for i in range(len(images))]
-    )
-    for image, name in zip(images, names, strict=True):
-        temporary = name.with_name(f".{secrets.token_hex(4)}.{name.name}")
-        try:
-            image.save(temporary)
-            temporary.replace(name)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return [str(name) for name in names]
+    if Image.registered_extensions().get(suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"output_path {str(path)!r}: {suffix!r} is no image format that PIL writes")
+    if count == 1:
+        return [path.with_suffix(suffix)]
+    return [path.with_name(f"{path.stem}_{i}{suffix}") for i in range(count)]
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    """Under a temporary name first, so that no half-written file ever has the final one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    try:
+        image.save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

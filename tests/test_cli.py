@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: MIT
+"""The command line, run in this process on the random tiny checkpoint: results, files, errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from janusflow_min import __version__, images
+from janusflow_min.cli import DEMO_IMAGES, DEMO_PROMPTS, build_parser, main
+from janusflow_min.pipeline import TINY, Pipeline
+
+PROMPTS = ["a photo of a red star", "Ein Bär, 二つ!"]
+
+
+@pytest.fixture(scope="module")
+def fast(parity_dir) -> list[str]:
+    """Options of a short `generate` on the random checkpoint."""
+    return ["--model", str(parity_dir), "--parallel-size", "2", "--steps", "2", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def painted(fast, tmp_path_factory) -> Path:
+    """A folder with two prompts' pictures and their sheet, painted in batches of three, not to be written to."""
+    out = tmp_path_factory.mktemp("painted")
+    assert main(["generate", *PROMPTS, *fast, "--seed", "5", "--batch-size", "3", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def checkpoint(parity_dir, tmp_path) -> Path:
+    """A copy of the random checkpoint that a test may break."""
+    ignored = shutil.ignore_patterns("expected.*", "images")
+    return Path(shutil.copytree(parity_dir, tmp_path / "checkpoint", ignore=ignored))
+
+
+def failure(capsys, *argv: str) -> str:
+    """The error line of a command that must fail with exit code 2, one line and no traceback."""
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-1].startswith("janusflow-min: error: ")
+    assert len(told) == 1 and "Traceback" not in told[0]
+    return told[0]
+
+
+# generate -----------------------------------------------------------------------
+
+
+def test_generate_writes_every_picture_and_the_sheet(painted):
+    """Stops pictures lost or named after another prompt or seed where a batch ends in the middle of a prompt."""
+    names = sorted(path.name for path in painted.iterdir())
+    assert names == [
+        "00_a-photo-of-a-red-star_seed5.png",
+        "00_a-photo-of-a-red-star_seed6.png",
+        "01_ein-bar_seed7.png",
+        "01_ein-bar_seed8.png",
+        "sheet.png",
+    ]
+
+
+def test_generate_is_the_pipeline_s_picture(painted, parity_dir):
+    """Stops the command from painting something else than `Pipeline.generate` with the same seed."""
+    import janusflow_min as jf
+
+    pipe = jf.load(parity_dir, parts="generation", progress=False)
+    out = pipe.generate(PROMPTS, parallel_size=2, num_inference_steps=2, seed=5, progress=False)
+    for path, image in zip(sorted(painted.glob("0*.png")), out.images, strict=True):
+        difference = np.asarray(Image.open(path)).astype(int) - np.asarray(image)
+        assert abs(difference).max() <= 1  # batches of another size round differently
+
+
+def test_metadata_say_how_to_repeat(painted, parity_dir):
+    """Stops a picture without its settings, with another picture's, or with a prompt mangled by Latin-1."""
+    found = images.read_metadata(painted / "01_ein-bar_seed8.png")
+    side = Image.open(painted / "01_ein-bar_seed8.png").width
+    assert found == {
+        "prompt": PROMPTS[1],
+        "seed": "8",
+        "img_size": str(side),
+        "model": parity_dir.name,
+        "janusflow_min": __version__,
+        "dtype": "float32",
+        "vae_dtype": "float32",
+        "cfg_weight": "2.0",
+        "num_inference_steps": "2",
+        "upstream_rounding": "False",
+    }
+
+
+def test_same_seed_same_bytes(painted, fast, tmp_path):
+    """Stops randomness or a time stamp that the seed does not cover."""
+    argv = ["generate", *PROMPTS, *fast, "--seed", "5", "--batch-size", "3", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    for path in painted.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_nothing_is_overwritten(fast, tmp_path):
+    """Stops a second run from replacing the first one's pictures."""
+    argv = ["generate", PROMPTS[0], *fast, "--parallel-size", "1", "--out", str(tmp_path)]
+    for weight in ("1", "2", "7"):
+        assert main([*argv, "--seed", "3", "--cfg-weight", weight]) == 0
+    stem = "00_a-photo-of-a-red-star_seed3"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(f"{stem}{k}.png" for k in ("-2", "-3", "")),
+        *(f"sheet{k}.png" for k in ("-2", "-3", "")),
+    ]
+    weights = [images.read_metadata(tmp_path / f"{stem}{k}.png")["cfg_weight"] for k in ("", "-2", "-3")]
+    assert weights == ["1.0", "2.0", "7.0"]
+
+
+def test_prompts_file_img_size_and_drawn_seed(fast, tmp_path, capsys):
+    """Stops a byte-order mark or blank lines from becoming prompts, an ignored --img-size, a seed never told."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa ring\r\n\r\n  two stars \n".encode())
+    argv = ["generate", "--prompts-file", str(file), *fast[:-1], "--no-sheet", "--img-size", "40"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    paths = [Path(line) for line in told.out.splitlines()]
+    assert sorted(paths) == sorted((tmp_path / "out").iterdir())
+    assert [images.read_metadata(p)["prompt"] for p in paths] == ["a ring"] * 2 + ["two stars"] * 2
+    assert {Image.open(p).size for p in paths} == {(40, 40)}
+    assert f"--seed {images.read_metadata(paths[0])['seed']} repeats it" in told.err
+
+
+# understand -----------------------------------------------------------------------
+
+
+def test_understand_prints_the_answer(parity_dir, capsys):
+    """Stops an answer that differs from the library's, and anything else on stdout."""
+    import janusflow_min as jf
+
+    files = [str(parity_dir / "images" / name) for name in ("square.png", "wide.png")]
+    argv = ["understand", "What is different?", "--image", files[0], "--image", files[1], "--quiet"]
+    argv += ["--model", str(parity_dir), "--max-new-tokens", "6"]
+    pipe = jf.load(parity_dir, parts="understanding", progress=False)
+    answer = pipe.understand("What is different?", images=files, max_new_tokens=6)
+    assert main(argv) == 0
+    assert capsys.readouterr().out == answer.text.strip() + "\n"
+    assert main([*argv, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["token_ids"] == answer.token_ids and record["sft_format"] == answer.sft_format
+    assert record["images"] == files and record["answer"] == answer.text
+
+
+def test_understand_samples_by_seed(parity_dir, capsys):
+    """Stops --temperature and --seed from being dropped on the way to the sampler."""
+    image = str(parity_dir / "images" / "square.png")
+    argv = ["understand", "--image", image, "--model", str(parity_dir), "--max-new-tokens", "8", "--quiet"]
+    argv += ["--json", "--temperature", "2", "--top-k", "0", "--top-p", "1", "--seed"]
+    tokens = []
+    for seed in ("1", "1", "2"):
+        assert main([*argv, seed]) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["token_ids"])
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+# info -----------------------------------------------------------------------
+
+
+def test_info_on_a_whole_checkpoint(parity_dir, capsys):
+    """Stops a false alarm, a part left out, or a total other than the file's."""
+    assert main(["info", str(parity_dir)]) == 0
+    report = capsys.readouterr().out
+    tensors = load_file(parity_dir / "model.safetensors")
+    total = next(line for line in report.splitlines() if line.startswith("together")).split()
+    assert total[1] == str(len(tensors))
+    assert total[2] == f"{sum(t.numel() for t in tensors.values()):,}"
+    for part in (
+        "llm ",
+        "siglip ",
+        "attn_pool",
+        "uvit_encoder",
+        "uvit_decoder",
+        "AutoencoderKL",
+        "image_gen",
+    ):
+        assert part in report
+    assert "missing or wrong: nothing" in report and "(unknown)" not in report
+
+
+def test_info_on_the_default(capsys):
+    """Stops shipping a trained default with files or keys missing."""
+    assert main(["info"]) == 0
+    assert "missing or wrong: nothing" in capsys.readouterr().out
+
+
+def test_info_lists_all_that_is_wrong(checkpoint, capsys):
+    """Stops a report that ends at the first fault: keys, files and the VAE are all told at once."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    gone = next(name for name in tensors if name.startswith("vision_gen_dec_aligner."))
+    tensors["stray.weight"] = tensors.pop(gone)
+    save_file(tensors, checkpoint / "model.safetensors")
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    assert main(["info", str(checkpoint)]) == 1
+    report = capsys.readouterr().out
+    for text in (
+        gone,
+        "stray.weight",
+        "tokenizer.json is missing",
+        "diffusion_pytorch_model.safetensors is not",
+    ):
+        assert text in report
+    assert "missing or wrong: 3" in report
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_info_names_an_absent_file(checkpoint, capsys, name):
+    """Stops a traceback, or exit code 0, where a needed file is not there."""
+    (checkpoint / name).unlink()
+    assert main(["info", str(checkpoint)]) == 1
+    assert name in capsys.readouterr().out.split("missing or wrong")[1]
+
+
+def test_info_names_all_absent_shards(checkpoint, capsys):
+    """Stops an interrupted download of shards from being told one file at a time."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    shards = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(tensors)}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    here = {name: tensors[name] for name, file in shards.items() if file == "model-1.safetensors"}
+    save_file(here, checkpoint / "model-1.safetensors")
+    assert main(["info", str(checkpoint)]) == 1
+    assert "2 files that are absent: model-0.safetensors, model-2.safetensors" in capsys.readouterr().out
+
+
+def test_info_without_a_vae_is_whole(checkpoint, capsys):
+    """Stops the official repository, which has no VAE, from being called incomplete."""
+    shutil.rmtree(checkpoint / "vae")
+    assert main(["info", str(checkpoint)]) == 0
+    assert "stabilityai/sdxl-vae" in capsys.readouterr().out
+
+
+# Errors -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([""], "prompt is empty"),
+        (["a star", "  "], "prompt is empty"),
+        ([], "no prompt"),
+        (["a star", "<image_placeholder>"], "special tokens"),
+        (["a star", "--steps", "0"], "--steps: must be a whole number of at least 1"),
+        (["a star", "--img-size", "-3"], "--img-size: must be"),
+        (["a star", "--parallel-size", "x"], "--parallel-size: must be"),
+        (["a star", "--cfg-weight", "nan"], "--cfg-weight: must be a finite number"),
+        (["a star", "--seed", "-1"], "--seed: must be"),
+        (["a star", "--device", "abacus"], "device 'abacus' is not usable"),
+        (["a star", "--dtype", "int4"], "dtype must be one of"),
+        (["a star", "--vae-dtype", "float16"], "the VAE runs in bfloat16 or float32"),
+        (["a star", "--vae", "no/such/vae"], "vae_path 'no/such/vae'"),
+        (["a star", "--model", "./none"], "source './none' is neither a folder nor a hub id"),
+        (["--prompts-file", "no-such-file.txt"], "no-such-file.txt"),
+        (["a star", "--colour", "red"], "unrecognized arguments"),
+        (["one " * 2000], "positions"),
+    ],
+)
+def test_generate_refuses(fast, tmp_path, capsys, argv, says):
+    """Stops a traceback, an unclear message, exit code 0, or a folder left behind, for each bad input."""
+    out = tmp_path / "out"
+    line = failure(capsys, "generate", *fast, "--out", str(out), *argv)
+    assert says in line
+    assert not out.exists()
+
+
+def test_generate_does_not_write_into_a_file(fast, tmp_path, capsys):
+    """Stops the weights from being read, and a file replaced, where --out is a file."""
+    (tmp_path / "out").write_text("mine")
+    assert "is a file" in failure(capsys, "generate", "a star", *fast, "--out", str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_understand_refuses_a_bad_image(tmp_path, capsys, content):
+    """Stops a traceback, or a wait for the weights, where the image is missing or broken."""
+    file = tmp_path / "image.png"
+    if content is not None:
+        file.write_bytes(content)
+    line = failure(capsys, "understand", "What?", "--image", str(file), "--model", "./no-weights-are-read")
+    assert str(file) in line
+
+
+def test_understand_refuses_nothing_to_answer(capsys):
+    """Stops an empty command from describing an image that is not there."""
+    assert "no question" in failure(capsys, "understand")
+
+
+def test_no_command_and_unknown_models(capsys):
+    """Stops a traceback from the parser, and from `info` without a folder."""
+    assert "COMMAND" in failure(capsys)
+    assert "neither a folder" in failure(capsys, "info", "/no/such/folder")
+
+
+def test_latents_that_are_not_finite_are_told(fast, tmp_path, capsys, monkeypatch):
+    """Stops FloatingPointError, which is no ValueError, from ending in a traceback."""
+
+    def fail(*_, **__):
+        raise FloatingPointError("the latents of\n 'a star' are not finite")
+
+    monkeypatch.setattr(Pipeline, "generate", fail)
+    line = failure(capsys, "generate", "a star", *fast, "--out", str(tmp_path / "out"))
+    assert "latents of 'a star' are not finite" in line and not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback():
+    """Stops --debug from being accepted and ignored."""
+    with pytest.raises(FileNotFoundError):
+        main(["info", "/no/such/folder", "--debug"])
+
+
+def test_interrupt_leaves_whole_files_only(fast, tmp_path, capsys, monkeypatch):
+    """Stops a half-written picture under its final or a temporary name, and another exit code than 130."""
+    whole = Image.Image.save
+    calls = []
+
+    def interrupted(self, file, *args, **kwargs):
+        calls.append(file)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half")
+            raise KeyboardInterrupt
+        whole(self, file, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    assert main(["generate", "a star", *fast, "--seed", "1", "--out", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["00_a-star_seed1.png"]
+    Image.open(tmp_path / "00_a-star_seed1.png").load()
+
+
+# Help, images, demo -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "understand", "info"])
+def test_help_teaches(command, capsys):
+    """Stops help that cannot be printed (a stray % in it) or has no example, and examples that do not parse."""
+    import shlex
+
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    examples = [line.strip() for line in text.split("examples:\n")[1].splitlines() if line.strip()]
+    assert end.value.code == 0 and len(examples) >= 2
+    for example in examples:
+        build_parser().parse_args(shlex.split(example)[1:])
+
+
+def test_module_and_version():
+    """Stops `python -m janusflow_min` from missing, and the exit code from being lost there."""
+    run = [sys.executable, "-m", "janusflow_min"]
+    done = subprocess.run([*run, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"janusflow-min {__version__}")
+    assert subprocess.run([*run, "info", "./none"], capture_output=True).returncode == 2
+
+
+def test_contact_sheet_holds_every_picture():
+    """Stops overlapping or cropped pictures: each must be found whole, in a sheet of the size computed by hand."""
+    colours = [(20 * i + 5, 0, 0) for i in range(6)]
+    groups = [
+        (f"group {g}", [Image.new("RGB", (32, 32), c) for c in colours[2 * g : 2 * g + 2]]) for g in range(3)
+    ]
+    sheet = images.contact_sheet(groups)
+    assert sheet.width == 3 * (2 * 32 + images.GAP) + 4 * 2 * images.GAP
+    pixels = np.asarray(sheet)
+    for colour in colours:
+        assert (pixels == colour).all(-1).sum() == 32 * 32
+    assert images.contact_sheet([("wide", [Image.new("RGB", (64, 8))])]).width == 64 + 4 * images.GAP
+    with pytest.raises(ValueError, match="at least one"):
+        images.contact_sheet([])
+
+
+def test_contact_sheet_survives_any_caption():
+    """Stops long, empty, spaceless or non-Latin prompts from raising or from making the sheet wider or endless."""
+    picture = [Image.new("RGB", (64, 64))] * 2
+    plain = images.contact_sheet([("x", picture)])
+    for caption in ("", "word " * 500, "w" * 3000, "二つの星 " * 50, "line\nbreak\ttab"):
+        sheet = images.contact_sheet([(caption, picture)])
+        assert sheet.width == plain.width and sheet.height < plain.height + 60
+
+
+def test_a_sheet_of_thousands_stays_small():
+    """Stops a run of thousands of prompts from ending in a sheet that fills the memory."""
+    assert images.sheet_side(1) == 256 and 5000 * images.sheet_side(5000) ** 2 <= images.SHEET_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("A café, at night!", "a-cafe-at-night"), ("二つ", "prompt"), ("../../x", "x"), ("a" * 99, "a" * 40)],
+)
+def test_slug(text, name):
+    """Stops a prompt from escaping the folder or making a name that a file system refuses."""
+    assert images.slug(text) == name
+
+
+@pytest.mark.slow  # about 30 s on two cores
+@pytest.mark.skipif(not (TINY / "model.safetensors").is_file(), reason="without the trained default")
+def test_demo_on_the_trained_default(tmp_path, capsys):
+    """Stops a first command that fails, paints the wrong number of pictures or answers nonsense."""
+    assert main(["demo", "--out", str(tmp_path), "--quiet"]) == 0
+    assert len(list(tmp_path.glob("0*.png"))) == DEMO_IMAGES * len(DEMO_PROMPTS)
+    told = capsys.readouterr().out
+    assert (tmp_path / "sheet.png").is_file() and str(tmp_path / "sheet.png") in told
+    assert "What is in the picture?  a red star" in told
+
+
+def test_demo_on_random_weights(parity_dir, tmp_path, capsys, monkeypatch):
+    """Stops a demo that runs with the default alone; short, so that the whole path is in every test run."""
+    whole = Pipeline.generate
+    short = {"num_inference_steps": 1}
+    monkeypatch.setattr(Pipeline, "generate", lambda self, *a, **k: whole(self, *a, **k | short))
+    assert main(["demo", "--model", str(parity_dir), "--out", str(tmp_path), "--quiet"]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == DEMO_IMAGES * len(DEMO_PROMPTS) + 1
+    assert "How many objects are there?" in capsys.readouterr().out
