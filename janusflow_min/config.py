@@ -206,10 +206,13 @@ class JanusFlowConfig:
         return kind | {"language_config": llm} | sections
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from `path`; FileNotFoundError or ValueError name the file."""
+def read_json(path: str | Path, required: bool = True) -> dict[str, Any]:
+    """A JSON object from `path`, {} for a missing file that is not required. FileNotFoundError or ValueError name
+    the file."""
     path = Path(path)
     if not path.is_file():
+        if not required:
+            return {}
         raise FileNotFoundError(f"{path} does not exist; a checkpoint folder in the official layout holds it")
     try:
         data = json.loads(path.read_bytes())

@@ -182,6 +182,8 @@ class Llama(nn.Module):
         With `tap` = k also the states after the k-th block, counted from 1, before the final norm: both (B, T, D).
         upstream_rounding: see `rope_table`.
         """
+        if tap is not None and not 1 <= tap <= len(self.layers):
+            raise ValueError(f"tap must lie in 1 to {len(self.layers)}, the number of blocks; got {tap}")
         length, past = inputs_embeds.shape[1], 0 if cache is None else cache.length
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]

@@ -206,7 +206,7 @@ class Pipeline:
                 raise ValueError("latents hold NaN or infinite values")
             return latents, None
         if seed is None:
-            seed = int.from_bytes(os.urandom(4), "big")
+            seed = _fresh_seed()
         single = not isinstance(seed, Iterable)
         seeds = [_seed(_seed(seed) + k) for k in range(count)] if single else [_seed(s) for s in seed]
         if len(seeds) != count:
@@ -276,8 +276,9 @@ class Pipeline:
         text with an <image_placeholder> for each image, "images": [...]}; where the last is not an empty message
         of the assistant, one is added.
         temperature 0 is greedy; above 0: temperature, top-k, top-p, then one multinomial draw over the batch a
-        step, from a CPU generator made of `seed`. upstream_rounding: round the rotary frequencies to the model's
-        dtype, as the published code does. Raises ValueError for conversations that do not fit.
+        step, from a CPU generator made of `seed` (None: of a fresh one). upstream_rounding: round the rotary
+        frequencies to the model's dtype, as the published code does. Raises ValueError for conversations that do not
+        fit.
         """
         if not isinstance(conversation, (list, tuple)):
             raise ValueError(f"a conversation is a list of messages, not {type(conversation).__name__}")
@@ -325,7 +326,7 @@ class Pipeline:
             batch.images_seq_mask.to(device),
             batch.images_emb_mask.to(device),
         )
-        generator = None if seed is None else torch.Generator().manual_seed(_seed(seed))
+        generator = torch.Generator().manual_seed(_fresh_seed() if seed is None else _seed(seed))
         tokens = decode(
             self.model,
             embeds,
@@ -558,6 +559,10 @@ def _at_least_one(**values: int) -> None:
     for name, value in values.items():
         if not _is_whole(value) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _fresh_seed() -> int:
+    return int.from_bytes(os.urandom(4), "big")
 
 
 def _seed(value: int) -> int:

@@ -14,7 +14,6 @@ Legend: B conversations, T tokens, N image tokens, M images per conversation, S 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,8 @@ import tokenizers
 import torch
 from PIL import Image
 from torch import Tensor
+
+from .config import read_json
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 IMAGE_TAG = "<image_placeholder>"
@@ -44,21 +45,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # the reference's defaults; the
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 FILES += ("processor_config.json", "preprocessor_config.json")
-
-
-def _read_json(path: Path, required: bool) -> dict[str, Any]:
-    """The object in a JSON file; {} where a file that need not be there is missing."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        if required:
-            raise FileNotFoundError(f"{path} is missing") from None
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _check(good: bool, key: str, wanted: str, value: Any) -> None:
@@ -86,9 +72,9 @@ class Tokenizer:
     def __init__(self, folder: str | os.PathLike, vocab_size: int, tags: Mapping[str, str] = TAGS):
         self.folder, self.vocab_size, self.image_tag = Path(folder), vocab_size, tags["image_tag"]
         path = self.folder / "tokenizer.json"
-        _read_json(path, required=True)  # for its errors, which are clearer
-        config = _read_json(self.folder / "tokenizer_config.json", required=False)
-        special = _read_json(self.folder / "special_tokens_map.json", required=False)
+        read_json(path)  # for its errors, which are clearer
+        config = read_json(self.folder / "tokenizer_config.json", required=False)
+        special = read_json(self.folder / "special_tokens_map.json", required=False)
         try:
             self._bpe = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # some versions of the Rust side raise bare Exception
@@ -232,7 +218,7 @@ class ImageProcessor:
     def from_folder(cls, folder: str | os.PathLike) -> ImageProcessor:
         """Read `preprocessor_config.json`, in which `image_size` is a must. FileNotFoundError, ValueError."""
         path = Path(folder) / "preprocessor_config.json"
-        config = _read_json(path, required=True)
+        config = read_json(path)
         try:
             known = {key: value for key, value in config.items() if key in cls.__dataclass_fields__}
             return cls(**{"image_size": None} | known)
@@ -292,7 +278,7 @@ class Processor:
         """
         folder = Path(folder)
         path = folder / "processor_config.json"
-        config = _read_json(path, required=False)
+        config = read_json(path, required=False)
         form, count = config.get("sft_format", "deepseek"), config.get("num_image_tokens", 576)
         _check(form in ("deepseek", "deepseek_old"), f"{path}: sft_format", "deepseek or deepseek_old", form)
         _check(not config.get("add_special_token"), f"{path}: add_special_token", "false", True)

@@ -11,8 +11,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """These models are so small that threads cost more than they save, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -221,10 +221,10 @@ def test_the_images_are_the_decoded_latents(pipe, paint):
     """Stops: images that are not those of `latents`, rounding instead of the published truncation."""
     out = paint(parallel_size=2, seed=4)
     with torch.inference_mode():
-        pixels = pipe.vae.autoencoder.decode(out.latents / 0.13025).sample
+        pixels = torch.cat([pipe.vae.autoencoder.decode(z[None] / 0.13025).sample for z in out.latents])
     expected = ((pixels.clamp(-1, 1) + 1) / 2 * 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
     for image, array in zip(out.images, expected, strict=True):
-        assert near_bytes(image, Image.fromarray(array))
+        assert (np.asarray(image) != array).mean() < 1e-3  # rounding would change half of them
 
 
 @pytest.mark.parametrize("size", [20, 96, 64])
@@ -444,7 +444,7 @@ def test_a_seeded_answer_repeats(pipe):
     assert first == again != other and len(set(first)) > 2
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-12}, {"temperature": 1e-4}])
 def test_narrow_sampling_is_greedy(pipe, options):
     """Stops: a top-k or top-p that removes the best token, or ignores its setting."""
     greedy = pipe.understand("hi", max_new_tokens=6).token_ids
