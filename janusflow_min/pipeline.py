@@ -99,9 +99,8 @@ class Pipeline:
             _at_least_one(img_size=img_size)
         if not np.isfinite(cfg_weight):
             raise ValueError(f"cfg_weight must be a finite number, got {cfg_weight}")
-        encoded = [
-            self.processor.generation_prompt(text)[0][:-1] for text in prompts
-        ]  # t_emb replaces the tag
+        # Without the generation tag: t_emb takes its place.
+        encoded = [self.processor.generation_prompt(text)[0][:-1] for text in prompts]
         count = len(prompts) * parallel_size
         noise, seeds = self._noise(count, seed, latents)
         dtype = self.model.dtype if upstream_rounding else torch.float32
@@ -116,12 +115,7 @@ class Pipeline:
             bad = sorted({i // parallel_size for i in range(count) if not torch.isfinite(final[i]).all()})
             raise FloatingPointError(
                 f"the latents of {', '.join(repr(prompts[i]) for i in bad)} are not finite, so nothing is painted; "
-                f"the model runs in {self.model.dtype}, cfg_weight is {cfg_weight}"
-                + (
-                    "; float16 overflows in this model, use bfloat16"
-                    if self.model.dtype == torch.float16
-                    else ""
-                )
+                f"dtype {self.model.dtype} (float16 overflows, bfloat16 does not), cfg_weight {cfg_weight}"
             )
         # One image at a time: the VAE's activations, not the model, would set the peak of memory.
         images = []

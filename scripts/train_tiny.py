@@ -352,10 +352,8 @@ def train_model(
     modules = torch.nn.ModuleList([model, head])
     params = list(modules.parameters())
     average = [p.detach().clone() for p in params]
-    rate = torch.zeros(
-        (), device=device
-    )  # learning rate and the average's weight, as tensors: a graph reads them
-    blend = torch.zeros((), device=device)
+    # Learning rate and the average's weight as tensors, for a captured graph reads them anew at every step.
+    rate, blend = torch.zeros((), device=device), torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(
         params, rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
     )
