@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+"""Rectified flow on problems with a known answer: no model is needed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from janusflow_min.flow import TIME_SCALE, euler, flow_loss, guide, interpolate, sample_time
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+NOISE, DATA = draw(2, 4, 3, 3), draw(2, 4, 3, 3, seed=1)
+
+
+def test_time_runs_from_noise_to_data():
+    """Stops: the likeliest silent fault of a port, the other direction of time (Stable Diffusion 3, Flux)."""
+    at_zero, target = interpolate(DATA, NOISE, torch.zeros(2))
+    at_one, _ = interpolate(DATA, NOISE, torch.ones(2))
+    assert torch.equal(at_zero, NOISE) and torch.equal(at_one, DATA)
+    assert torch.equal(target, DATA - NOISE)
+    assert TIME_SCALE == 1000.0
+
+
+def test_interpolation_by_the_formula():
+    """Stops: one time for the whole batch, or t and 1 - t swapped."""
+    t = torch.tensor([0.25, 0.9])
+    z, _ = interpolate(DATA, NOISE, t)
+    for b, weight in enumerate(t.tolist()):
+        assert_close(z[b], weight * DATA[b] + (1 - weight) * NOISE[b], atol=1e-6, rtol=1e-6)
+
+
+def test_interpolation_s_slope_is_the_target():
+    """Stops: a target of the other sign or scale than the path has."""
+    t, h = torch.tensor([0.3, 0.6], dtype=torch.float64), 1e-4
+    ahead, target = interpolate(DATA.double(), NOISE.double(), t + h)
+    behind, _ = interpolate(DATA.double(), NOISE.double(), t - h)
+    assert_close((ahead - behind) / (2 * h), target, atol=1e-8, rtol=1e-8)
+
+
+# Euler ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+def test_a_constant_velocity_is_integrated_exactly(steps):
+    """Stops: a step too many or too few, or one of the wrong length."""
+    v = draw(2, 4, 3, 3, seed=2)
+    assert_close(euler(lambda z, t: v, NOISE, steps), NOISE + v, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 30])
+def test_the_straight_line_is_transported_exactly(steps):
+    """Stops: sampling that runs against training: the true velocity to one picture must lead to it."""
+
+    def velocity(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        t = (timestep / TIME_SCALE).view(-1, 1, 1, 1)
+        return (DATA - z) / (1 - t)  # E[x - noise | z_t] where there is one x
+
+    assert_close(euler(velocity, NOISE, steps), DATA, atol=1e-5, rtol=0)
+
+
+def test_the_error_falls_with_the_first_power_of_the_step():
+    """Stops: a step from the wrong state or at the wrong time: dz/dt = z has z_1 = e·z_0, and Euler (1 + 1/n)^n."""
+    start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    errors = []
+    for steps in (50, 100, 200):
+        end = euler(lambda z, t: z, start, steps).item()
+        assert end == pytest.approx((1 + 1 / steps) ** steps, rel=1e-12)
+        errors.append(math.e - end)
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.05)
+    assert errors[1] / errors[2] == pytest.approx(2, abs=0.05)
+
+
+def test_the_velocity_is_taken_at_the_step_s_start():
+    """Stops: midpoints or ends in place of starts: dz/dt = t gives (n - 1) / 2n, in the limit 1/2."""
+    start = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    end = euler(lambda z, t: (t / TIME_SCALE).view(1, 1, 1, 1), start, 10)
+    assert end.item() == pytest.approx(0.45, rel=1e-12)
+
+
+def test_the_times_that_the_network_is_told():
+    """Stops: t in [0, 1], a last time of 1000, a shifted grid, or one time for all rows as a scalar."""
+    seen = []
+
+    def velocity(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        seen.append(timestep)
+        return torch.zeros_like(z)
+
+    euler(velocity, NOISE, 4)
+    assert [t.tolist() for t in seen] == [[0.0] * 2, [250.0] * 2, [500.0] * 2, [750.0] * 2]
+    assert all(t.dtype == torch.float32 for t in seen)
+    seen.clear()
+    euler(velocity, NOISE, 30)
+    assert len(seen) == 30
+    assert seen[29][0].item() == torch.tensor(29 / 30 * 1000.0).item()
+
+
+def test_each_step_is_told():
+    """Stops: progress that misses steps, or is told the state before the step."""
+    told = []
+    end = euler(lambda z, t: torch.ones_like(z), NOISE, 3, lambda i, z: told.append((i, z)))
+    assert [i for i, _ in told] == [0, 1, 2]
+    assert_close(told[0][1], NOISE + 1 / 3)
+    assert told[2][1] is end or torch.equal(told[2][1], end)
+
+
+def test_the_noise_is_left_as_it_was():
+    """Stops: a step in place, which spoils the caller's latents."""
+    noise = NOISE.clone()
+    euler(lambda z, t: torch.ones_like(z), noise, 2)
+    assert torch.equal(noise, NOISE)
+
+
+def test_bfloat16_rounds_as_the_published_sampler():
+    """Stops: a time of 29/30 computed in bfloat16, or kept in float32: 966.67 must become 968; and a step or sum
+    rounded elsewhere than after each operation."""
+    seen = []
+    v = draw(2, 4, 3, 3, seed=3).bfloat16()
+
+    def velocity(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        seen.append(timestep[0].item())
+        assert timestep.dtype == torch.bfloat16
+        return v
+
+    latents = []
+    euler(velocity, NOISE.bfloat16(), 30, lambda i, z: latents.append(z))
+    assert seen[29] == 968.0
+    assert seen == [torch.tensor(i / 30 * 1000.0).bfloat16().item() for i in range(30)]
+    z = NOISE.bfloat16()
+    step = torch.tensor(1 / 30).bfloat16()
+    for after in latents:
+        change = (step.float() * v.float()).bfloat16()
+        z = (z.float() + change.float()).bfloat16()
+        assert torch.equal(after, z)
+
+
+def test_latents_stay_float32_under_a_bfloat16_network():
+    """Stops: the network's dtype that creeps into the state: 30 roundings instead of none."""
+    v = draw(2, 4, 3, 3, seed=4).bfloat16()
+    end = euler(lambda z, t: v, NOISE, 30)
+    assert end.dtype == torch.float32
+    assert_close(end, NOISE + v.float(), atol=2e-6, rtol=0)
+
+
+# Guidance -------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_by_the_formula():
+    """Stops: conditional and unconditional swapped, or w where w - 1 belongs."""
+    assert torch.equal(guide(DATA, NOISE, 1.0), DATA)
+    assert torch.equal(guide(DATA, NOISE, 0.0), NOISE)
+    assert_close(guide(DATA, NOISE, 5.0), NOISE + 5.0 * (DATA - NOISE), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.5, 2.0, 7.0])
+def test_guidance_leads_away_from_the_unconditional(weight):
+    """Stops: the other sign, which washes pictures out instead of sharpening them."""
+    cond, uncond = torch.tensor(1.0), torch.tensor(0.5)
+    assert guide(cond, uncond, weight) > cond
+    assert guide(cond, cond, weight).item() == pytest.approx(1.0)
+
+
+# Training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.6), (1.0, 2.0)])
+def test_training_times_are_logit_normal(mean, std):
+    """Stops: uniform times, a deviation used as a variance, a mean on the wrong side of one half."""
+    t = sample_time(200_000, mean, std, generator=torch.Generator().manual_seed(0))
+    assert t.shape == (200_000,) and t.dtype == torch.float32
+    assert t.min() >= 0 and t.max() <= 1
+    logits = torch.logit(t.double())
+    assert logits.mean().item() == pytest.approx(mean, abs=0.02)
+    assert logits.std().item() == pytest.approx(std, rel=0.02)
+    normal = torch.distributions.Normal(mean, std)
+    for level in (0.05, 0.25, 0.5, 0.75, 0.95):
+        point = torch.sigmoid(normal.icdf(torch.tensor(level)))
+        assert (t <= point).float().mean().item() == pytest.approx(level, abs=0.005)
+
+
+def test_training_times_come_from_the_generator_given():
+    """Stops: draws from the global generator, which no seed of the caller's repeats."""
+    before = torch.random.get_rng_state()
+    a, b = (sample_time(5, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(a, sample_time(5, generator=torch.Generator().manual_seed(8)))
+    assert sample_time(5, device="meta").device.type == "meta"
+
+
+def test_the_loss_is_each_sample_s_mean_square():
+    """Stops: one number for the batch, a sum in place of the mean, a loss in bfloat16."""
+    loss = flow_loss(DATA, NOISE)
+    wanted = [((DATA[b] - NOISE[b]) ** 2).sum() / DATA[b].numel() for b in range(2)]
+    assert_close(loss, torch.stack(wanted))
+    low = flow_loss(DATA.bfloat16(), NOISE)
+    assert low.dtype == torch.float32
+    assert_close(low, flow_loss(DATA.bfloat16().float(), NOISE))
+
+
+def test_the_true_velocity_has_no_loss():
+    """Stops: a target that differs from what the sampler integrates."""
+    z, target = interpolate(DATA, NOISE, torch.tensor([0.2, 0.7]))
+    assert flow_loss((DATA - z) / (1 - torch.tensor([0.2, 0.7])).view(2, 1, 1, 1), target).max() < 1e-10

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""What importing the library does and does not do, and which file may import which."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import janusflow_min
+
+PACKAGE = Path(janusflow_min.__file__).parent
+CORE = {
+    "torch",
+    "safetensors",
+    "tokenizers",
+    "diffusers",
+    "PIL",
+    "numpy",
+    "einops",
+    "tqdm",
+    "huggingface_hub",
+}
+LAZY = {"diffusers", "huggingface_hub"}  # imported by the function that needs them
+FLOOR_1 = {"config", "llama", "siglip", "uvit", "flow", "model", "checkpoint", "processor", "vae"}
+FLOOR_3 = {"cli", "webui", "__main__"}
+
+PROBE = """
+import json, os, random, sys, threading
+import torch, numpy, einops, tokenizers, safetensors.torch, tqdm, PIL.Image
+
+def state():
+    return dict(
+        torch=torch.random.get_rng_state().tolist(), seed=torch.initial_seed(), python=repr(random.getstate()),
+        numpy=repr(numpy.random.get_state()), dtype=str(torch.get_default_dtype()), grad=torch.is_grad_enabled(),
+        device=str(torch.empty(0).device), threads=torch.get_num_threads(), env=dict(os.environ), cwd=os.getcwd(),
+        deterministic=torch.are_deterministic_algorithms_enabled(), path=list(sys.path),
+        tf32=[torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        precision=torch.get_float32_matmul_precision(), cuda=torch.cuda.is_initialized(),
+        bomb=PIL.Image.MAX_IMAGE_PIXELS, files=sorted(os.listdir(".")), running=threading.active_count(),
+    )
+
+before, modules = state(), set(sys.modules)
+import janusflow_min
+after = state()
+print("---", json.dumps({
+    "changed": [key for key in before if before[key] != after[key]],
+    "all": sorted(sys.modules), "new": sorted(set(sys.modules) - modules),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> dict:
+    """What `import janusflow_min` does in a fresh interpreter whose core dependencies are there already."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n{PROBE}"],
+        cwd=tmp_path_factory.mktemp("cwd"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    printed, result = done.stdout.split("---")
+    assert printed == "" and done.stderr == "", "the import prints or warns"
+    return json.loads(result)
+
+
+def test_only_core_dependencies_are_imported(imported):
+    """Stops: a heavy library that comes with the first line, or one that an installation lacks."""
+    new = {name.split(".")[0] for name in imported["new"]} - set(sys.stdlib_module_names)
+    assert new <= (CORE - LAZY) | {"janusflow_min"}
+    heavy = {
+        "diffusers",
+        "transformers",
+        "timm",
+        "torchvision",
+        "matplotlib",
+        "accelerate",
+        "scipy",
+        "gradio",
+    }
+    assert not heavy & {name.split(".")[0] for name in imported["new"]}
+
+
+def test_later_floors_are_not_imported(imported):
+    """Stops: the command line, training or benchmarks loaded by everyone."""
+    ours = {name.split(".")[1] for name in imported["all"] if name.startswith("janusflow_min.")}
+    assert ours >= FLOOR_1
+    assert not ours & (FLOOR_3 | {"training", "benchmarks"})
+
+
+def test_the_import_changes_nothing(imported):
+    """Stops: global seeding, a default dtype, threads or environment variables set at import."""
+    assert imported["changed"] == []
+
+
+# The house ------------------------------------------------------------------------------------------------------
+
+
+def imports(path: Path) -> list[tuple[str, str, bool]]:
+    """(top-level package, the part of ours or "", at module level) of every import of a file, in functions too."""
+    package = ["janusflow_min", *path.relative_to(PACKAGE).parts[:-1]]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    outer = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            whole = module == "janusflow_min"  # from . import flow
+            names = [f"{module}.{alias.name}" for alias in node.names] if whole else [module]
+        else:
+            continue
+        for name in names:
+            top, *rest = name.split(".")
+            found.append((top, rest[0] if top == "janusflow_min" and rest else "", id(node) in outer))
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def inner(path: Path) -> set[str]:
+    """The parts of the package that a file imports."""
+    return {part for top, part, _ in imports(path) if top == "janusflow_min"}
+
+
+def test_floor_one_imports_only_floor_one():
+    """Stops: a model that needs the pipeline, so that nobody can read or reuse it alone."""
+    for name in FLOOR_1:
+        assert inner(PACKAGE / f"{name}.py") <= FLOOR_1, name
+
+
+def test_the_flow_imports_no_model():
+    """Stops: a sampler tied to one network: `flow.py` is functions of a velocity callable."""
+    assert inner(PACKAGE / "flow.py") == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_imports_a_door(path):
+    """Stops: logic that lives in the command line, where a user of the library cannot reach it."""
+    if path.stem not in FLOOR_3 or path.parent != PACKAGE:
+        assert not inner(path) & FLOOR_3
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_vae_imports_diffusers_and_only_when_needed(path):
+    """Stops: seconds of import for who only asks a question, and witnesses used as dependencies."""
+    outside = {(top, outer) for top, _, outer in imports(path)}
+    if path != PACKAGE / "vae.py":
+        assert not {top for top, _ in outside} & {"diffusers"}
+    assert not {top for top, _ in outside} & {"transformers", "timm", "torchvision", "attrdict"}
+    assert not {top for top, outer in outside if outer} & LAZY
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_open_with_licence_and_purpose(path):
+    """Stops: a file without its licence line or without the docstring that says what it is."""
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# SPDX-License-Identifier: MIT\n")
+    assert path.name == "__init__.py" or ast.get_docstring(ast.parse(text))
