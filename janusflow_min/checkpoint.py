@@ -86,14 +86,17 @@ def load_model(
     total = sum(len(names) for names in files.values())
     with tqdm(total=total, desc="Loading weights", unit="tensor", disable=not progress, leave=False) as bar:
         for path, names in files.items():
-            with open_weights(path, device) as f:
-                for name in names:
-                    if name.startswith(POOLING_HEAD):
-                        if parts == "all":
-                            extra[name] = _read(f, path, name).to("cpu", dtype)
-                    elif (ours := from_official(name)) in wanted:
-                        state[ours] = _read(f, path, name).to(device, dtype)
-                    bar.update()
+            for name in names:
+                pooling = name.startswith(POOLING_HEAD)
+                ours = name if pooling else from_official(name)
+                if (parts == "all") if pooling else (ours in wanted):
+                    place = torch.device("cpu") if pooling else torch.device(device)
+                    # Opened for each tensor and copied: on the CPU tensors are a mapping of the file, which would
+                    # keep its pages in memory, and would change, or end the process, with the file.
+                    with open_weights(path, place) as f:
+                        tensor = _read(f, path, name).to(place, dtype, copy=place.type == "cpu")
+                    (extra if pooling else state)[ours] = tensor
+                bar.update()
     model.load_state_dict(state, strict=True, assign=True)
     left = [k for k, p in model.state_dict().items() if p.is_meta]
     assert not left, f"still on the meta device: {left}"
@@ -114,7 +117,7 @@ def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None 
     tensors = {to_official(k): v.detach().contiguous() for k, v in model.state_dict().items()}
     tensors |= getattr(model, "extra_tensors", {})
     if max_shard_size is None:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        _write(tensors, folder / WEIGHTS)
         return
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -127,10 +130,15 @@ def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None 
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _write(shard, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # newer safetensors leave it readable by its owner alone
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:

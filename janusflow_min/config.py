@@ -233,8 +233,8 @@ def _check_numbers(config: Any, where: str, zero: tuple[str, ...] = ()) -> None:
             or (kind is float and whole)
         ):
             raise ValueError(f"{where}: {f.name} must be {kind.__name__}, got {value!r}")
-        if kind is not bool and not (value > 0 or (value == 0 and f.name in zero)):
-            raise ValueError(f"{where}: {f.name} must be above 0, got {value!r}")
+        if kind is not bool and not (0 < value < float("inf") or (value == 0 and f.name in zero)):
+            raise ValueError(f"{where}: {f.name} must be above 0 and finite, got {value!r}")
 
 
 def _only(where: str, params: Mapping[str, Any], **supported: tuple) -> None:
@@ -257,6 +257,8 @@ def _llama(data: Mapping[str, Any]) -> LlamaConfig:
     where = "language_config"
     _only(where, data, model_type=("llama",), hidden_act=("silu", "swish"), tie_word_embeddings=(False,))
     _only(where, data, attention_bias=(False,), mlp_bias=(False,), rope_scaling=(None,))
+    rope = data.get("rope_parameters") or {}  # how transformers 5 writes rope_theta and rope_scaling
+    _only(where, rope, rope_type=("default",))
     defaults = {  # transformers' LlamaConfig, which the reference falls back to
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -265,6 +267,8 @@ def _llama(data: Mapping[str, Any]) -> LlamaConfig:
         "num_attention_heads": 32,
         "max_position_embeddings": 2048,
     }
+    if "rope_theta" in rope:
+        defaults["rope_theta"] = rope["rope_theta"]
     return LlamaConfig(
         **defaults | {f.name: data[f.name] for f in fields(LlamaConfig) if data.get(f.name) is not None}
     )
@@ -273,6 +277,8 @@ def _llama(data: Mapping[str, Any]) -> LlamaConfig:
 def _siglip(params: Mapping[str, Any]) -> SiglipConfig:
     where, name = "vision_und_enc_config", params.get("model_name", "siglip_large_patch16_384")
     _only(where, params, pixel_mean=(None,), pixel_std=(None,), select_layers=(None,))
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: model_name must be str, got {name!r}")
     explicit = {key: params[key] for key in _LARGE if key in params}
     if name not in SIGLIP_PRESETS and len(explicit) < len(_LARGE):
         raise ValueError(
@@ -281,6 +287,9 @@ def _siglip(params: Mapping[str, Any]) -> SiglipConfig:
         )
     sizes = SIGLIP_PRESETS.get(name, {}) | explicit
     layers, select = sizes["layers"], params.get("select_layer", -2)
+    for key, value in (("layers", layers), ("select_layer", select)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{where}: {key} must be int, got {value!r}")
     kept = min(layers, layers + select + 1 if select <= 0 else select)
     return SiglipConfig(**sizes | {"layers": kept, "image_size": params.get("image_size", 336)})
 

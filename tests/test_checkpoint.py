@@ -544,9 +544,11 @@ print(kilobytes("VmHWM") - before, sum(p.nbytes for p in model.state_dict().valu
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path, parity_dir):
     """Stops: the weights twice in memory: initialised and then replaced, or a whole file read before it is copied."""
     config = json.loads((parity_dir / "config.json").read_text())
-    config["language_config"].update(vocab_size=60_000, hidden_size=384, intermediate_size=1024)
+    config["language_config"].update(
+        vocab_size=8_000, hidden_size=640, intermediate_size=1760, num_hidden_layers=8
+    )
     for section in ("vision_gen_enc_config", "vision_gen_dec_config"):
-        config[section]["params"]["hidden_size"] = 384
+        config[section]["params"]["hidden_size"] = 640  # no tensor above a tenth, as officially
     model = jf.JanusFlow(jf.JanusFlowConfig.from_dict(config))
     save_model(model, tmp_path)
     size = (tmp_path / WEIGHTS).stat().st_size / 1024
@@ -561,3 +563,21 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, parity_dir)
     peak, held = map(int, done.stdout.split())
     assert held > 0.99 * size
     assert 0.8 * size < peak <= 1.2 * size, f"{peak} KiB for {size:.0f} KiB of weights"
+
+
+def test_a_loaded_model_does_not_depend_on_its_file(parity_dir, tmp_path):
+    """Stops weights that stay mapped to the file: they would change, or end the process, when it is overwritten."""
+    for name in ("config.json", WEIGHTS):
+        (tmp_path / name).write_bytes((parity_dir / name).read_bytes())
+    model = load_model(tmp_path, progress=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    size = (tmp_path / WEIGHTS).stat().st_size
+    with open(tmp_path / WEIGHTS, "r+b") as f:
+        f.write(bytes(size))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_saved_weights_can_be_read_by_others(parity_dir, tmp_path):
+    """Stops files that nobody but their owner can open on a shared machine."""
+    save_model(load_model(parity_dir, progress=False), tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_mode & 0o044 == 0o044

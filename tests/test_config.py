@@ -420,3 +420,23 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         JanusFlowConfig.from_file(tmp_path / "none.json")
     assert read_json(tmp_path / "none.json", required=False) == {}
+
+
+def test_the_newer_form_of_rope_settings():
+    """Stops a rotary base, or a scaling, that transformers 5 wrote from being dropped in silence."""
+    data = JanusFlowConfig().to_dict()
+    del data["language_config"]["rope_theta"]
+    data["language_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    assert JanusFlowConfig.from_dict(data).llm.rope_theta == 5e5
+    data["language_config"]["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 5e5}
+    with pytest.raises(ValueError, match="rope_type"):
+        JanusFlowConfig.from_dict(data)
+
+
+@pytest.mark.parametrize("key, value", [("select_layer", "-1"), ("select_layer", None), ("model_name", [1])])
+def test_siglip_values_of_a_wrong_type(key, value):
+    """Stops an error that does not name the key."""
+    data = JanusFlowConfig().to_dict()
+    data["vision_und_enc_config"]["params"][key] = value
+    with pytest.raises(ValueError, match=key):
+        JanusFlowConfig.from_dict(data)
