@@ -182,8 +182,7 @@ def inspect_checkpoint(folder: Path, vae: Path | None = None) -> tuple[list[str]
 def _report_weights(folder: Path, config: Any, lines: list[str], problems: list[str]) -> None:
     import torch
 
-    from .checkpoint import INDEX, POOLING_HEAD, WEIGHTS, from_official, to_official, weight_files
-    from .checkpoint import check_keys as check_keys
+    from .checkpoint import INDEX, POOLING_HEAD, WEIGHTS, check_keys, from_official, to_official, weight_files
     from .config import read_json
     from .model import JanusFlow
 

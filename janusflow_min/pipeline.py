@@ -440,13 +440,9 @@ def load(
         raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    if vae_dtype is None and dtype == torch.float16 and parts != "understanding":
-        vae_dtype = torch.float32
-    vae_dtype = (
-        check_vae_dtype(dtype if vae_dtype is None else pick_dtype(vae_dtype, device))
-        if (parts != "understanding")
-        else dtype
-    )
+    if parts != "understanding":
+        usual = torch.float32 if dtype == torch.float16 else dtype  # float16 is no dtype for the VAE
+        vae_dtype = check_vae_dtype(usual if vae_dtype is None else pick_dtype(vae_dtype, device))
     folder = resolve(source)
     read_json(folder / "config.json")  # the commonest mistake first: not a checkpoint's folder
     if parts != "understanding":  # before the weights, which take long
