@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,25 +85,67 @@ def load_model(
     wanted = set(model.state_dict())
     state: dict[str, Tensor] = {}
     extra: dict[str, Tensor] = {}
-    total = sum(len(names) for names in files.values())
-    with tqdm(total=total, desc="Loading weights", unit="tensor", disable=not progress, leave=False) as bar:
-        for path, names in files.items():
-            for name in names:
-                pooling = name.startswith(POOLING_HEAD)
-                ours = name if pooling else from_official(name)
-                if (parts == "all") if pooling else (ours in wanted):
-                    place = torch.device("cpu") if pooling else torch.device(device)
-                    # Opened for each tensor and copied: on the CPU tensors are a mapping of the file, which would
-                    # keep its pages in memory, and would change, or end the process, with the file.
-                    with open_weights(path, place) as f:
-                        tensor = _read(f, path, name).to(place, dtype, copy=place.type == "cpu")
-                    (extra if pooling else state)[ours] = tensor
-                bar.update()
+    read = _Reader(device, dtype)
+    jobs = []
+    for path, names in files.items():
+        for name in names:
+            pooling = name.startswith(POOLING_HEAD)
+            ours = name if pooling else from_official(name)
+            if (parts == "all") if pooling else (ours in wanted):
+                jobs.append((extra if pooling else state, ours, path, name))
+    with (
+        tqdm(
+            total=len(jobs), desc="Loading weights", unit="tensor", disable=not progress, leave=False
+        ) as bar,
+        ThreadPoolExecutor(read.threads) as pool,
+    ):
+        results = pool.map(lambda job: read(job[2], job[3], job[0] is extra), jobs)
+        for (target, ours, _, _), tensor in zip(jobs, results, strict=True):
+            target[ours] = tensor
+            bar.update()
     model.load_state_dict(state, strict=True, assign=True)
     left = [k for k, p in model.state_dict().items() if p.is_meta]
     assert not left, f"still on the meta device: {left}"
     model.extra_tensors = extra  # official names; kept for save_model
     return model.eval().requires_grad_(False)
+
+
+class _Reader:
+    """Reads one tensor of a file, in any thread, to its device and dtype.
+
+    To a GPU through pinned memory, one piece a thread, so that reading and copying run side by side. On the CPU
+    one thread, and a copy: the tensors of safetensors are a mapping of the file, which would keep its pages in
+    memory, and would change, or end the process, with the file.
+    """
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype):
+        self.device, self.dtype = torch.device(device), dtype
+        self.threads = 8 if self.device.type == "cuda" else 1
+        self.local = threading.local()
+
+    def __call__(self, path: Path, name: str, keep_on_cpu: bool) -> Tensor:
+        with open_weights(path) as f:
+            tensor = f.get_tensor(name)
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {name} holds {tensor.dtype}; weights must be of a float type")
+            if keep_on_cpu or self.device.type != "cuda":
+                return tensor.to("cpu" if keep_on_cpu else self.device, self.dtype, copy=True)
+            return self.through_pinned(tensor).to(self.dtype)
+
+    def through_pinned(self, tensor: Tensor) -> Tensor:
+        if not hasattr(self.local, "piece"):
+            self.local.piece = torch.empty(2**24, dtype=torch.uint8, pin_memory=True)
+            self.local.stream = torch.cuda.Stream(self.device)
+        result = torch.empty_like(tensor, device=self.device)
+        source, target = (x.view(-1).view(torch.uint8) for x in (tensor, result))
+        with torch.cuda.stream(self.local.stream):
+            for start in range(0, len(source), len(self.local.piece)):
+                part = source[start : start + len(self.local.piece)]
+                piece = self.local.piece[: len(part)]
+                piece.numpy()[:] = part.numpy()  # one thread each, unlike torch's copy
+                target[start : start + len(part)].copy_(piece, non_blocking=True)
+                self.local.stream.synchronize()
+        return result
 
 
 def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None = None) -> None:
@@ -174,13 +218,6 @@ def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); download it again") from None
     with f:
         yield f
-
-
-def _read(f, path: Path, name: str) -> Tensor:
-    tensor = f.get_tensor(name)
-    if not tensor.is_floating_point():
-        raise ValueError(f"{path}: {name} holds {tensor.dtype}; weights must be of a float type")
-    return tensor
 
 
 def check_keys(folder: Path, files: dict[Path, list[str]], expected: dict[str, tuple[int, ...]]) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 TINY = Path(__file__).parent / "assets" / "tiny"
 DEFAULT_QUESTION = "Describe the image."
 ONE_IMAGE = (str, os.PathLike, Image.Image, np.ndarray)
+VAE_IMAGES = 5  # decoded at once on a GPU
 MAX_IMAGES = 16  # painted at once; more would not be faster, only larger
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -153,15 +154,18 @@ class Pipeline:
                 f"dtype {self.model.dtype} (float16 overflows, bfloat16 does not), cfg_weight {cfg_weight}"
             )
         images = []
-        # One image at a time: the VAE's activations, not the model, would set the peak of memory.
-        for i, z in enumerate(final):
-            pixels = self.vae.decode(z[None])
-            if not torch.isfinite(pixels).all():
-                raise FloatingPointError(
-                    f"the VAE, in {self.vae.dtype}, turns the latents of {prompts[i // parallel_size]!r} into NaN or "
-                    "infinite pixels, so nothing is painted"
-                )
-            images.append(Image.fromarray(to_uint8(pixels)[0]))
+        # A few at a time: the VAE's activations, not the model, would set the peak of memory.
+        at_once = VAE_IMAGES if final.is_cuda else 1
+        for start in range(0, count, at_once):
+            pixels = self.vae.decode(final[start : start + at_once])
+            fine = torch.isfinite(pixels).flatten(1).all(1).tolist()
+            for i in range(len(fine)):
+                if not fine[i]:
+                    raise FloatingPointError(
+                        f"the VAE, in {self.vae.dtype}, turns the latents of {prompts[(start + i) // parallel_size]!r} "
+                        "into NaN or infinite pixels, so nothing is painted"
+                    )
+            images += map(Image.fromarray, to_uint8(pixels))
         if img_size is not None and img_size != images[0].width:
             images = [image.resize((img_size, img_size), Image.Resampling.LANCZOS) for image in images]
         return Generation(

@@ -11,6 +11,7 @@ import contextlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import read_json
@@ -83,6 +84,8 @@ def load_vae(folder: str | Path, device: torch.device, dtype: torch.dtype) -> VA
     from diffusers import AutoencoderKL
     from diffusers.utils import logging
 
+    if (autoencoder := _build(AutoencoderKL, folder, device, dtype)) is not None:
+        return VAE(autoencoder)
     try:
         with _quiet(logging):
             autoencoder, info = AutoencoderKL.from_pretrained(
@@ -100,6 +103,20 @@ def load_vae(folder: str | Path, device: torch.device, dtype: torch.dtype) -> VA
     if problems:
         raise ValueError(f"the VAE in {folder} does not fit its config.json; {'; '.join(problems)}")
     return VAE(autoencoder.to(device))
+
+
+def _build(kind: type, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+    """The autoencoder without the time to draw random weights first; None where the file is not one whole set of
+    its weights under today's names, which diffusers then converts or explains."""
+    try:
+        state = load_file(folder / "diffusion_pytorch_model.safetensors")
+        with torch.device("meta"):
+            autoencoder = kind.from_config(read_json(folder / "config.json"))
+        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
+        autoencoder.load_state_dict(state, strict=True, assign=True)
+    except Exception:
+        return None
+    return autoencoder
 
 
 @contextlib.contextmanager

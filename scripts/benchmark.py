@@ -2,7 +2,7 @@
 """How fast: ours, the reference, and what the card allows, in one run.
 
     python scripts/benchmark.py --json speed.json --plot speed.png                    # ours, one GPU
-    python scripts/benchmark.py --janus-root ../Janus --json speed.json --plot speed.png  # and the reference
+    python scripts/benchmark.py --janus-root ../Janus --modes fast compile reference "reference compiled"
     python scripts/benchmark.py --growth                                              # time and memory as things grow
     python scripts/benchmark.py --size small --device cpu --dtype float32             # minutes on a CPU
 
@@ -13,7 +13,7 @@ wall clock with the device synchronised, from prompt to pixels or from prepared 
 - limit of the card: its measured matrix rate and copy bandwidth. Floor of painting: the LLM's products at that
   rate. Floor of answering: its weights and the row's keys and values read once a token.
 - modes: "fast" is the default, "compile" is `load(compile=True)`, "plain" is `load(fast=False)`; "reference" is the
-  published loop over the published classes, "reference compiled" has its LLM in torch.compile.
+  published loop over the published classes, "reference compiled" has its LLM in torch.compile (5 images alone).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UVi
 from janusflow_min.model import JanusFlow
 from janusflow_min.pipeline import TINY, Pipeline
 
-Results = dict[str, dict[str, float]]  # measure -> mode -> value
+Note = Callable[[str, float], None]  # takes a measure and its value
+MODES = ("fast", "compile", "plain", "reference", "reference compiled")
 SECONDS = ("1 image", "5 images", "16 images", "5 images, 128 prompt tokens", "64 prompts, per image")
 
 
@@ -56,19 +57,20 @@ def main() -> int:
         if args.growth:
             report["growth"] = growth(folder, args)
         else:
-            results: Results = {}
+            report["floors"] = floors(config, limits, args)
+            report["results"] = results = {}
             for mode in args.modes:
                 log(mode)
-                measure_ours(folder, args, mode, results)
+
+                def note(measure: str, value: float, mode: str = mode) -> None:
+                    results.setdefault(measure, {})[mode] = value
+                    write(report, args.json)
+
+                measure = measure_reference if mode.startswith("reference") else measure_ours
+                measure(folder, args, mode, note)
                 release()
-            if args.janus_root is not None:
-                log("reference")
-                measure_reference(folder, args, results)
-            report["floors"] = floors(config, limits, args)
-            report["results"] = results
             print(table(report))
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(report, args.json)
     if args.plot is not None:
         (plot_growth if args.growth else plot)(report, args.plot)
     return 0
@@ -78,20 +80,27 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--janus-root", type=Path, help="checkout of deepseek-ai/Janus: measure it too")
+    parser.add_argument("--janus-root", type=Path, help="checkout of deepseek-ai/Janus, for its modes")
     parser.add_argument("--work", type=Path, help="keep the random checkpoint here; else a temporary folder")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--plot", type=Path, help="write a picture here (needs matplotlib)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--size", choices=("official", "small"), default="official")
-    parser.add_argument("--modes", nargs="+", default=["fast"], choices=("fast", "compile", "plain"))
-    parser.add_argument("--no-reference-compile", action="store_true", help="skip the compiled reference")
+    parser.add_argument("--modes", nargs="+", default=["fast"], choices=MODES)
     parser.add_argument("--growth", action="store_true", help="curves instead of the table, fast mode only")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=128, help="length of an answer")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.janus_root is None and any(mode.startswith("reference") for mode in args.modes):
+        parser.error("the reference's modes need --janus-root")
+    return args
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def log(text: str) -> None:
@@ -242,10 +251,7 @@ def answer(pipe: Pipeline, batch, tokens: int) -> list[list[int]]:
     return pipe._decode(batch, tokens, -1, lambda logits: logits.argmax(-1), False)
 
 
-def measure_ours(folder: Path, args: argparse.Namespace, mode: str, results: Results) -> None:
-    def note(measure: str, value: float) -> None:
-        results.setdefault(measure, {})[mode] = value
-
+def measure_ours(folder: Path, args: argparse.Namespace, mode: str, note: Note) -> None:
     load(folder, args, mode)  # imports, the first use of the device
     release()
     note("load, s", median(lambda: load(folder, args, mode), 2))
@@ -266,7 +272,7 @@ def measure_ours(folder: Path, args: argparse.Namespace, mode: str, results: Res
         note(f"{count} image{'s' * (count > 1)}", median(paint(count), args.runs))
     note("5 images, 128 prompt tokens", median(paint(5, 128), args.runs))
     prompts = [prompt_of(pipe, 20 + i % 20, i) for i in range(64)]
-    note("64 prompts, per image", median(lambda: pipe.generate(prompts, parallel_size=1, **settings), 1) / 64)
+    note("64 prompts, per image", seconds(lambda: pipe.generate(prompts, parallel_size=1, **settings)) / 64)
     one, many = question(pipe, 1), question(pipe, 16)
     note("first answer, s", seconds(lambda: answer(pipe, one, 2)))
     note("first token, ms", 1000 * median(lambda: answer(pipe, one, 1), args.runs))
@@ -303,14 +309,11 @@ def helper() -> ModuleType:
 
 
 @torch.inference_mode()
-def measure_reference(folder: Path, args: argparse.Namespace, results: Results) -> None:
+def measure_reference(folder: Path, args: argparse.Namespace, mode: str, note: Note) -> None:
     from diffusers import AutoencoderKL
 
     reference, dtype, device = helper(), getattr(torch, args.dtype), args.device
     processor = Pipeline(*ours_without_model(folder))  # prompts and images are prepared by us for both
-
-    def note(measure: str, value: float, mode: str = "reference") -> None:
-        results.setdefault(measure, {})[mode] = value
 
     def load_reference():
         if args.size == "official":
@@ -321,11 +324,12 @@ def measure_reference(folder: Path, args: argparse.Namespace, results: Results) 
         vae = AutoencoderKL.from_pretrained(folder / "vae").to(dtype).to(device).eval()
         return model, vae
 
-    load_reference()
-    release()
-    note("load, s", median(load_reference, 2))
-    release()
+    if mode == "reference":
+        note("load, s", median(load_reference, 1))
+        release()
     model, vae = load_reference()
+    if mode == "reference compiled":
+        model.language_model.model = torch.compile(model.language_model.model)
 
     def paint(count: int, tokens: int = 32) -> Callable[[], Any]:
         ids = processor.processor.generation_prompt(prompt_of(processor, tokens))[0]
@@ -343,10 +347,14 @@ def measure_reference(folder: Path, args: argparse.Namespace, results: Results) 
         torch.cuda.reset_peak_memory_stats()
         paint(5)()
         note("peak memory, 5 images, GiB", torch.cuda.max_memory_allocated() / 2**30)
-    for count in (1, 5, 16):
-        note(f"{count} image{'s' * (count > 1)}", median(paint(count), min(3, args.runs)))
+    for count in (1, 5, 16) if mode == "reference" else (5,):
+        value = median(paint(count), min(3, args.runs))
+        note(f"{count} image{'s' * (count > 1)}", value)
+        if count == 1:
+            note("64 prompts, per image", value)  # one prompt at a time is all it can
+    if mode == "reference compiled":  # of its ways of use this is the one that compiling helps
+        return
     note("5 images, 128 prompt tokens", median(paint(5, 128), min(3, args.runs)))
-    note("64 prompts, per image", results["1 image"]["reference"])  # one prompt at a time is all it can
 
     def answers(batch, tokens: int) -> Callable[[], Any]:
         def work() -> None:
@@ -376,11 +384,6 @@ def measure_reference(folder: Path, args: argparse.Namespace, results: Results) 
     for batch, name in ((one, "tokens/s, one question"), (many, "tokens/s, 16 questions")):
         start, whole = (median(answers(batch, n), min(2, args.runs)) for n in (1, tokens))
         note(name, len(batch.input_ids) * (tokens - 1) / (whole - start))
-    if not args.no_reference_compile:
-        model.language_model.model = torch.compile(model.language_model.model)
-        for count in (5, 1):
-            measure = f"{count} image{'s' * (count > 1)}"
-            note(measure, median(paint(count), min(3, args.runs)), "reference compiled")
 
 
 def ours_without_model(folder: Path):

@@ -138,9 +138,11 @@ def test_parts_read_and_hold_no_more_than_they_need(folder, tensors, monkeypatch
     """Stops: memory and time for the half that is not wanted, its pooling head included."""
     if sharded:
         write_shards(folder, tensors)
-    read, original = [], checkpoint._read
+    read, original = [], checkpoint._Reader.__call__
     monkeypatch.setattr(
-        checkpoint, "_read", lambda f, path, name: read.append(name) or original(f, path, name)
+        checkpoint._Reader,
+        "__call__",
+        lambda self, path, name, keep: read.append(name) or original(self, path, name, keep),
     )
     model = load(folder, parts=parts)
     unwanted = {

@@ -80,6 +80,14 @@ def fuse(model: JanusFlow) -> list[Layer]:
     return layers
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def pixels_first(*modules: nn.Module) -> None:
+    """Lay convolutions out with the channels last in memory, which halves UViT's time; names and values stay."""
+    for module in modules:
+        module.to(memory_format=torch.channels_last)
+
+
 class Engine:
     """Fast `velocity` and `decode` over a loaded model. Made by `make`."""
 
@@ -88,6 +96,8 @@ class Engine:
     ):
         self.model, self.ops, self.graphs = model, ops, graphs
         self.layers = fuse(model)
+        if graphs and model.parts != "understanding":
+            pixels_first(model.uvit_encoder, model.uvit_decoder)
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
         self.shapes: dict[type, OrderedDict] = {}
         config = model.config.llm
@@ -160,7 +170,7 @@ class Engine:
         prefix(i) as `ops.rope_store` wants it.
         """
         ops, (rows, tokens, _) = self.ops, x.shape
-        x = x.reshape(rows * tokens, -1)
+        x = x.reshape(rows * tokens, -1).clone()  # the blocks add to it in place
         for i, layer in enumerate(self.layers):
             keys, values = cache(i)
             qkv = ops.norm_linear(x, layer.norm1, self.eps, layer.qkv).view(rows, tokens, -1)
@@ -246,10 +256,10 @@ class Painting:
         self.start = engine.buffer(self.rows + 1, dtype=whole)
         self.slot = torch.full((self.rows,), prompt, device=model.device, dtype=whole)
         self.cumulative = torch.arange(self.rows + 1, device=model.device, dtype=whole) * self.image_tokens
-        self.latents, self.timestep = (
-            engine.buffer(images, *model.latent_shape),
-            engine.buffer(images, dtype=torch.float32),
-        )
+        self.latents = engine.buffer(images, *model.latent_shape)
+        if engine.graphs:
+            self.latents = self.latents.contiguous(memory_format=torch.channels_last)
+        self.timestep = engine.buffer(images, dtype=torch.float32)
         self.v = engine.buffer(self.rows, *model.latent_shape)
         self.read_prompts, self.step = engine.captured(self._read), engine.captured(self._step)
 
@@ -297,9 +307,8 @@ class Painting:
         )
         x = x.view(self.rows, self.image_tokens, -1)[:, 1:].flatten(0, 1)
         hidden = engine.ops.rms_norm(x, model.llm.norm.weight, engine.eps).view(self.rows, -1, x.shape[-1])
-        self.v.copy_(
-            engine.decode_velocity(hidden, skip.repeat(self.copies, 1, 1, 1), t_emb.repeat(self.copies, 1))
-        )
+        skip = torch.cat([skip] * self.copies)  # keeps the order in memory
+        self.v.copy_(engine.decode_velocity(hidden, skip, torch.cat([t_emb] * self.copies)))
 
 
 class Seeing:
@@ -347,18 +356,19 @@ class Answering:
         """The processor's left-padded batch, on the CPU: its embeddings, every row from its first token on."""
         engine, model = self.engine, self.engine.model
         rows, width = self.embeds.shape[:2]
-        real = batch.attention_mask.bool()
-        ids, images = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows, width, dtype=torch.bool)
-        for row, length in enumerate(lengths.tolist()):
-            ids[row, :length] = batch.input_ids[row, real[row]]
-            images[row, :length] = batch.images_seq_mask[row, real[row]].bool()
-        self.embeds.copy_(model.llm.embed_tokens(ids.to(model.device)))
         present = batch.images_emb_mask[..., 0].bool()
-        if present.any():
-            pixels = batch.pixel_values[present]
-            seeing = engine.shape(Seeing, len(pixels))
-            seeing.pixels.copy_(pixels)
+        count = int(present.sum())
+        if count:  # first what keeps the GPU busy
+            seeing = engine.shape(Seeing, count)
+            whole = bool(present.all())
+            seeing.pixels.copy_(batch.pixel_values.flatten(0, 1) if whole else batch.pixel_values[present])
             seeing.look()
+        ids, images = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows, width, dtype=torch.bool)
+        for row, length in enumerate(lengths.tolist()):  # padding is on the left
+            ids[row, :length] = batch.input_ids[row, -length:]
+            images[row, :length] = batch.images_seq_mask[row, -length:]
+        self.embeds.copy_(model.llm.embed_tokens(ids.to(model.device)))
+        if count:
             places = images.flatten().nonzero()[:, 0].to(model.device)
             self.embeds.view(rows * width, -1).index_copy_(0, places, seeing.features)
         self.length.copy_(lengths)
