@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -176,7 +177,6 @@ def sha256(path: str | Path) -> str:
 
 def versions() -> dict[str, str]:
     """Of what computes pixels. Other versions or devices may change the last bits."""
-    import diffusers
     import torch
 
     from .. import __version__
@@ -185,7 +185,7 @@ def versions() -> dict[str, str]:
     return {
         "janusflow_min": __version__,
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": version("diffusers"),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
     }
