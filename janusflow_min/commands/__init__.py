@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Commands of the command line that have a file of their own; each offers `add_parser(command, option)`."""
+"""Commands with a file of their own; `cli.py` lists them all."""
