@@ -90,9 +90,7 @@ def test_expected_frames():
     """Stops: an agent that walks through walls, or a goal that is lost when it is reached."""
     first = boards.parse_maze(draw_maze(MAZE))
     frames = boards.expected_frames(first, ["right", "up", "down", "down", "right", "right"])
-    agents = [
-        next((r, c) for r in range(6) for c in range(6) if "S" in frame[r][c]) for frame in frames
-    ]
+    agents = [next((r, c) for r in range(6) for c in range(6) if "S" in frame[r][c]) for frame in frames]
     assert agents == [(1, 2), (1, 2), (2, 2), (3, 2), (3, 3), (3, 4)]
     assert frames[-1][3][4] == "SG" and frames[0][3][4] == "G"
     assert all(boards.is_maze_of(frame, first.walls) for frame in frames)

@@ -18,5 +18,6 @@ MODULES = {  # name on the command line -> module in this package
     "geneval": "geneval",
     "dpg_bench": "dpg_bench",
     "wise": "wise",
+    "uni_mmmu": "uni_mmmu",
     "tiny": "tiny.bench",
 }

@@ -20,7 +20,17 @@ Grid = list[list[str]]
 Cell = tuple[int, int]
 
 FLOOR, WALL, START, GOAL, PATH, WHITE = "#f4efe6", "#1f2937", "#2563eb", "#22c55e", "#ef4444", "#ffffff"
-TILES = ("#e41a1c", "#377eb8", "#4daf4a", "#984ea3", "#ff7f00", "#ffff33", "#a65628", "#f781bf", "#999999")  # 1 to 9
+TILES = (
+    "#e41a1c",
+    "#377eb8",
+    "#4daf4a",
+    "#984ea3",
+    "#ff7f00",
+    "#ffff33",
+    "#a65628",
+    "#f781bf",
+    "#999999",
+)  # 1 to 9
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 MAZE_SIDE, PUZZLE_SIDE = 6, 3  # tiles
 TOLERANCE = 0.75  # share of a maze's tile that must be of one kind
@@ -107,7 +117,10 @@ def parse_puzzle(image: Image.Image) -> Grid:
     shares = _shares(board, TILES, PUZZLE_SIDE)
     best = shares.argmax(-1)
     return [
-        [str(best[r, c] + 1) if shares[r, c, best[r, c]] >= PUZZLE_TOLERANCE else "?" for c in range(PUZZLE_SIDE)]
+        [
+            str(best[r, c] + 1) if shares[r, c, best[r, c]] >= PUZZLE_TOLERANCE else "?"
+            for c in range(PUZZLE_SIDE)
+        ]
         for r in range(PUZZLE_SIDE)
     ]
 

@@ -25,7 +25,14 @@ SOURCES = {  # task, named as its output folder -> what it is read from
 }
 TASKS = tuple(SOURCES)
 OTHER_NAMES = {"math_geo": "math", "geometry": "math", "code_rendering": "code"}  # TorchUMM's and the paper's
-RELEASED = {"science": 157, "math": 140, "jigsaw": 150, "maze": 149, "sliding": 84, "code": 200}  # second-hand
+RELEASED = {
+    "science": 157,
+    "math": 140,
+    "jigsaw": 150,
+    "maze": 149,
+    "sliding": 84,
+    "code": 200,
+}  # second-hand
 DEMONSTRATION = "00015"  # the maze that the official run shows as its example and so leaves out
 
 
@@ -210,7 +217,9 @@ def _sliding(root: Path, source: Path) -> Iterator[Case]:
             keys = (("initial_png", "init_png", "init"), ("final_png", "goal_png", "final"))
             named = [first_of(item, *names) for names in keys]
             if None in named:
-                raise ValueError(f"{place}: neither two demo_step_*.png in steps_dir nor initial and final image")
+                raise ValueError(
+                    f"{place}: neither two demo_step_*.png in steps_dir nor initial and final image"
+                )
             images = tuple(_path(root, source.parent, str(path), place) for path in named)
         answer = first_of(item, "steps_words_json", "gt_json", "json")
         if answer is None:

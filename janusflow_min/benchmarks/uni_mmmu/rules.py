@@ -248,7 +248,9 @@ def _sum(records: Sequence[Mapping[str, Any]], key: str) -> int | None:
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """The 14 numbers, keyed as in COLUMNS, of the tasks' summaries; None is not run. There is no overall number."""
-    of = {task: summaries.get(task) or {} for task in ("jigsaw", "maze", "sliding", "math", "science", "code")}
+    of = {
+        task: summaries.get(task) or {} for task in ("jigsaw", "maze", "sliding", "math", "science", "code")
+    }
     jigsaw = of["jigsaw"].get("metrics") or {}
     values = (
         jigsaw.get("image_score_penalized"),
