@@ -28,7 +28,9 @@ CORE = {
 LAZY = {"diffusers", "huggingface_hub"}  # imported by the function that needs them
 FLOOR_1 = {"config", "llama", "siglip", "uvit", "flow", "model", "checkpoint", "processor", "vae"}
 FLOOR_3 = {"cli", "webui", "commands", "__main__"}
-JUDGES = PACKAGE / "benchmarks" / "judges.py"  # models of others that judge pictures, imported when first needed
+JUDGES = (
+    PACKAGE / "benchmarks" / "judges.py"
+)  # models of others that judge pictures, imported when first needed
 
 PROBE = """
 import json, os, random, sys, threading

@@ -3,7 +3,8 @@
 
 Reads ELLA's `prompts/*.txt` and `dpg_bench.csv`, writes one 2 x 2 grid for each prompt, `<stem>.png`, and scores such
 grids from a question answerer's yes and no. Formats and rules follow TencentQQGYLab/ELLA
-(`dpg_bench/compute_dpg_bench.py`). Its known defects are offered as `--official-compat`: the headline is always told both ways, the categories one.
+(`dpg_bench/compute_dpg_bench.py`). Its known defects are offered as `--official-compat`: the headline is always told
+both ways, the categories one.
 """
 
 from __future__ import annotations

@@ -34,10 +34,10 @@ SETTINGS = (  # of Settings, for every benchmark; `seed` and the like keep their
     Option("--limit", "only the first prompts; a run without it goes on", DEFAULTS.limit, int),
 )
 EXAMPLES = """examples:
-  janusflow-min bench tiny generate --run outputs/tiny
-  janusflow-min bench tiny score --run outputs/tiny && janusflow-min bench tiny report --run outputs/tiny
+  janusflow-min bench tiny generate --out outputs/tiny
+  janusflow-min bench tiny score --out outputs/tiny && janusflow-min bench tiny report --out outputs/tiny
   torchrun --nproc-per-node 2 -m janusflow_min bench geneval generate --data evaluation_metadata.jsonl \\
-      --model deepseek-ai/JanusFlow-1.3B --run outputs/geneval"""
+      --model deepseek-ai/JanusFlow-1.3B --out outputs/geneval"""
 
 
 def add_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
@@ -45,7 +45,7 @@ def add_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
     bench = commands.add_parser(
         "bench",
         help="run a benchmark: paint, score, report",
-        description="Run a benchmark in three stages, which share the folder --run. Data come from paths that you\n"
+        description="Run a benchmark in three stages, which share the folder --out. Data come from paths that you\n"
         "give; nothing is bundled. Every stage may be interrupted and called again: it goes on.",
         epilog=EXAMPLES,
         formatter_class=formatter,
@@ -59,7 +59,7 @@ def add_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
             new = stages.add_parser(stage, help=help, description=f"{module.TITLE}, {stage}: {help}.")
             new.set_defaults(run=run, benchmark=module, stage=stage)
             new.add_argument(
-                "--run", dest="folder", metavar="DIR", default=f"outputs/{name}", help="the run's folder"
+                "--out", dest="folder", metavar="DIR", default=f"outputs/{name}", help="the run's folder"
             )
             for option in (*module.OPTIONS[stage], *(SETTINGS if stage == "generate" else ())):
                 _add(new, option)
