@@ -164,7 +164,8 @@ def test_the_default_through_the_local_call(real, monkeypatch, tmp_path):
     if real:
         pytest.importorskip("modal")
     app = load(monkeypatch, None if real else stand_in())
-    (arguments,) = app.stages("tiny", "tiny", "generate", limit=1, options="--num-inference-steps 1 --batch-size 1 --quiet")
+    fast = "--num-inference-steps 1 --batch-size 1 --quiet"
+    (arguments,) = app.stages("tiny", "tiny", "generate", limit=1, options=fast)
     arguments[arguments.index("--out") + 1] = str(tmp_path)
     app.stage.local([*arguments, "--device", "cpu"])
     assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["num_inference_steps"] == 1

@@ -7,9 +7,13 @@ All data is invented here, in the shape of the released files.
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -838,3 +842,74 @@ def test_the_command_line(native, data, tmp_path, capsys):
     assert "Janus-Pro-7B" in text and "maze_text" in text
     out = capsys.readouterr().out
     assert "all 12 files are there" in out and "report.json" in out
+
+
+# The official scorers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torchumm
+@pytest.mark.skipif("TORCHUMM_ROOT" not in os.environ, reason="TORCHUMM_ROOT names no checkout of TorchUMM")
+def test_the_official_scorers_read_our_layout_and_agree(painted, data, tmp_path, monkeypatch):
+    """Stops: a layout, a rule or a denominator that only our own scorer knows. Judges and DreamSim are constants."""
+    pytest.importorskip("pandas")
+    fakes = {
+        "transformers": (
+            "AutoModelForCausalLM",
+            "AutoTokenizer",
+            "Qwen2_5_VLForConditionalGeneration",
+            "AutoProcessor",
+        ),
+        "qwen_vl_utils": ("process_vision_info",),
+        "dreamsim": ("dreamsim",),
+    }
+    for name, members in fakes.items():  # what the file imports for its judges
+        module = ModuleType(name)
+        vars(module).update(dict.fromkeys(members, lambda **_: (None, None)))
+        monkeypatch.setitem(sys.modules, name, module)
+    path = Path(os.environ["TORCHUMM_ROOT"]) / "eval/generation/uni_mmmu/eval_ummmu.py"
+    spec = importlib.util.spec_from_file_location("eval_ummmu", path)
+    theirs = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "eval_ummmu", theirs)
+    spec.loader.exec_module(theirs)
+
+    run = copy(
+        painted,
+        tmp_path,
+        maze=answer("right"),
+        sliding=answer("left", "up"),
+        code="<RENDER_SUMMARY>red</RENDER_SUMMARY>",
+        jigsaw='<FINAL_ANSWER_JSON>{"choice": 0}</FINAL_ANSWER_JSON>',
+    )
+    frame = "maze/case_00003/cand_01/maze_step_0000_step_0001.png"
+    shutil.copy(data / "maze/maze_6x6_00003_steps/maze_step_0001.png", run / frame)
+    case = readers.read(data, "sliding")[0]
+    shutil.copy(case.truth["frames"][0], run / case.folder / "cand_01/demo_step_0000_step_0001.png")
+    uni_mmmu.score(run, data, vl_model=Judge(YES), text_model=Judge(YES), dreamsim=Same(), progress=False)
+
+    judge = SimpleNamespace(generate_json=lambda **_: json.loads(YES))
+    monkeypatch.setattr(theirs.JigsawEvaluator, "_dreamsim_distance", lambda self, a, b: Same()(a, b))
+    words = dict.fromkeys(
+        ("text_system", "image_system", "system_overlay", "system_text", "image_prompt", "text_prompt"), ""
+    )
+    words |= dict.fromkeys(("text_user_tmpl", "image_user_tmpl", "overlay_user_tmpl"), "")
+    science, math = data / "science/dim_all.json", data / "math_data/filtered.json"
+    jobs = {
+        "maze": (theirs.MazeEvaluator, {"evaluate_images": True, "parser_params": {"tolerance": 0.75}}, 0),
+        "sliding": (theirs.SlidingPuzzleEvaluator, {"evaluate_images": True}, 0),
+        "jigsaw": (theirs.JigsawEvaluator, {"dataset_dir": str(data / "jigsaw_dataset_2x2ref")}, 0),
+        "code": (theirs.CodeSVGEvaluator, {"dataset_dir": str(data / "svg")}, 1),
+        "science": (theirs.ScienceEvaluator, {"data_json": str(science)}, 1),
+        "math": (theirs.GeometryEvaluator, {"filtered_json": str(math)}, 2),
+    }
+    for task, (kind, config, judges) in jobs.items():
+        out = str(tmp_path / "theirs" / task)
+        config |= words | {"max_retries": 1, "penalty_distance": 1.0, "dreamsim_cache": ""}
+        config |= dict.fromkeys(("run_root", "sample_root", "out_dir"), str(run / task))
+        config |= dict.fromkeys(("eval_dir", "eval_root", "eval_out_dir", "out_eval_dir"), out)
+        config["out_root"] = str(run / task) if task == "jigsaw" else out
+        evaluator = kind(config, *[judge] * judges)
+        evaluator.evaluate()
+        evaluator.summarize()
+        name = "summary.json" if task in ("maze", "sliding", "jigsaw") else "eval_summary.json"
+        ours = json.loads((run / "eval" / task / name).read_text())
+        assert json.loads((tmp_path / "theirs" / task / name).read_text()) == ours, task
