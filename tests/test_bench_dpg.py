@@ -30,7 +30,9 @@ def write_csv(path: Path, items: dict[str, list[tuple]]) -> Path:
         rows.writerow(COLUMNS)
         for item, questions in items.items():
             for number, dependency, kind, text in questions:
-                rows.writerow([item, "A blue kettle, on a stove.", "", number, dependency, "", "", kind, text])
+                rows.writerow(
+                    [item, "A blue kettle, on a stove.", "", number, dependency, "", "", kind, text]
+                )
     return path
 
 
@@ -67,7 +69,10 @@ def test_questions_are_read_with_their_categories(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (("two", "0", "entity - whole (x)", "Is it?"), "q.csv:3: proposition_id and dependency must be whole"),
+        (
+            ("two", "0", "entity - whole (x)", "Is it?"),
+            "q.csv:3: proposition_id and dependency must be whole",
+        ),
         ((2, "1;3", "entity - whole (x)", "Is it?"), "q.csv:3: proposition_id and dependency"),
         ((1, "0", "entity - whole (x)", "Is it?"), "q.csv:3: demo has a question 1 already"),
         ((2, "0", "entity - whole (x)", ""), "q.csv:3: question_natural_language must not be empty"),
@@ -110,7 +115,16 @@ def test_a_grid_is_cut_as_it_was_tiled():
 def test_the_folder_is_the_official_one(tmp_path, parity_dir):
     """One file for each prompt, nothing else: the official scorer scores whatever it finds."""
     prompts = write_prompts(tmp_path / "prompts", ["12", "vrd3"])
-    command = ["bench", "dpg_bench", "generate", "--data", str(prompts), "--subset", "--out", str(tmp_path / "run")]
+    command = [
+        "bench",
+        "dpg_bench",
+        "generate",
+        "--data",
+        str(prompts),
+        "--subset",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     command += ["--model", str(parity_dir), "--device", "cpu", "--num-inference-steps", "1", "--quiet"]
     assert cli.main(command) == 0
     files = sorted((tmp_path / "run/images").iterdir())
@@ -205,7 +219,9 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
     assert compat["scores"]["entity"]["value"] == 0.0  # exactly "yes" is never said
     assert vqa.asked == 32
     saved = dpg_bench.score(
-        tmp_path / "other", answers=tmp_path / "run/answers.jsonl", **{k: v for k, v in options.items() if k != "vqa"}
+        tmp_path / "other",
+        answers=tmp_path / "run/answers.jsonl",
+        **{k: v for k, v in options.items() if k != "vqa"},
     )
     assert saved["scores"] == score["scores"]
     with pytest.raises(ValueError, match="one of --answers, --vqa and --judge-model"):

@@ -29,7 +29,10 @@ LEFT = {
 }
 PINK = {
     "tag": "color_attr",
-    "include": [{"class": "cup", "count": 1, "color": "pink"}, {"class": "bus", "count": 1, "color": "black"}],
+    "include": [
+        {"class": "cup", "count": 1, "color": "pink"},
+        {"class": "bus", "count": 1, "color": "black"},
+    ],
     "prompt": "a photo of a pink cup and a black bus",
 }
 CAT = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}
@@ -86,7 +89,10 @@ def test_the_published_file_is_read(tmp_path):
         ({"prompt": " "}, "prompt must be a text"),
         ({"include": []}, "include is empty"),
         ({"include": {"class": "cat"}}, "include must be a list"),
-        ({"include": [{"class": "mouse", "count": 1}]}, r"include\[0\].class must be one of the 80 object names"),
+        (
+            {"include": [{"class": "mouse", "count": 1}]},
+            r"include\[0\].class must be one of the 80 object names",
+        ),
         ({"include": [{"class": "cat", "count": 0}]}, "at least 1, got 0"),
         ({"include": [{"class": "cat", "count": True}]}, "at least 1, got True"),
         ({"include": [{"class": "cat", "count": 1, "color": "grey"}]}, "color must be one of red"),
@@ -156,7 +162,11 @@ def test_detections_count_above_the_threshold_alone():
 
 
 def test_suppression_counts_pixels_inclusively_and_is_off_by_default():
-    boxes = [seen("cat", 0.9, (0, 0, 9, 9)), seen("cat", 0.8, (5, 0, 14, 9)), seen("cat", 0.7, (30, 0, 39, 9))]
+    boxes = [
+        seen("cat", 0.9, (0, 0, 9, 9)),
+        seen("cat", 0.8, (5, 0, 14, 9)),
+        seen("cat", 0.7, (30, 0, 39, 9)),
+    ]
     assert geneval.iou(boxes[0].box, boxes[1].box) == pytest.approx(50 / 150)
     assert len(keep(boxes, "colors")["cat"]) == 3
     assert [d.score for d in keep(boxes, "colors", Rules(max_overlap=1 / 3))["cat"]] == [0.9, 0.7]
@@ -355,7 +365,16 @@ def test_images_of_other_prompts_are_refused(tmp_path):
 def test_the_tree_is_the_official_one(tmp_path, parity_dir):
     """NNNNN/metadata.jsonl with exactly one object, NNNNN/samples/NNNNN.png, nothing else."""
     data = write_lines(tmp_path / "data.jsonl", [CAT, KITES])
-    command = ["bench", "geneval", "generate", "--data", str(data), "--subset", "--out", str(tmp_path / "run")]
+    command = [
+        "bench",
+        "geneval",
+        "generate",
+        "--data",
+        str(data),
+        "--subset",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     command += ["--model", str(parity_dir), "--device", "cpu", "--num-inference-steps", "1", "--quiet"]
     assert cli.main(command) == 0
     images = tmp_path / "run/images"
