@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,9 +34,13 @@ from .model import PARTS, JanusFlow, Parts
 from .processor import Processor
 from .vae import HUB_ID, VAE, check_vae_dtype, load_vae
 
+if TYPE_CHECKING:
+    from .fast.engine import Engine
+
 TINY = Path(__file__).parent / "assets" / "tiny"
 DEFAULT_QUESTION = "Describe the image."
 ONE_IMAGE = (str, os.PathLike, Image.Image, np.ndarray)
+MAX_IMAGES = 16  # painted at once; more would not be faster, only larger
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,10 +62,31 @@ class Answer:
 
 
 class Pipeline:
-    """A loaded model with its processor and VAE. Made by `load`."""
+    """A loaded model with its processor and VAE. Made by `load`; `fast` and `compile` are explained there."""
 
-    def __init__(self, model: JanusFlow, processor: Processor, vae: VAE | None):
+    def __init__(
+        self,
+        model: JanusFlow,
+        processor: Processor,
+        vae: VAE | None,
+        fast: bool = False,
+        compile: bool = False,
+    ):
         self.model, self.processor, self.vae = model, processor, vae
+        self.fast, self.compile = fast, compile
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine | None:
+        """The fast path, made when first needed, and anew when the model's weights moved; None: the plain path."""
+        if not self.fast:
+            return None
+        if self._engine is None or not self._engine.current:
+            from .fast.engine import make
+
+            self._engine = None  # its buffers go first
+            self._engine = make(self.model, self.compile)
+        return self._engine
 
     # Generation -----------------------------------------------------------------------
 
@@ -103,22 +128,32 @@ class Pipeline:
         encoded = [self.processor.generation_prompt(text)[0][:-1] for text in prompts]
         count = len(prompts) * parallel_size
         noise, seeds = self._noise(count, seed, latents)
-        dtype = self.model.dtype if upstream_rounding else torch.float32
+        final = []
+        parts = [range(i, min(i + MAX_IMAGES, count)) for i in range(0, count, MAX_IMAGES)]
         with tqdm(
-            total=num_inference_steps, desc="Painting", unit="step", disable=not progress, leave=False
+            total=num_inference_steps * len(parts),
+            desc="Painting",
+            unit="step",
+            disable=not progress,
+            leave=False,
         ) as bar:
-            velocity = self.velocity(encoded, parallel_size, cfg_weight, upstream_rounding)
-            final = euler(
-                velocity, noise.to(self.model.device, dtype), num_inference_steps, lambda i, z: bar.update()
-            )
-        if not torch.isfinite(final).all():
-            bad = sorted({i // parallel_size for i in range(count) if not torch.isfinite(final[i]).all()})
+            for part in parts:
+                each = [encoded[i // parallel_size] for i in part]
+                z = noise[part.start : part.stop].to(
+                    self.model.device, self.model.dtype if upstream_rounding else torch.float32
+                )
+                velocity = (self.engine or self).velocity(each, 1, cfg_weight, upstream_rounding)
+                final.append(euler(velocity, z, num_inference_steps, _Pace(bar, z.device)))
+        final = torch.cat(final)
+        fine = torch.isfinite(final).flatten(1).all(1).tolist()
+        if not all(fine):
+            bad = sorted({i // parallel_size for i in range(count) if not fine[i]})
             raise FloatingPointError(
                 f"the latents of {', '.join(repr(prompts[i]) for i in bad)} are not finite, so nothing is painted; "
                 f"dtype {self.model.dtype} (float16 overflows, bfloat16 does not), cfg_weight {cfg_weight}"
             )
-        # One image at a time: the VAE's activations, not the model, would set the peak of memory.
         images = []
+        # One image at a time: the VAE's activations, not the model, would set the peak of memory.
         for i, z in enumerate(final):
             pixels = self.vae.decode(z[None])
             if not torch.isfinite(pixels).all():
@@ -312,6 +347,22 @@ class Pipeline:
         batch = self.processor.batch(conversations)
         length = batch.input_ids.shape[1]
         self._check_length(length + 1, f"the conversation's {length} tokens and an answer")
+        generator = torch.Generator().manual_seed(_fresh_seed() if seed is None else _seed(seed))
+        max_new_tokens = min(max_new_tokens, self.model.config.llm.max_position_embeddings - length)
+        eos_id = self.processor.tokenizer.eos_id
+
+        def choose(logits: Tensor) -> Tensor:
+            return sample(logits, temperature, top_p, top_k, generator)
+
+        if self.engine is not None:
+            greedy = None if temperature == 0 else choose
+            tokens = self.engine.decode(batch, max_new_tokens, eos_id, greedy, upstream_rounding)
+        else:
+            tokens = self._decode(batch, max_new_tokens, eos_id, choose, upstream_rounding)
+        texts = [self.processor.tokenizer.decode(ids) for ids in tokens]
+        return [Answer(t, s, ids) for t, s, ids in zip(texts, batch.sft_format, tokens, strict=True)]
+
+    def _decode(self, batch, max_new_tokens, eos_id, choose, upstream_rounding) -> list[list[int]]:
         device = self.model.device
         mask = batch.attention_mask.to(device).bool()
         embeds = self.model.embed_inputs(
@@ -320,18 +371,7 @@ class Pipeline:
             batch.images_seq_mask.to(device),
             batch.images_emb_mask.to(device),
         )
-        generator = torch.Generator().manual_seed(_fresh_seed() if seed is None else _seed(seed))
-        tokens = decode(
-            self.model,
-            embeds,
-            mask,
-            min(max_new_tokens, self.model.config.llm.max_position_embeddings - length),
-            self.processor.tokenizer.eos_id,
-            lambda logits: sample(logits, temperature, top_p, top_k, generator),
-            upstream_rounding,
-        )
-        texts = [self.processor.tokenizer.decode(ids) for ids in tokens]
-        return [Answer(t, s, ids) for t, s, ids in zip(texts, batch.sft_format, tokens, strict=True)]
+        return decode(self.model, embeds, mask, max_new_tokens, eos_id, choose, upstream_rounding)
 
     def _check_length(self, length: int, what: str) -> None:
         limit = self.model.config.llm.max_position_embeddings
@@ -341,6 +381,22 @@ class Pipeline:
     def _need(self, task: str) -> None:
         if self.model.parts not in ("all", task):
             raise ValueError(f'only parts="{self.model.parts}" was loaded; {task} needs "all" or "{task}"')
+
+
+class _Pace:
+    """`euler`'s on_step: moves the bar, and keeps the host two steps ahead of the GPU, so that the bar tells the truth
+    and an interrupt is obeyed, without ever letting the GPU wait."""
+
+    def __init__(self, bar: tqdm, device: torch.device):
+        self.bar, self.events = bar, [] if device.type == "cuda" else None
+
+    def __call__(self, step: int, z: Tensor) -> None:
+        if self.events is not None:
+            self.events.append(torch.cuda.Event())
+            self.events[-1].record()
+            if len(self.events) > 2:
+                self.events.pop(0).synchronize()
+        self.bar.update()
 
 
 def decode(
@@ -412,8 +468,8 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
     """Pixels (B, 3, H, W) in about [-1, 1] -> bytes (B, H, W, 3): clipped, then truncated as the reference does."""
-    pixels = pixels.float().clamp(-1, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return ((pixels + 1) / 2 * 255).astype(np.uint8)
+    pixels = pixels.float().clamp(-1, 1).permute(0, 2, 3, 1)
+    return ((pixels + 1) / 2 * 255).to(torch.uint8).cpu().numpy()
 
 
 # Loading and saving -----------------------------------------------------------------------
@@ -427,6 +483,8 @@ def load(
     vae_dtype: str | torch.dtype | None = None,
     parts: Parts = "all",
     progress: bool = True,
+    fast: bool = True,
+    compile: bool = False,
 ) -> Pipeline:
     """Load a checkpoint in the official layout.
 
@@ -434,7 +492,10 @@ def load(
     "deepseek-ai/JanusFlow-1.3B". vae_path: folder or hub id; by default the checkpoint's own `vae/`, else
     stabilityai/sdxl-vae from the hub. device "auto": CUDA, then MPS, then the CPU. dtype "auto": bfloat16 on CUDA,
     else float32. vae_dtype: the model's where that is possible. parts: "all", "generation" or "understanding"
-    loads no more than the task needs. Raises FileNotFoundError or ValueError, which name what is wrong.
+    loads no more than the task needs. fast: on an NVIDIA GPU in bfloat16 use the kernels and CUDA graphs of `fast/`;
+    False is the plain path. compile: also torch.compile for what those leave over (UViT, SigLIP, VAE), a minute or
+    more at the first use, then from torch's cache on disk. Raises FileNotFoundError or ValueError, which name what is
+    wrong.
     """
     if parts not in PARTS:
         raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
@@ -459,7 +520,9 @@ def load(
             raise ValueError(
                 f"the VAE in {where} has {vae.latent_channels} latent channels, the model {channels}"
             )
-    return Pipeline(model, processor, vae)
+        if compile:
+            vae.compile_decoder()
+    return Pipeline(model, processor, vae, fast, compile)
 
 
 def save(

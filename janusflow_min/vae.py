@@ -26,6 +26,7 @@ class VAE(nn.Module):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.scaling_factor = float(autoencoder.config.scaling_factor)
         self.latent_channels = int(autoencoder.config.latent_channels)
+        self._decode = self.autoencoder.decode
         self.downscale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
     @property
@@ -39,7 +40,11 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of the flow -> pixels (B, 3, H, W), about [-1, 1], in the VAE's dtype."""
         # Divide before casting, as the reference does: in bf16 the order matters for the last bit.
-        return self.autoencoder.decode((latents / self.scaling_factor).to(self.dtype)).sample
+        return self._decode((latents / self.scaling_factor).to(self.dtype), return_dict=False)[0]
+
+    def compile_decoder(self) -> None:
+        """torch.compile the decoder; it compiles at its first call."""
+        self._decode = torch.compile(self.autoencoder.decode, dynamic=False)
 
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> latents of the flow (B, C, h, w): the mean, or with a CPU `generator`

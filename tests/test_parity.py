@@ -19,6 +19,7 @@ from torch import Tensor
 
 import janusflow_min as jf
 from janusflow_min.checkpoint import POOLING_HEAD, to_official
+from janusflow_min.fast.engine import Engine
 from janusflow_min.flow import euler, guide
 from janusflow_min.pipeline import decode, sample, to_uint8
 
@@ -62,8 +63,8 @@ class World:
         error = relative(actual, wanted)
         assert error <= bound, f"{self.tag}.{key}: relative error {error:.2e}, at most {bound:.0e} allowed"
 
-    def embeds(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """The LLM's input (B, T, D) and mask (B, T) for recorded conversations, left-padded into one batch."""
+    def batch(self, names: tuple[str, ...]):
+        """Recorded conversations, left-padded into one batch."""
         rows = [self.expected["conversations"][name] for name in names]
         messages = []
         for row in rows:
@@ -73,6 +74,11 @@ class World:
         assert [
             ids[mask].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
         ] == [row["input_ids"] for row in rows]
+        return batch
+
+    def embeds(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """The LLM's input (B, T, D) and mask (B, T)."""
+        batch = self.batch(names)
         embeds = self.pipe.model.embed_inputs(
             batch.input_ids, batch.pixel_values, batch.images_seq_mask, batch.images_emb_mask
         )
@@ -82,14 +88,16 @@ class World:
         self, names: tuple[str, ...], choose, count: int = 24, eos: int | None = None
     ) -> list[list[int]]:
         """What decoding gives for recorded conversations, one batch, no EOS unless one is named."""
-        return decode(
-            self.pipe.model, *self.embeds(names), count, -1 if eos is None else eos, choose, self.rounding
-        )
+        eos = -1 if eos is None else eos
+        if self.pipe.engine is not None:
+            choose = None if choose is greedy else choose
+            return self.pipe.engine.decode(self.batch(names), count, eos, choose, self.rounding)
+        return decode(self.pipe.model, *self.embeds(names), count, eos, choose, self.rounding)
 
     def velocity(self, prompt: str, weight: float):
         """The production sampler's velocity: cached prompt, unconditional rows of BOS alone."""
         ids = self.expected["generation"][prompt]["input_ids"][:-1]  # t_emb takes the generation tag's place
-        return self.pipe.velocity([ids], 2, weight, self.rounding)
+        return (self.pipe.engine or self.pipe).velocity([ids], 2, weight, self.rounding)
 
     def noise(self, prompt: str) -> Tensor:
         return self.recorded[f"gen.{prompt}.noise"].to(self.dtype)
@@ -97,8 +105,17 @@ class World:
 
 @pytest.fixture(scope="module", params=DTYPES)
 def world(request, parity_dir, expected, recorded) -> World:
-    pipe = jf.load(parity_dir, device="cpu", dtype=DTYPES[request.param], progress=False)
+    pipe = jf.load(parity_dir, device="cpu", dtype=DTYPES[request.param], progress=False, fast=False)
     return World(request.param, pipe, recorded, expected, parity_dir)
+
+
+@pytest.fixture(params=["plain", "fast"])
+def path(request, world) -> Iterator[World]:
+    """The same world on either path; the fast one with the plain form of its kernels, without graphs."""
+    if request.param == "fast":
+        world.pipe.fast, world.pipe._engine = True, Engine(world.pipe.model)
+    yield world
+    world.pipe.fast, world.pipe._engine = False, None
 
 
 @pytest.fixture(autouse=True)
@@ -203,25 +220,25 @@ def test_uvit_alone(world):
 
 
 @pytest.mark.parametrize("prompt, weight, steps", RUNS)
-def test_runs_of_the_sampler(world, prompt, weight, steps):
+def test_runs_of_the_sampler(path, prompt, weight, steps):
     """Stops, on the path that paints: a wrong time, step or guidance, unconditional rows that see the prompt or
     stand at other positions, keys left over from the step before, another scale of the latents before the VAE."""
-    key, noise = run_key(prompt, weight, steps), world.noise(prompt)
-    start = torch.zeros(len(noise), dtype=world.dtype)
+    key, noise = run_key(prompt, weight, steps), path.noise(prompt)
+    start = torch.zeros(len(noise), dtype=path.dtype)
     for kind, alone in (("v_cond0", 1.0), ("v_uncond0", 0.0)):  # 0·v_cond + 1·v_uncond
-        world.check("velocity", world.velocity(prompt, alone)(noise, start), f"{key}.{kind}")
+        path.check("velocity", path.velocity(prompt, alone)(noise, start), f"{key}.{kind}")
     latents = []
-    euler(world.velocity(prompt, weight), noise, steps, lambda i, z: latents.append(z))
+    euler(path.velocity(prompt, weight), noise, steps, lambda i, z: latents.append(z))
     end = end_of_run(weight)
     assert len(latents) == steps
     for i, z in enumerate(latents):
-        wanted = world.recorded[f"{world.tag}.{key}.z"][i]
+        wanted = path.recorded[f"{path.tag}.{key}.z"][i]
         error = relative(z, wanted)
-        assert error <= TOLERANCES[world.tag][end], f"{world.tag}.{key}: {error:.2e} after step {i + 1}"
-    pixels = world.pipe.vae.decode(latents[-1])
-    world.check(end, pixels, f"{key}.decoded")
-    if world.tag == "fp32":
-        check_bytes(to_uint8(pixels), world.recorded[f"fp32.{key}.uint8"].numpy())
+        assert error <= TOLERANCES[path.tag][end], f"{path.tag}.{key}: {error:.2e} after step {i + 1}"
+    pixels = path.pipe.vae.decode(latents[-1])
+    path.check(end, pixels, f"{key}.decoded")
+    if path.tag == "fp32":
+        check_bytes(to_uint8(pixels), path.recorded[f"fp32.{key}.uint8"].numpy())
 
 
 def check_bytes(actual: np.ndarray, wanted: np.ndarray) -> None:
@@ -232,23 +249,23 @@ def check_bytes(actual: np.ndarray, wanted: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("prompt, weight, steps", [("cat", 2.0, 4), ("long", 5.0, 3)])
-def test_painted_bytes(world, prompt, weight, steps):
+def test_painted_bytes(path, prompt, weight, steps):
     """Stops: faults between the public call and the sampler: another prompt form, an `upstream_rounding` that does
     not arrive, rounding bytes to the nearest. (In bfloat16 noise of the kernels moves half of the bytes.)"""
-    text = world.expected["generation"][prompt]["prompt"]
-    out = world.pipe.generate(
+    text = path.expected["generation"][prompt]["prompt"]
+    out = path.pipe.generate(
         text,
         2,
         weight,
         steps,
-        latents=world.noise(prompt),
-        upstream_rounding=world.rounding,
+        latents=path.noise(prompt),
+        upstream_rounding=path.rounding,
         progress=False,
     )
-    key = f"{world.tag}.{run_key(prompt, weight, steps)}"
-    assert relative(out.latents, world.recorded[f"{key}.z"][-1]) <= TOLERANCES[world.tag][end_of_run(weight)]
-    if world.tag == "fp32":
-        check_bytes(np.stack([np.asarray(i) for i in out.images]), world.recorded[f"{key}.uint8"].numpy())
+    key = f"{path.tag}.{run_key(prompt, weight, steps)}"
+    assert relative(out.latents, path.recorded[f"{key}.z"][-1]) <= TOLERANCES[path.tag][end_of_run(weight)]
+    if path.tag == "fp32":
+        check_bytes(np.stack([np.asarray(i) for i in out.images]), path.recorded[f"{key}.uint8"].numpy())
 
 
 @pytest.mark.parametrize("prompt, weight, steps", RUNS)
@@ -288,15 +305,15 @@ def test_latents_are_scaled_before_they_are_cast(world):
 
 
 @pytest.mark.parametrize("names", [*((name,) for name in CONVERSATIONS), *BATCHES.values()], ids="+".join)
-def test_greedy_tokens(world, names):
+def test_greedy_tokens(path, names):
     """Stops: wrong positions or a stale mask once tokens are decoded one by one, rows of a batch that disturb each
     other. In bfloat16 two best tokens can tie: the recorded one is fed in and must be within 0.05 of the best."""
-    wanted = [world.expected["conversations"][name][f"greedy_{world.tag}"] for name in names]
+    wanted = [path.expected["conversations"][name][f"greedy_{path.tag}"] for name in names]
     for key, members in BATCHES.items():
         if names == members:
-            wanted = world.expected[f"{key}_greedy_{world.tag}"]
-    if world.tag == "fp32":
-        assert world.tokens(names, greedy) == wanted
+            wanted = path.expected[f"{key}_greedy_{path.tag}"]
+    if path.tag == "fp32":
+        assert path.tokens(names, greedy) == wanted
         return
     columns = iter(torch.tensor(wanted).T)
 
@@ -306,23 +323,23 @@ def test_greedy_tokens(world, names):
         assert behind.max() <= 0.05, f"a recorded token's logit is {behind.max():.3f} below the best"
         return ids
 
-    assert world.tokens(names, recorded_token) == wanted
+    assert path.tokens(names, recorded_token) == wanted
 
 
-def test_decoding_stops_at_eos(world):
+def test_decoding_stops_at_eos(path):
     """Stops: an answer that runs on behind EOS or loses it."""
-    stopped = world.expected[f"stopped_{world.tag}"]
-    assert world.tokens(("one_image",), greedy, eos=stopped["eos"]) == [stopped["ids"]]
+    stopped = path.expected[f"stopped_{path.tag}"]
+    assert path.tokens(("one_image",), greedy, eos=stopped["eos"]) == [stopped["ids"]]
 
 
 @pytest.mark.parametrize("world", ["fp32"], indirect=True)
-def test_seeded_sampling(world):
+def test_seeded_sampling(path):
     """Stops: another order of temperature, top-k and top-p, logits below float32, more than one draw a step.
     (In bfloat16 a draw turns on the last bit of the logits.)"""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(123)
-        ids = world.tokens(("one_image",), lambda logits: sample(logits, 0.7, 0.95, 50, None))
-    assert ids == [world.expected["sampled_seed123_t0.7_p0.95_fp32"]]
+        ids = path.tokens(("one_image",), lambda logits: sample(logits, 0.7, 0.95, 50, None))
+    assert ids == [path.expected["sampled_seed123_t0.7_p0.95_fp32"]]
 
 
 # The official size ----------------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def test_defaults_are_the_published_demo_s(pipe, monkeypatch):
     )
     weights = []
     monkeypatch.setattr(
-        jf.Pipeline, "velocity", lambda self, ids, each, weight, rounding: weights.append((each, weight))
+        jf.Pipeline, "velocity", lambda self, ids, each, weight, rounding: weights.append((len(ids), weight))
     )
     pipe.generate(SHORT, progress=False)
     assert steps == [(30, 5)] and weights == [(5, 2.0)]

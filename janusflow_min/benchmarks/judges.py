@@ -428,7 +428,7 @@ def _clip_pixels(image: Image.Image, side: int, square: bool = False) -> Tensor:
     scale = side / min(image.size)
     size = (side, side) if square else tuple(max(side, int(v * scale)) for v in image.size)
     image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = ((v - side + 1) // 2 for v in image.size)
+    left, top = (round((v - side) / 2) for v in image.size)
     pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
     pixels = (pixels - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,0 +1,543 @@
+# SPDX-License-Identifier: MIT
+"""How fast: ours, the reference, and what the card allows, in one run.
+
+    python scripts/benchmark.py --json speed.json --plot speed.png                    # ours, one GPU
+    python scripts/benchmark.py --janus-root ../Janus --json speed.json --plot speed.png  # and the reference
+    python scripts/benchmark.py --growth                                              # time and memory as things grow
+    python scripts/benchmark.py --size small --device cpu --dtype float32             # minutes on a CPU
+
+Official architecture with random weights (nobody's speed depends on their values), bfloat16, written once to
+--work in the official layout with an SDXL-shaped VAE. Every figure is the median of --runs runs after a warm-up,
+wall clock with the device synchronised, from prompt to pixels or from prepared inputs to tokens.
+
+- limit of the card: its measured matrix rate and copy bandwidth. Floor of painting: the LLM's products at that
+  rate. Floor of answering: its weights and the row's keys and values read once a token.
+- modes: "fast" is the default, "compile" is `load(compile=True)`, "plain" is `load(fast=False)`; "reference" is the
+  published loop over the published classes, "reference compiled" has its LLM in torch.compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from PIL import Image
+
+import janusflow_min as jf
+from janusflow_min.checkpoint import save_model
+from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
+from janusflow_min.model import JanusFlow
+from janusflow_min.pipeline import TINY, Pipeline
+
+Results = dict[str, dict[str, float]]  # measure -> mode -> value
+SECONDS = ("1 image", "5 images", "16 images", "5 images, 128 prompt tokens", "64 prompts, per image")
+
+
+def main() -> int:
+    args = parse()
+    device = torch.device(args.device)
+    report: dict[str, Any] = {"device": name_of(device), "torch": torch.__version__, "dtype": args.dtype}
+    report |= {"size": args.size, "runs": args.runs, "steps": args.steps}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_checkpoint(args, (args.work or Path(scratch)) / f"random-{args.size}")
+        config = JanusFlowConfig.from_file(folder / "config.json")
+        report["limits"] = limits = card_limits(device, args.dtype)
+        if args.growth:
+            report["growth"] = growth(folder, args)
+        else:
+            results: Results = {}
+            for mode in args.modes:
+                log(mode)
+                measure_ours(folder, args, mode, results)
+                release()
+            if args.janus_root is not None:
+                log("reference")
+                measure_reference(folder, args, results)
+            report["floors"] = floors(config, limits, args)
+            report["results"] = results
+            print(table(report))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if args.plot is not None:
+        (plot_growth if args.growth else plot)(report, args.plot)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--janus-root", type=Path, help="checkout of deepseek-ai/Janus: measure it too")
+    parser.add_argument("--work", type=Path, help="keep the random checkpoint here; else a temporary folder")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--plot", type=Path, help="write a picture here (needs matplotlib)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--size", choices=("official", "small"), default="official")
+    parser.add_argument("--modes", nargs="+", default=["fast"], choices=("fast", "compile", "plain"))
+    parser.add_argument("--no-reference-compile", action="store_true", help="skip the compiled reference")
+    parser.add_argument("--growth", action="store_true", help="curves instead of the table, fast mode only")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=128, help="length of an answer")
+    return parser.parse_args()
+
+
+def log(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+def name_of(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def median(work: Callable[[], Any], runs: int) -> float:
+    """After one run that does not count."""
+    work()
+    return statistics.median(seconds(work) for _ in range(runs))
+
+
+# What is measured -----------------------------------------------------------------------
+
+
+def small_config() -> JanusFlowConfig:
+    uvit = UViTConfig(in_channels=4, out_channels=128, channels=128, hidden_size=512)
+    return JanusFlowConfig(
+        llm=LlamaConfig(4096, 512, 1408, 8, 8),
+        siglip=SiglipConfig(image_size=128, patch_size=16, width=256, layers=6, heads=4),
+        uvit_encoder=uvit,
+        uvit_decoder=UViTConfig(in_channels=128, out_channels=4, channels=128, hidden_size=512),
+    )
+
+
+def make_checkpoint(args: argparse.Namespace, folder: Path) -> Path:
+    """Random weights in the official layout with the default's tokenizer and a VAE of SDXL's shape."""
+    if (folder / "vae").is_dir():
+        return folder
+    from diffusers import AutoencoderKL
+
+    log(f"writing {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = JanusFlowConfig() if args.size == "official" else small_config()
+    generator = torch.Generator(args.device).manual_seed(0)
+    with torch.device("meta"):
+        model = JanusFlow(config)
+    state = {}
+    for name, p in model.state_dict().items():
+        scale = 1.0 if p.ndim < 2 else p[0].numel() ** -0.5
+        noise = torch.randn(p.shape, generator=generator, device=args.device) * scale
+        state[name] = (1 + 0.1 * noise if "norm" in name and p.ndim == 1 else noise).bfloat16().cpu()
+    model.load_state_dict(state, assign=True)
+    if args.janus_root is not None:  # the reference wants its pooling head too
+        theirs = helper().build(config.to_dict(), args.janus_root).state_dict()
+        model.extra_tensors = {
+            n: torch.zeros(p.shape, dtype=torch.bfloat16) for n, p in theirs.items() if ".attn_pool." in n
+        }
+    save_model(model, folder)
+    for path in TINY.glob("*.json"):
+        if path.name in ("config.json", "recipe.json"):
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "processor_config.json":
+            content["num_image_tokens"] = config.siglip.num_patches
+        if path.name == "preprocessor_config.json":
+            content["image_size"] = config.siglip.image_size
+        (folder / path.name).write_text(json.dumps(content), encoding="utf-8")
+    channels = (128, 256, 512, 512) if args.size == "official" else (32, 64, 64, 64)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=2,
+        latent_channels=4,
+        scaling_factor=0.13025,
+        sample_size=config.siglip.image_size,
+    )
+    vae.to(torch.bfloat16).save_pretrained(folder / "vae")
+    return folder
+
+
+def prompt_of(pipe: Pipeline, tokens: int, number: int = 0) -> str:
+    """A prompt whose template has so many tokens, the generation tag not counted."""
+    words = ("red", "blue", "green", "star", "circle", "square", "ring", "cross")
+    text = words[number % 8]
+    while True:
+        count = len(pipe.processor.generation_prompt(text)[0]) - 1
+        if count >= tokens:
+            return text
+        text += " " + words[(number // 8 + count) % 8]
+
+
+def picture(size: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (size, size, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def question(pipe: Pipeline, rows: int):
+    """The processor's batch of image questions."""
+    size = pipe.model.config.siglip.image_size
+    user = {
+        "role": "User",
+        "content": "<image_placeholder>\nDescribe the picture.",
+        "images": [picture(size)],
+    }
+    return pipe.processor.batch([[user, {"role": "Assistant", "content": ""}]] * rows)
+
+
+# Ours -----------------------------------------------------------------------
+
+
+def load(folder: Path, args: argparse.Namespace, mode: str) -> Pipeline:
+    return jf.load(
+        folder,
+        device=args.device,
+        dtype=args.dtype,
+        progress=False,
+        fast=mode != "plain",
+        compile=mode == "compile",
+    )
+
+
+@torch.inference_mode()
+def answer(pipe: Pipeline, batch, tokens: int) -> list[list[int]]:
+    """From prepared inputs; an EOS that no token has, so that every answer is of full length."""
+    if pipe.engine is not None:
+        return pipe.engine.decode(batch, tokens, -1, None, False)
+    return pipe._decode(batch, tokens, -1, lambda logits: logits.argmax(-1), False)
+
+
+def measure_ours(folder: Path, args: argparse.Namespace, mode: str, results: Results) -> None:
+    def note(measure: str, value: float) -> None:
+        results.setdefault(measure, {})[mode] = value
+
+    load(folder, args, mode)  # imports, the first use of the device
+    release()
+    note("load, s", median(lambda: load(folder, args, mode), 2))
+    release()
+    pipe = load(folder, args, mode)
+    settings = dict(num_inference_steps=args.steps, progress=False, seed=0)
+
+    def paint(count: int, tokens: int = 32) -> Callable[[], Any]:
+        prompt = prompt_of(pipe, tokens)
+        return lambda: pipe.generate(prompt, parallel_size=count, **settings)
+
+    note("first painting, s", seconds(paint(5)))
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        paint(5)()
+        note("peak memory, 5 images, GiB", torch.cuda.max_memory_allocated() / 2**30)
+    for count in (1, 5, 16):
+        note(f"{count} image{'s' * (count > 1)}", median(paint(count), args.runs))
+    note("5 images, 128 prompt tokens", median(paint(5, 128), args.runs))
+    prompts = [prompt_of(pipe, 20 + i % 20, i) for i in range(64)]
+    note("64 prompts, per image", median(lambda: pipe.generate(prompts, parallel_size=1, **settings), 1) / 64)
+    one, many = question(pipe, 1), question(pipe, 16)
+    note("first answer, s", seconds(lambda: answer(pipe, one, 2)))
+    note("first token, ms", 1000 * median(lambda: answer(pipe, one, 1), args.runs))
+    for batch, name in ((one, "tokens/s, one question"), (many, "tokens/s, 16 questions")):
+        start = median(lambda batch=batch: answer(pipe, batch, 1), args.runs)
+        whole = median(lambda batch=batch: answer(pipe, batch, args.tokens), args.runs)
+        note(name, len(batch.input_ids) * (args.tokens - 1) / (whole - start))
+    if mode != "plain":
+        note("distance to plain, latents", distance(pipe, folder, args))
+    release()
+
+
+def distance(pipe: Pipeline, folder: Path, args: argparse.Namespace) -> float:
+    """Relative L2 norm of the difference of the final latents between this path and the plain one."""
+    settings = dict(parallel_size=2, num_inference_steps=args.steps, seed=0, progress=False)
+    prompt = prompt_of(pipe, 32)
+    ours = pipe.generate(prompt, **settings).latents
+    pipe.fast = False
+    plain = pipe.generate(prompt, **settings).latents
+    pipe.fast = True
+    return float((ours - plain).norm() / plain.norm())
+
+
+# The reference -----------------------------------------------------------------------
+
+
+def helper() -> ModuleType:
+    """`tests/reference.py`, which is no part of the package."""
+    path = Path(__file__).resolve().parents[1] / "tests" / "reference.py"
+    spec = importlib.util.spec_from_file_location("reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.inference_mode()
+def measure_reference(folder: Path, args: argparse.Namespace, results: Results) -> None:
+    from diffusers import AutoencoderKL
+
+    reference, dtype, device = helper(), getattr(torch, args.dtype), args.device
+    processor = Pipeline(*ours_without_model(folder))  # prompts and images are prepared by us for both
+
+    def note(measure: str, value: float, mode: str = "reference") -> None:
+        results.setdefault(measure, {})[mode] = value
+
+    def load_reference():
+        if args.size == "official":
+            kind = reference.import_reference(args.janus_root).modeling.MultiModalityCausalLM
+            model = kind.from_pretrained(str(folder)).to(dtype).to(device).eval()
+        else:  # its SigLIP presets know no other size
+            model = reference.load(folder, args.janus_root, dtype, device)
+        vae = AutoencoderKL.from_pretrained(folder / "vae").to(dtype).to(device).eval()
+        return model, vae
+
+    load_reference()
+    release()
+    note("load, s", median(load_reference, 2))
+    release()
+    model, vae = load_reference()
+
+    def paint(count: int, tokens: int = 32) -> Callable[[], Any]:
+        ids = processor.processor.generation_prompt(prompt_of(processor, tokens))[0]
+        shape = (count, *processor.model.latent_shape)
+
+        def work() -> None:
+            z = reference.paint(model, ids, torch.randn(shape), 2.0, args.steps, 2)["z"][-1]
+            pixels = vae.decode(z / vae.config.scaling_factor).sample.float().clip(-1, 1).permute(0, 2, 3, 1)
+            ((pixels.cpu().numpy() + 1) / 2 * 255).astype("uint8")
+
+        return work
+
+    note("first painting, s", seconds(paint(5)))
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        paint(5)()
+        note("peak memory, 5 images, GiB", torch.cuda.max_memory_allocated() / 2**30)
+    for count in (1, 5, 16):
+        note(f"{count} image{'s' * (count > 1)}", median(paint(count), min(3, args.runs)))
+    note("5 images, 128 prompt tokens", median(paint(5, 128), min(3, args.runs)))
+    note("64 prompts, per image", results["1 image"]["reference"])  # one prompt at a time is all it can
+
+    def answers(batch, tokens: int) -> Callable[[], Any]:
+        def work() -> None:
+            embeds = model.prepare_inputs_embeds(
+                input_ids=batch.input_ids.to(device, copy=True),
+                pixel_values=batch.pixel_values.to(device, dtype),
+                images_seq_mask=batch.images_seq_mask.to(device),
+                images_emb_mask=batch.images_emb_mask.to(device),
+            )
+            model.language_model.generate(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask.to(device),
+                pad_token_id=0,
+                bos_token_id=0,
+                eos_token_id=None,
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+            )
+
+        return work
+
+    one, many = question(processor, 1), question(processor, 16)
+    note("first answer, s", seconds(answers(one, 2)))
+    note("first token, ms", 1000 * median(answers(one, 1), args.runs))
+    tokens = min(48, args.tokens)
+    for batch, name in ((one, "tokens/s, one question"), (many, "tokens/s, 16 questions")):
+        start, whole = (median(answers(batch, n), min(2, args.runs)) for n in (1, tokens))
+        note(name, len(batch.input_ids) * (tokens - 1) / (whole - start))
+    if not args.no_reference_compile:
+        model.language_model.model = torch.compile(model.language_model.model)
+        for count in (5, 1):
+            measure = f"{count} image{'s' * (count > 1)}"
+            note(measure, median(paint(count), min(3, args.runs)), "reference compiled")
+
+
+def ours_without_model(folder: Path):
+    """Processor and an empty model: what `prompt_of` and `question` look at."""
+    from janusflow_min.processor import Processor
+
+    config = JanusFlowConfig.from_file(folder / "config.json")
+    with torch.device("meta"):
+        model = JanusFlow(config)
+    return model, Processor.from_folder(folder, config.llm.vocab_size), None
+
+
+# Limits -----------------------------------------------------------------------
+
+
+def card_limits(device: torch.device, dtype: str) -> dict[str, float]:
+    """Matrix rate (FLOP/s) and copy bandwidth (bytes/s, read and written counted), each the best of ten."""
+    size, length = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
+    kind = getattr(torch, dtype)
+    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+    source = torch.randn(length // kind.itemsize, device=device).to(kind)
+    target = torch.empty_like(source)
+
+    def best(work: Callable[[], Any]) -> float:
+        work()
+        return min(seconds(work) for _ in range(10))
+
+    return {
+        "flops": 2 * size**3 / best(lambda: a @ b),
+        "bytes": 2 * length / best(lambda: target.copy_(source)),
+    }
+
+
+def floors(config: JanusFlowConfig, limits: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds for painting (both rows of every image, the LLM's blocks alone), tokens/s for answering."""
+    llm = config.llm
+    d, kv = llm.hidden_size, llm.num_key_value_heads * llm.head_dim
+    block = 2 * d * d + 2 * d * kv + 3 * d * llm.intermediate_size
+    weights = llm.num_hidden_layers * block
+    tokens = 1 + config.siglip.num_patches  # as many as image tokens here
+    attention = llm.num_hidden_layers * 4 * d * tokens * (tokens / 2 + 32)
+    step = 2 * (2 * weights * tokens + attention)
+    size = getattr(torch, args.dtype).itemsize
+    result = {f"{n} image{'s' * (n > 1)}": n * args.steps * step / limits["flops"] for n in (1, 5, 16)}
+    result["64 prompts, per image"] = args.steps * step / limits["flops"]
+    read = size * (weights + llm.vocab_size * d)
+    cache = size * 2 * llm.num_hidden_layers * kv * (tokens + 20 + args.tokens / 2)
+    for rows, name in ((1, "tokens/s, one question"), (16, "tokens/s, 16 questions")):
+        result[name] = rows * limits["bytes"] / (read + rows * cache)
+    return result
+
+
+# Growth -----------------------------------------------------------------------
+
+
+def growth(folder: Path, args: argparse.Namespace) -> dict[str, list[tuple[float, float, float]]]:
+    """Curves of (what grows, seconds, peak GiB)."""
+    pipe = load(folder, args, "fast")
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+
+    def point(curve: str, x: float, work: Callable[[], Any]) -> None:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        value = statistics.median(seconds(work) for _ in range(args.runs))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        curves.setdefault(curve, []).append((x, value, peak))
+
+    def paint(count: int = 2, tokens: int = 32, steps: int = args.steps) -> Callable[[], Any]:
+        prompt = prompt_of(pipe, tokens)
+        return lambda: pipe.generate(
+            prompt, parallel_size=count, num_inference_steps=steps, progress=False, seed=0
+        )
+
+    for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
+        point("images", count, paint(count))
+    for tokens in (16, 32, 64, 128, 256, 384):
+        point("prompt tokens (2 images)", tokens, paint(tokens=tokens))
+    for steps in (1, 5, 10, 20, 30, 50):
+        point("steps (2 images)", steps, paint(steps=steps))
+    batch = question(pipe, 1)
+    for tokens in (1, 32, 64, 128, 256, 512):
+        point("answer tokens", tokens, lambda tokens=tokens: answer(pipe, batch, tokens))
+    return curves
+
+
+# Output -----------------------------------------------------------------------
+
+
+def table(report: dict[str, Any]) -> str:
+    results, floor = report["results"], report["floors"]
+    modes = list(dict.fromkeys(mode for row in results.values() for mode in row))
+    limits = report["limits"]
+    lines = [
+        f"{report['device']}, torch {report['torch']}, {report['dtype']}: "
+        f"{limits['flops'] / 1e12:.0f} TFLOP/s, {limits['bytes'] / 1e12:.2f} TB/s",
+        "",
+        "| " + " | ".join(["", *modes, "limit"]) + " |",
+        "| --- |" + " ---: |" * (len(modes) + 1),
+    ]
+    for measure, row in results.items():
+        cells = [f"{row[mode]:.4g}" if mode in row else "" for mode in modes]
+        limit = f"{floor[measure]:.4g}" if measure in floor else ""
+        unit = ", s" if measure in SECONDS else ""
+        lines.append("| " + " | ".join([measure + unit, *cells, limit]) + " |")
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Bars: time as a multiple of the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results, floor = report["results"], report["floors"]
+    measures = [m for m in results if m in floor]
+    modes = list(dict.fromkeys(mode for m in measures for mode in results[m]))
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    width = 0.8 / len(modes)
+    for i, mode in enumerate(modes):
+        for j, m in enumerate(measures):
+            if mode in results[m]:
+                ratio = results[m][mode] / floor[m]
+                ratio = 1 / ratio if m.startswith("tokens") else ratio
+                axes.bar(j + i * width, ratio, width, color=f"C{i}", label=mode if j == 0 else None)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_xticks([j + 0.4 - width / 2 for j in range(len(measures))], measures, rotation=20, ha="right")
+    axes.set_ylabel("time, multiples of the card's limit")
+    axes.set_title(report["device"])
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def plot_growth(report: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = report["growth"]
+    figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.6))
+    for axis, (name, points) in zip(axes, curves.items(), strict=True):
+        x, y, memory = zip(*points, strict=True)
+        axis.plot(x, y, "o-", color="C0")
+        axis.set_xlabel(name)
+        axis.set_ylabel("seconds", color="C0")
+        axis.set_ylim(bottom=0)
+        other = axis.twinx()
+        other.plot(x, memory, "s--", color="C1")
+        other.set_ylabel("peak memory, GiB", color="C1")
+        other.set_ylim(bottom=0)
+    figure.suptitle(report["device"])
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

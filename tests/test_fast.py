@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""The fast path: its parts against the plain ones, shapes that change, weights that move; on a GPU the kernels too.
+
+That it matches the reference's recordings is in `test_parity.py`, which runs both paths.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import janusflow_min as jf
+from janusflow_min.fast import engine as fast
+from janusflow_min.fast import ops
+
+PROMPTS = ["a photo of a red star", "a photo of a blue ring and a green circle on a grey background"]
+
+
+def relative(actual: Tensor, wanted: Tensor) -> float:
+    actual, wanted = actual.double(), wanted.double()
+    return ((actual - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def pipe(parity_dir) -> jf.Pipeline:
+    return jf.load(parity_dir, device="cpu", progress=False)
+
+
+@pytest.fixture
+def fast_pipe(parity_dir) -> jf.Pipeline:
+    pipe = jf.load(parity_dir, device="cpu", progress=False)
+    pipe.fast, pipe._engine = True, fast.Engine(pipe.model)
+    return pipe
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_prompts_of_different_lengths_paint_what_the_plain_path_paints(pipe, fast_pipe, weight, parallel):
+    """Stops: a row that starts at another's slot, an unconditional row with positions of its own, keys of one
+    prompt under another image."""
+    options = dict(parallel_size=parallel, cfg_weight=weight, num_inference_steps=3, seed=0, progress=False)
+    wanted = pipe.generate(PROMPTS, **options).latents
+    assert relative(fast_pipe.generate(PROMPTS, **options).latents, wanted) < 4e-6
+    reverse = fast_pipe.generate(PROMPTS[::-1], **{**options, "seed": list(range(2 * parallel))}).latents
+    again = pipe.generate(PROMPTS[::-1], **{**options, "seed": list(range(2 * parallel))}).latents
+    assert relative(reverse, again) < 4e-6  # buffers that hold the last call's prompts
+
+
+def test_more_images_than_fit_at_once(pipe, fast_pipe, monkeypatch):
+    """Stops: a list that is cut, or images that depend on where the list is cut."""
+    monkeypatch.setattr("janusflow_min.pipeline.MAX_IMAGES", 3)
+    options = dict(parallel_size=2, num_inference_steps=2, seed=5, progress=False)
+    prompts = [*PROMPTS, PROMPTS[0]]
+    out = fast_pipe.generate(prompts, **options)
+    assert len(out.images) == 6 and out.seeds == list(range(5, 11))
+    monkeypatch.setattr("janusflow_min.pipeline.MAX_IMAGES", 16)
+    assert relative(pipe.generate(prompts, **options).latents, out.latents) < 4e-6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_answers_are_the_plain_path_s(pipe, fast_pipe, parity_dir, temperature):
+    """Stops: rows aligned at the wrong end, image features in another row, a step that forgets or repeats a token."""
+    images = sorted((parity_dir / "images").glob("*.png"))
+    questions = ["What is it?", "Describe both pictures, please.", "hello"]
+    groups = [[images[0]], images[:2], None]
+    options = dict(max_new_tokens=20, temperature=temperature, seed=3)
+    for order in (slice(None), slice(None, None, -1), slice(1, 2)):
+        plain = pipe.understand(questions[order], groups[order], **options)
+        ours = fast_pipe.understand(questions[order], groups[order], **options)
+        assert [a.token_ids for a in ours] == [a.token_ids for a in plain]
+
+
+def test_an_answer_ends_at_eos_between_two_looks(fast_pipe, parity_dir, expected):
+    """Stops: tokens behind EOS, which the fast path has computed before it looks."""
+    batch = fast_pipe.processor.batch(
+        [[{"role": "User", "content": "hello"}, {"role": "Assistant", "content": ""}]]
+    )
+    with torch.inference_mode():
+        whole = fast_pipe.engine.decode(batch, 40, -1, None, False)[0]
+        eos = next(token for token in whole[3:] if whole.index(token) > 2)
+        assert fast_pipe.engine.decode(batch, 40, eos, None, False) == [whole[: whole.index(eos) + 1]]
+
+
+def test_fused_weights_are_the_model_s_own(fast_pipe, parity_dir, tmp_path):
+    """Stops: weights held twice, a saved checkpoint that lacks or doubles them, stale copies after `.to`."""
+    attention = fast_pipe.model.llm.layers[0].self_attn
+    fused = fast_pipe.engine.layers[0].qkv
+    assert attention.q_proj.weight.data_ptr() == fused.data_ptr()
+    jf.save(fast_pipe, tmp_path / "saved")
+    again, first = (
+        jf.load(tmp_path / "saved", device="cpu", progress=False),
+        jf.load(parity_dir, device="cpu"),
+    )
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+    with torch.no_grad():
+        attention.q_proj.weight.mul_(2)
+    assert torch.equal(fused[: len(attention.q_proj.weight)], attention.q_proj.weight)
+    assert fast_pipe.engine.current
+    old = fast_pipe.engine
+    fast_pipe.model.to(torch.float64)
+    assert not old.current and fast_pipe.engine is not old
+
+
+def test_few_shapes_are_kept(fast_pipe):
+    """Stops: memory that grows with every new number of images."""
+    for count in range(1, fast.KEPT + 3):
+        fast_pipe.generate(PROMPTS[0], parallel_size=count, num_inference_steps=1, seed=0, progress=False)
+    assert len(fast_pipe.engine.shapes[fast.Painting]) == fast.KEPT
+
+
+def test_the_plain_path_is_used_where_the_fast_one_does_not_fit(pipe):
+    """Stops: kernels on a CPU."""
+    assert pipe.fast and pipe.engine is None
+
+
+# Kernels -----------------------------------------------------------------------
+
+
+def operands(device: str, dtype: torch.dtype) -> dict[str, tuple]:
+    """Arguments for each block of `ops.py`, of uneven sizes; prefix, grouped heads and different lengths included."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    def whole(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    rows, tokens, heads, groups, dim, slots = 3, 5, 4, 2, 32, 80
+    cache = draw(rows, slots, groups, dim), draw(rows, slots, groups, dim)
+    prefix = draw(2, 6, groups, dim), draw(2, 6, groups, dim), whole(0, 1, 0), whole(3, 1, 6)
+    start = whole(3, slots + 1, 2 * slots, 3 * slots)
+    return {
+        "rms_norm": (draw(7, 96), draw(96), 1e-6),
+        "silu_mul": (draw(5, 2 * 200),),
+        "linear_add": (draw(1, 96), draw(50, 96), draw(1, 50)),
+        "norm_linear": (draw(1, 96), draw(96), 1e-6, draw(50, 96)),
+        "norm_mlp": (draw(1, 96), draw(96), 1e-6, draw(60, 96)),
+        "rope_store": (draw(rows, tokens, (heads + 2 * groups) * dim), draw(90, dim // 2), draw(90, dim // 2),
+                       whole(3, 1, 0), whole(8, 8, 8), *cache, heads, prefix),
+        "attend": (draw(rows, tokens, heads, dim), *cache, start, whole(70, 5, 33), whole(0, 5, 10, 15)),
+        "attend_one": (draw(rows, heads, dim), *cache, whole(70, 3, 64)),
+    }  # fmt: skip
+
+
+def check_kernels(device: str, dtype: torch.dtype, bound: float, names: list[str]) -> None:
+    from janusflow_min.fast import kernels
+
+    for name in names:
+        mine, theirs = ([a.clone() if isinstance(a, Tensor) else a for a in operands(device, dtype)[name]]
+                        for _ in range(2))  # fmt: skip
+        actual, wanted = getattr(kernels, name)(*mine), getattr(ops, name)(*theirs)
+        assert actual.shape == wanted.shape and actual.dtype == wanted.dtype, name
+        assert relative(actual, wanted) <= bound, name
+        if name == "rope_store":  # what it wrote
+            assert relative(mine[5], theirs[5]) <= bound and relative(mine[6], theirs[6]) <= bound
+
+
+INTERPRETED = ["rms_norm", "silu_mul", "linear_add", "norm_linear", "norm_mlp", "rope_store", "attend_one"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which comes with torch for CUDA"
+)
+def test_kernels_compute_what_ops_say_interpreted():
+    """Stops: a kernel that reads or writes elsewhere, found without a GPU (flash attention is torch's own)."""
+    here = Path(__file__).resolve().parent
+    code = f"import torch, test_fast; test_fast.check_kernels('cpu', torch.float32, 1e-6, {INTERPRETED})"
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*INTERPRETED, "attend"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_compute_what_ops_say(name, dtype):
+    check_kernels("cuda", dtype, 6e-3, [name])
+
+
+@pytest.fixture(scope="module", params=["fixture", "tiny"])
+def gpu_pipe(request, parity_dir) -> jf.Pipeline:
+    source = parity_dir if request.param == "fixture" else "tiny"
+    pipe = jf.load(source, device="cuda", dtype="bfloat16", progress=False)
+    assert pipe.engine is not None
+    return pipe
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_painting_on_a_gpu(gpu_pipe, weight):
+    """Stops: a graph that replays the inputs it was captured with."""
+    for parallel in (1, 3, 1):
+        options = dict(parallel_size=parallel, cfg_weight=weight, num_inference_steps=4, progress=False)
+        for seed in (0, 1):
+            ours = gpu_pipe.generate(PROMPTS[:: 1 - 2 * seed], seed=seed, **options).latents
+            gpu_pipe.fast = False
+            plain = gpu_pipe.generate(PROMPTS[:: 1 - 2 * seed], seed=seed, **options).latents
+            gpu_pipe.fast = True
+            assert relative(ours, plain) < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompt, weight, steps", [("cat", 2.0, 4), ("long", 2.0, 4), ("long", 5.0, 3)])
+def test_recorded_painting_on_a_gpu(parity_dir, recorded, expected, prompt, weight, steps):
+    """The recording's own bounds for bfloat16."""
+    pipe = jf.load(parity_dir, device="cuda", dtype="bfloat16", progress=False)
+    out = pipe.generate(
+        expected["generation"][prompt]["prompt"],
+        2,
+        weight,
+        steps,
+        latents=recorded[f"gen.{prompt}.noise"].bfloat16(),
+        upstream_rounding=True,
+        progress=False,
+    )
+    wanted = recorded[f"bf16.gen.{prompt}.w{weight}.s{steps}.z"][-1]
+    assert relative(out.latents, wanted) <= (0.02 if weight <= 2 else 0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+def test_logits_on_a_gpu(gpu_pipe, rows):
+    """Every step's logits beside the plain path's, both fed the plain path's tokens (in bf16 best tokens tie)."""
+    from janusflow_min.pipeline import decode
+
+    texts = ["What is in the picture?", "Describe it at some length, please", "hello"][:rows]
+    users = [[{"role": "User", "content": t}, {"role": "Assistant", "content": ""}] for t in texts]
+    batch = gpu_pipe.processor.batch(users)
+    model, seen = gpu_pipe.model, []
+
+    def note(logits: Tensor) -> Tensor:
+        seen.append(logits.clone())
+        return logits.argmax(-1)
+
+    with torch.inference_mode():
+        mask = batch.attention_mask.cuda().bool()
+        wanted = decode(model, model.llm.embed_tokens(batch.input_ids.cuda()), mask, 20, -1, note)
+        plain, columns = list(seen), iter(torch.tensor(wanted, device="cuda").T)
+
+        def follow(logits: Tensor) -> Tensor:
+            step = len(done)
+            assert relative(logits, plain[step]) < 0.03, step
+            done.append(step)
+            return next(columns)
+
+        done: list[int] = []
+        assert gpu_pipe.engine.decode(batch, 20, -1, follow, False) == wanted
+        assert len(done) == 20
+        greedy = gpu_pipe.engine.decode(batch, 20, -1, None, False)  # the whole step as one graph
+        assert [len(ids) for ids in greedy] == [20] * rows and [g[0] for g in greedy] == [
+            w[0] for w in wanted
+        ]
