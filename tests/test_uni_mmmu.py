@@ -536,6 +536,15 @@ def test_other_settings_are_refused(native, data):
         uni_mmmu.generate(FAST, native, data, uni_mode="torchumm", max_new_tokens=6)
 
 
+def test_tasks_one_after_another(data, tmp_path):
+    """Stops: a folder that takes no second task; seeds that depend on which tasks were asked for."""
+    for task in ("code", "science"):
+        assert uni_mmmu.generate(FAST, tmp_path, data, tasks=[task], max_new_tokens=2).complete
+    record = json.loads((tmp_path / "code/case_02_B_0002/result.json").read_text())
+    assert record["seeds"] == [100_000 * readers.TASKS.index("code") + 100]
+    assert "task number" in json.loads((tmp_path / "manifest.json").read_text())["seed_rule"]
+
+
 def test_a_limit_counts_for_each_task(data, tmp_path):
     """Stops: a trial run that sees the first task alone."""
     limited = Settings(**{**FAST.__dict__, "limit": 1})

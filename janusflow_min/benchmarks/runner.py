@@ -258,6 +258,7 @@ def write_manifest(
     settings: Mapping[str, Any],
     checkpoint: Mapping[str, str],
     log: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    seed_rule: str = SEED_RULE,
 ) -> dict[str, Any]:
     """Write the manifest, or compare it with the one there; returns it.
 
@@ -269,7 +270,7 @@ def write_manifest(
         "benchmark": benchmark,
         "inputs_sha256": dict(inputs),
         "settings": dict(settings),
-        "seed_rule": SEED_RULE,
+        "seed_rule": seed_rule,
         "checkpoint": dict(checkpoint),
         "versions": versions(),
     }

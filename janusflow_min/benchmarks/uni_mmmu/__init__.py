@@ -96,14 +96,14 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "prompts_sha256": prompts_hash(texts),
         "own_wording": prompts is None,
-        "image_seeds": SEED_RULE,
     }
     write_manifest(
         folder,
         "uni_mmmu",
-        {SOURCES[task]: sha256(data_folder(data) / SOURCES[task]) for task in cases},
+        _hashes(data),
         paint_settings(settings) | choices,
         checkpoint_identity(settings),
+        seed_rule=SEED_RULE,
     )
     run_tasks(
         lambda: load_pipe(settings, world, "all"),
@@ -118,7 +118,7 @@ def generate(
     write_summaries(folder, cases)
     usable = [case for of_task in cases.values() for case in of_task if case.usable]
     missing = tuple(case.folder for case in usable if not is_done(folder, case))
-    if not missing:
+    if not missing and world.size == 1:  # another rank may still be writing
         folder.tidy()
     return Coverage(len(usable), len(usable) - len(missing), missing)
 
@@ -153,7 +153,7 @@ def score(
     manifest = read_json(folder.manifest) if folder.manifest.is_file() else None
     mode = manifest["settings"]["uni_mode"] if manifest else "torchumm"
     cases = _cases(data, tasks, mode)
-    inputs = {SOURCES[task]: sha256(data_folder(data) / SOURCES[task]) for task in cases}
+    inputs = _hashes(data)
     reports.check_inputs(manifest, "uni_mmmu", inputs, folder.root)
     texts = override(JUDGES, judge_prompts)
     chats = {}
@@ -224,6 +224,12 @@ def _cases(data: str | Path, tasks: list[str] | None, mode: str) -> dict[str, li
     return {task: read(data, task, demonstration=mode == "torchumm") for task in tasks_of(tasks or [])}
 
 
+def _hashes(data: str | Path) -> dict[str, str]:
+    """Of what is there for any task: a run may take up further tasks later."""
+    folder = data_folder(data)
+    return {source: sha256(folder / source) for source in SOURCES.values() if (folder / source).exists()}
+
+
 def _chat(leg: str, model: str, url: str | None, timeout: float) -> Chat:
     from ..judges import OpenAIChat
     from .scoring import ANSWER_TOKENS
@@ -238,7 +244,7 @@ def _name(judge: Any) -> str | None:
 def _notes(
     mode: str, manifest: Mapping[str, Any] | None, judging: Any, own_wording: bool, cases: Mapping[str, list]
 ) -> list[str]:
-    notes = []
+    notes = ["code_shape_color and code_position are points of 5, the others shares of 1"]
     if mode == "native":
         notes.append(
             "mode native: geometry, jigsaw, maze and sliding are answered from the given images, without the visual "
