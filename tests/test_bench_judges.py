@@ -61,6 +61,7 @@ def test_images_are_prepared_as_mmdet_does():
 @pytest.fixture(scope="module")
 def detector_folder(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("scipy")  # Mask2Former needs it
     torch.manual_seed(0)
     swin = transformers.SwinConfig(
         image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2
