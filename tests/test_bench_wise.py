@@ -143,7 +143,8 @@ def test_overall():
     ("text", "grades"),
     [
         (GRADES.format(2, 1, 0), (2, 1, 0)),
-        ("**Consistency**: 1\n**Realism:** 2\n*aesthetic quality* 0", (1, 2, 0)),
+        ("**Consistency**: 1\n**Realism** 2\n*aesthetic quality* 0", (1, 2, 0)),
+        ("**Consistency:** 1\n**Realism:** 2\n**Aesthetic Quality:** 0", None),  # as the official one
         ("CONSISTENCY 1, realism:2; Aesthetic Quality: 1", (1, 2, 1)),
         ("Consistency: 0\n" + GRADES.format(2, 2, 2), (2, 2, 2)),  # the last counts
         ("Here you are\n1\n 0 \n2\n", (1, 0, 2)),
@@ -166,6 +167,7 @@ def test_legacy_answers(text, grades):
         ("Score: 1", 1),
         ("**Score:** 0", 0),
         ("score 1", 1),
+        ("Score: 1.", 1),
         ("<think>Score: 1, or is it?</think>Score: 0", 0),
         ("The image shows it.\n1\n", 1),
         ("0\n1", None),
