@@ -190,7 +190,7 @@ def test_a_judge_that_fails_in_every_way_is_asked_again(tmp_path):
     ids = [1, 2, 3, 401, 600, 750, 805, 1000]
     data, images = write_set(tmp_path / "data", ids=ids), write_images(tmp_path / "images", ids)
     trouble = {
-        1: [("hang", 1.5)],
+        1: [("hang", 4)],
         2: [("drop", 0)],
         3: [("status", 429), ("status", 500)],
         401: ["I would rather not.", "Consistency: 7"],
@@ -207,7 +207,7 @@ def test_a_judge_that_fails_in_every_way_is_asked_again(tmp_path):
         wrong = trouble.get(number(request), [])
         return wrong[before] if before < len(wrong) else GRADES.format(2, 1, 0)
 
-    options = dict(subset=True, images=images, judge_model="a judge", progress=False, wait=0.01, timeout=0.5)
+    options = dict(subset=True, images=images, judge_model="a judge", progress=False, wait=0.01, timeout=2.0)
     with ChatServer(reply) as server:
         score = wise.score(tmp_path / "run", data, judge_url=server.url, concurrency=4, **options)
         first = len(server.requests)

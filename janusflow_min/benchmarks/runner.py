@@ -353,7 +353,8 @@ def load_pipe(settings: Settings, world: World, parts: str = "generation") -> Pi
     if device.type == "cuda" and device.index is None:
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"LOCAL_RANK is {world.local_rank}, but {torch.cuda.device_count()} GPUs are here"
+                f"LOCAL_RANK is {world.local_rank}, but {torch.cuda.device_count()} GPUs are here; --device cuda:0 "
+                "takes that one whatever the rank"
             )
         torch.cuda.set_device(world.local_rank)
         device = torch.device("cuda", world.local_rank)
