@@ -45,7 +45,6 @@ from janusflow_min.benchmarks.runner import (
     load_pipe,
     paint,
     sha256,
-    wants_compile,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,10 +83,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, help="also paint with so many ranks under torchrun")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--reference-prompts", type=int, default=8, help="of them, painted by the reference")
-    parser.add_argument("--batch-size", type=int, default=64, help="images that ours paints at once")
+    parser.add_argument("--batch-size", type=int, default=16, help="images that ours paints at once")
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as load() takes it")
+    parser.add_argument(
+        "--fast", action=argparse.BooleanOptionalAction, default=True, help="as load() takes it"
+    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the same")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="random weights of a small architecture")
     parser.add_argument(
@@ -170,7 +172,7 @@ def call(args: argparse.Namespace, worker: str, name: str = "one", ranks: int = 
     if args.janus_root is not None:
         command += ["--janus-root", str(args.janus_root)]
     command += ["--tiny"] if args.tiny else []
-    command += [] if args.compile is None else ["--compile" if args.compile else "--no-compile"]
+    command += [f"--{'' if getattr(args, key) else 'no-'}{key}" for key in ("fast", "compile")]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "4"})
 
@@ -192,6 +194,7 @@ def collect(args: argparse.Namespace, name: str, ranks: int) -> dict[str, Any]:
         "seconds": seconds,
         "load_seconds": max(part["load"] for part in parts),
         "peak_memory_gib": max(part["memory"] for part in parts),
+        "fast path": parts[0]["fast"],
         "compile": parts[0]["compile"],
     }
 
@@ -265,12 +268,13 @@ def ours(args: argparse.Namespace) -> None:
         num_inference_steps=args.steps,
         seed=args.seed,
         batch_size=args.batch_size,
+        fast=args.fast,
         compile=args.compile,
     )
     begin = time.time()
     pipe = load_pipe(settings, world)
     result: dict[str, Any] = {"load": time.time() - begin, "starts": [], "ends": []}
-    result["compile"] = wants_compile(settings, pipe.model.device.type)
+    result["fast"], result["compile"] = pipe.engine is not None, args.compile
     items = geneval.items(geneval.read(args.work / "evaluation_metadata.jsonl", subset=True), IMAGES)
     if world.size > 1:
         torch.distributed.init_process_group("gloo")

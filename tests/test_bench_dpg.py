@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer
 from PIL import Image
 
 from janusflow_min import cli
@@ -226,6 +227,33 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
     assert saved["scores"] == score["scores"]
     with pytest.raises(ValueError, match="one of --answers, --vqa and --judge-model"):
         dpg_bench.score(tmp_path / "run", answers=tmp_path / "run/answers.jsonl", **options)
+
+
+def test_a_chat_that_fails_leaves_the_grid_out(tmp_path):
+    """Stops: no for what was not answered, and a run that dies with its endpoint."""
+    pytest.importorskip("openai")
+    prompts = write_prompts(tmp_path / "prompts", ["1", "2"])
+    questions = write_csv(tmp_path / "q.csv", {"1": KETTLE[:1], "2": KETTLE[2:3]})
+    images = tmp_path / "images"
+    images.mkdir()
+    for stem in "12":
+        grid_of(images / f"{stem}.png", "red", "red", "red", "red")
+    options = dict(
+        data=prompts, questions=questions, subset=True, images=images, judge_model="m", progress=False
+    )
+    ill = [True]
+
+    def reply(request, before):
+        stove = "stove" in request["messages"][0]["content"][0]["text"]
+        return ("status", 500) if stove and ill[0] else "Yes"
+
+    with ChatServer(reply) as server:
+        first = dpg_bench.score(tmp_path / "run", judge_url=server.url, attempts=1, **options)
+        assert (first["n_scored"], first["scores"]["entity"]["value"]) == (1, 100.0)
+        assert "1 grids got no answers" in first["notes"][0] + first["notes"][1]
+        ill[0] = False
+        assert dpg_bench.score(tmp_path / "run", judge_url=server.url, **options)["complete"]
+    assert len(server.requests) < 4 + 4 + 5
 
 
 def test_the_whole_benchmark_has_both_headlines(tmp_path, capsys):

@@ -51,7 +51,7 @@ def whole_benchmark() -> list[dict]:
             label = CLASSES[i % 80]
             clause = {"class": label, "count": 1}
             clause |= {"color": COLOURS[i % 10]} if tag in ("colors", "color_attr") else {}
-            lines.append({"tag": tag, "include": [clause], "prompt": f"{tag} {i} {label}"})
+            lines.append({"tag": tag, "include": [clause], "prompt": f"a photo of {tag} {i} {label}"})
     return lines
 
 
@@ -351,6 +351,18 @@ def test_the_whole_benchmark_has_a_headline(tmp_path, capsys):
     text = (tmp_path / "run/report.md").read_text()
     assert "| JanusFlow-1.3B, paper | 0.97 | 0.59 | 0.45 | 0.83 | 0.53 | 0.42 | 0.63 |" in text
     assert "five images a prompt" in text
+    longer = [line | {"prompt": f"In the morning light, {line['prompt']}"} for line in lines]
+    write_lines(tmp_path / "longer.jsonl", longer)
+    other = tree(tmp_path / "longer", longer, size=1)
+    score = geneval.score(
+        tmp_path / "other",
+        tmp_path / "longer.jsonl",
+        images=other,
+        detections=saved,
+        clip=None,
+        progress=False,
+    )
+    assert score["complete"] and score["headline"] is None  # lengthened prompts are another benchmark
     (images / "00552/samples/00003.png").unlink()
     assert cli.main([*command, "--detections", str(saved)]) == 0
     assert "partial: 2,211 of 2,212 scored" in capsys.readouterr().out

@@ -278,7 +278,7 @@ def environment(**more: str) -> dict[str, str]:
 def test_a_killed_process_leaves_whole_files_and_a_rerun_fills_the_holes(tmp_path, data, parity_dir):
     """Stops: work lost to a SIGKILL, as a machine that is taken away sends it."""
     run = tmp_path / "run"
-    steps = 60  # long enough to be killed in the middle
+    steps = 15  # long enough to be killed in the middle
     process = subprocess.Popen(
         [sys.executable, *command(data, parity_dir, run, steps)],
         env=environment(),

@@ -143,7 +143,8 @@ def test_overall():
     ("text", "grades"),
     [
         (GRADES.format(2, 1, 0), (2, 1, 0)),
-        ("**Consistency**: 1\n**Realism:** 2\n*aesthetic quality* 0", (1, 2, 0)),
+        ("**Consistency**: 1\n**Realism** 2\n*aesthetic quality* 0", (1, 2, 0)),
+        ("**Consistency:** 1\n**Realism:** 2\n**Aesthetic Quality:** 0", None),  # as the official one
         ("CONSISTENCY 1, realism:2; Aesthetic Quality: 1", (1, 2, 1)),
         ("Consistency: 0\n" + GRADES.format(2, 2, 2), (2, 2, 2)),  # the last counts
         ("Here you are\n1\n 0 \n2\n", (1, 0, 2)),
@@ -166,6 +167,7 @@ def test_legacy_answers(text, grades):
         ("Score: 1", 1),
         ("**Score:** 0", 0),
         ("score 1", 1),
+        ("Score: 1.", 1),
         ("<think>Score: 1, or is it?</think>Score: 0", 0),
         ("The image shows it.\n1\n", 1),
         ("0\n1", None),
@@ -188,7 +190,7 @@ def test_a_judge_that_fails_in_every_way_is_asked_again(tmp_path):
     ids = [1, 2, 3, 401, 600, 750, 805, 1000]
     data, images = write_set(tmp_path / "data", ids=ids), write_images(tmp_path / "images", ids)
     trouble = {
-        1: [("hang", 1.5)],
+        1: [("hang", 4)],
         2: [("drop", 0)],
         3: [("status", 429), ("status", 500)],
         401: ["I would rather not.", "Consistency: 7"],
@@ -205,7 +207,7 @@ def test_a_judge_that_fails_in_every_way_is_asked_again(tmp_path):
         wrong = trouble.get(number(request), [])
         return wrong[before] if before < len(wrong) else GRADES.format(2, 1, 0)
 
-    options = dict(subset=True, images=images, judge_model="a judge", progress=False, wait=0.01, timeout=0.5)
+    options = dict(subset=True, images=images, judge_model="a judge", progress=False, wait=0.01, timeout=2.0)
     with ChatServer(reply) as server:
         score = wise.score(tmp_path / "run", data, judge_url=server.url, concurrency=4, **options)
         first = len(server.requests)

@@ -66,6 +66,7 @@ OPTIONS = {
         Option("--judge-model", "name of a chat model that answers instead"),
         Option("--judge-url", "its endpoint, up to /v1; without: OpenAI's"),
         Option("--concurrency", "requests at once to it", 8, int),
+        Option("--attempts", "for each question to it", 3, int),
         Option("--device", "of the judge", "auto"),
         Option("--official-compat", "categories as the official scorer computes them", False, bool),
     ),
@@ -291,6 +292,7 @@ def score(
     device: str = "auto",
     official_compat: bool = False,
     concurrency: int = 8,
+    attempts: int = 3,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Judge a folder of grids; writes answers.jsonl, items.json and score.json into `run` and returns the score."""
@@ -313,25 +315,19 @@ def score(
     if sum(x is not None for x in (answers, vqa, judge_model)) != 1:
         raise ValueError("give one of --answers, --vqa and --judge-model")
     if answers is not None:
-        said, name = read_answers(answers, asked, tiles), f"saved answers, sha256 {sha256(answers)}"
-        there = [stem for stem in there if stem in said]
-        if not there:
-            raise ValueError(f"{answers} has no answers about the images of {root}")
-    else:
-        said, name = _ask(
-            folder,
-            root,
-            there,
-            asked,
-            resolution,
-            tiles,
-            vqa,
-            judge_model,
-            judge_url,
-            device,
-            concurrency,
-            progress,
+        said, name, failures = (
+            read_answers(answers, asked, tiles),
+            f"saved answers, sha256 {sha256(answers)}",
+            {},
         )
+    else:
+        judge, at_once = _judge(vqa, judge_model, judge_url, device, concurrency, attempts)
+        name = judge.name
+        said, failures = _ask(folder, root, there, asked, resolution, tiles, judge, at_once, progress)
+    there = [stem for stem in there if stem in said]
+    if not there:
+        reason = f": {next(iter(failures.values()))}" if failures else ""
+        raise ValueError(f"no answers about the images of {root}{reason}")
     raw, raw_compat = (
         {
             stem: [{int(q): int(is_yes(text, compat)) for q, text in tile.items()} for tile in said[stem]]
@@ -368,6 +364,11 @@ def score(
     notes = [f"{key}: {value:.2f} ({n:,} answers)" for key, (value, n) in sorted(l2.items())]
     if "mplug" not in name.lower():
         notes.insert(0, "not judged by mPLUG, as every published number is: not comparable with them")
+    if failures:
+        some = "; ".join(f"{stem}: {reason}" for stem, reason in list(failures.items())[:3])
+        notes.insert(
+            0, f"{len(failures)} grids got no answers and are left out; the next run asks again. {some}"
+        )
     if tiles != TILES:
         notes.insert(0, f"{tiles} of the {TILES} tiles judged")
     return reports.write_score(
@@ -436,31 +437,39 @@ def read_answers(
     return said
 
 
+def _judge(
+    vqa: str | QuestionAnswerer | None,
+    judge_model: str | None,
+    judge_url: str | None,
+    device: str,
+    concurrency: int,
+    attempts: int,
+) -> tuple[QuestionAnswerer, int]:
+    """The judge, and how many questions it may be asked at once."""
+    from . import judges
+
+    if judge_model is not None:
+        return judges.ChatVQA(judges.OpenAIChat(judge_model, judge_url, max_tokens=20), attempts), concurrency
+    return (judges.BlipVQA(vqa, device) if isinstance(vqa, str) else vqa), 1
+
+
 def _ask(
-    folder,
-    root,
-    stems,
-    questions,
-    resolution,
-    count,
-    vqa,
-    judge_model,
-    judge_url,
-    device,
-    concurrency,
-    progress,
-) -> tuple[dict[str, list[dict[str, str]]], str]:
-    """Every question about every tile of every grid, answers on disk taken where they are about the same."""
+    folder: RunFolder,
+    root: Path,
+    stems: Sequence[str],
+    questions: Mapping[str, Sequence[Question]],
+    resolution: int | None,
+    count: int,
+    vqa: QuestionAnswerer,
+    at_once: int,
+    progress: bool,
+) -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
+    """Every question about every tile of every grid, answers on disk taken where they are about the same; and the
+    reasons why grids got none."""
     from concurrent.futures import ThreadPoolExecutor
 
     from . import judges
 
-    at_once = 1
-    if judge_model is not None:
-        vqa = judges.ChatVQA(judges.OpenAIChat(judge_model, judge_url, max_tokens=20))
-        at_once = concurrency
-    elif isinstance(vqa, str):
-        vqa = judges.BlipVQA(vqa, device)
     records = judges.Records(folder.root / "answers.jsonl", "item_id", {"judge": vqa.name, "tiles": count})
     seen = {
         stem: hashlib.sha256(
@@ -468,6 +477,7 @@ def _ask(
         ).hexdigest()
         for stem in stems
     }
+    failures: dict[str, str] = {}
     try:
         with ThreadPoolExecutor(at_once) as pool:
             todo = [stem for stem in stems if not records.has(stem, seen[stem])]
@@ -475,11 +485,16 @@ def _ask(
                 with Image.open(root / f"{stem}.png") as opened:
                     cut = tiles(opened.convert("RGB"), count, resolution)
                 pairs = [(tile, question) for tile in cut for question in questions[stem]]
-                texts = list(pool.map(lambda pair: vqa.answer(pair[0], pair[1].text), pairs))
+                try:
+                    texts = list(pool.map(lambda pair: vqa.answer(pair[0], pair[1].text), pairs))
+                except judges.TryAgain as error:  # left out, never given a number
+                    failures[stem] = str(error)
+                    continue
                 n = len(questions[stem])
                 ids = [str(question.id) for question in questions[stem]]
                 by_tile = [dict(zip(ids, texts[i * n : i * n + n], strict=True)) for i in range(len(cut))]
                 records.add(stem, seen[stem], {"answers": by_tile})
     finally:
         records.close()
-    return {stem: records.entries[stem]["answers"] for stem in stems}, vqa.name
+    said = {stem: records.entries[stem]["answers"] for stem in stems if records.has(stem, seen[stem])}
+    return said, failures

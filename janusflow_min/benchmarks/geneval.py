@@ -48,6 +48,9 @@ CLASSES = tuple(  # COCO's 80 in their contiguous order, three of them under the
     computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
     clock, vase, scissors, teddy bear, hair drier, toothbrush""".replace("\n   ", "").split(", ")
 )
+BEGINNING = (
+    "a photo of "  # of every published prompt, of none of the lengthened ones that TorchUMM has beside them
+)
 SAVED_ABOVE = 0.05  # score of the faintest detections that are kept on disk
 PUBLISHED = (
     Published(
@@ -493,7 +496,7 @@ def score(
     folder.write_text("results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
     summary = aggregate(results)
     of = Counter(prompt.tag for prompt in prompts)
-    standard = of == TAGS
+    standard = of == TAGS and all(prompt.prompt.startswith(BEGINNING) for prompt in prompts)
     expected = len(prompts) * images_per_prompt
     notes = [
         f"{summary['correct_images']:.2%} of the images, {summary['correct_prompts']:.2%} of the prompts correct"

@@ -76,7 +76,7 @@ class Chat(Protocol):
         """One attempt. Raises `TryAgain` for what may pass, anything else for what will not."""
 
 
-class TryAgain(Exception):
+class TryAgain(RuntimeError):
     """A timeout, a dropped connection, a server that is busy or broken, an answer that makes no sense."""
 
 

@@ -16,7 +16,6 @@ machine or on many with a shared folder; RANK and WORLD_SIZE in the environment 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -67,9 +66,10 @@ class Settings:
     cfg_weight: float = 2.0
     num_inference_steps: int = 30
     seed: int = 0
-    batch_size: int = 32  # images at once, at least those of one prompt
+    batch_size: int = 16  # images at once, at least those of one prompt
     upstream_rounding: bool = False
-    compile: bool | None = None  # None: on CUDA, where `load` has it
+    fast: bool = True  # as `load` takes it, like the next
+    compile: bool = False
     limit: int | None = None  # only the first items; a later run without it goes on
     progress: bool = True
 
@@ -237,18 +237,9 @@ def paint_settings(settings: Settings) -> dict[str, Any]:
         "device_type": device.type,
         "dtype": _name(dtype),
         "vae_dtype": usual if settings.vae_dtype is None else _name(pick_dtype(settings.vae_dtype, device)),
-        "compile": wants_compile(settings, device.type),
+        "fast": settings.fast,
+        "compile": settings.compile,
     }
-
-
-def wants_compile(settings: Settings, device_type: str) -> bool:
-    """Whether to take `load`'s compiled path. ValueError where it is asked for and this version has none."""
-    from ..pipeline import load
-
-    offered = "compile" in inspect.signature(load).parameters
-    if settings.compile and not offered:
-        raise ValueError("this version's load() has no compile")
-    return offered and (device_type == "cuda" if settings.compile is None else settings.compile)
 
 
 def write_manifest(
@@ -363,19 +354,16 @@ def load_pipe(settings: Settings, world: World, parts: str = "generation") -> Pi
     if device.type == "cuda" and device.index is None:
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"LOCAL_RANK is {world.local_rank}, but {torch.cuda.device_count()} GPUs are here"
+                f"LOCAL_RANK is {world.local_rank}, but {torch.cuda.device_count()} GPUs are here; --device cuda:0 "
+                "takes that one whatever the rank"
             )
         torch.cuda.set_device(world.local_rank)
         device = torch.device("cuda", world.local_rank)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(parts=parts, fast=settings.fast, compile=settings.compile)
     if parts != "understanding":
         options |= dict(vae_path=settings.vae, vae_dtype=settings.vae_dtype)
-        if wants_compile(settings, device.type):
-            options["compile"] = True
     quiet = not settings.progress or world.local_rank != 0
-    return load(
-        settings.model, device=device, dtype=settings.dtype, parts=parts, progress=not quiet, **options
-    )
+    return load(settings.model, device=device, dtype=settings.dtype, progress=not quiet, **options)
 
 
 def paint(

@@ -315,8 +315,7 @@ def parse_legacy(text: str) -> dict[str, int] | None:
     """
     found = {}
     for grade in GRADES:
-        name = re.escape(grade.replace("_", " ")).replace(r"\ ", r"\s+")
-        digits = re.findall(rf"\*{{0,2}}{name}\*{{0,2}}\s*:?\s*\*{{0,2}}\s*(\d)", text, re.IGNORECASE)
+        digits = re.findall(rf"{grade.replace('_', ' ')}\*{{0,2}}\s*:?\s*(\d)", text, re.IGNORECASE)
         if digits:
             found[grade] = int(digits[-1])
     if not found:
@@ -330,7 +329,7 @@ def parse_verified(text: str) -> dict[str, int] | None:
     from .judges import strip_thinking
 
     text = strip_thinking(text)
-    found = re.findall(r"score\*{0,2}\s*:?\s*\*{0,2}\s*([01])(?![\w.])", text, re.IGNORECASE)
+    found = re.findall(r"score\*{0,2}\s*:?\s*\*{0,2}\s*([01])(?!\w|\.\d)", text, re.IGNORECASE)
     if not found:
         found = [line.strip() for line in text.splitlines() if line.strip() in ("0", "1")]
         found = found if len(found) == 1 else []

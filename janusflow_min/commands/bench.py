@@ -30,7 +30,8 @@ SETTINGS = (  # of Settings, for every benchmark; `seed` and the like keep their
         "--batch-size", "images painted at once; part of what decides the last bits", DEFAULTS.batch_size, int
     ),
     Option("--upstream-rounding", "round as the published code does", DEFAULTS.upstream_rounding, bool),
-    Option("--compile", "the compiled path; without: on CUDA, where there is one", DEFAULTS.compile, bool),
+    Option("--fast", "kernels and CUDA graphs where the GPU has them", DEFAULTS.fast, bool),
+    Option("--compile", "torch.compile for what those leave over", DEFAULTS.compile, bool),
     Option("--limit", "only the first prompts; a run without it goes on", DEFAULTS.limit, int),
 )
 EXAMPLES = """examples:
