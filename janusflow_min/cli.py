@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `janusflow-min demo | generate | understand | info`. `--help` of each teaches it.
+"""The command line: `janusflow-min demo | generate | understand | info | bench | torchumm`, each with its `--help`.
 
 Results go to stdout (file names, answers, the report), progress and remarks to stderr. Exit codes: 0 done,
 1 `info` found something missing, 2 an error, told in one line, 130 interrupted. What loads torch is imported
@@ -439,6 +439,7 @@ def _finite(text: str) -> float:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run` to its function."""
     from . import __version__
+    from .commands import bench, torchumm
 
     parser = _Parser(
         prog=PROG,
@@ -558,4 +559,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     new.add_argument("model", metavar="MODEL", nargs="?", default="tiny", help=MODEL_HELP)
     option(new, "--vae", "PATH", "the VAE's folder or hub id; without: the checkpoint's vae/")
+
+    bench.add_parser(commands, argparse.RawDescriptionHelpFormatter)
+    torchumm.add_parser(command, option)
     return parser

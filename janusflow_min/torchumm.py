@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from .pipeline import Pipeline, load
@@ -61,7 +62,7 @@ class JanusFlowBackbone:
         self.pipe = load(
             cfg.get("model_path") or "deepseek-ai/JanusFlow-1.3B",
             vae_path=cfg.get("vae_path"),
-            device=cfg.get("device", "auto"),
+            device=_device(cfg.get("device", "auto")),
             dtype=cfg.get("torch_dtype", "auto"),
         )
 
@@ -180,6 +181,13 @@ class InferencePipeline:
 
     def run_many(self, requests: Iterable[InferenceRequest | Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [self.run(request) for request in requests]
+
+
+def _device(device: Any) -> Any:
+    """Where cfg names no card: the current one, which TorchUMM's runners set to a rank's own under torchrun."""
+    if str(device) in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{torch.cuda.current_device()}"
+    return device
 
 
 def _request(request: InferenceRequest | Mapping[str, Any]) -> InferenceRequest:

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: MIT
+"""What every benchmark's generation shares: whole files only, seeds from identity, shards, a manifest, resuming.
+
+A run is a folder. `images/` in it is the layout that the benchmark's official scorer lists, so nothing else is ever
+written there: files are made in `.work/` beside it, flushed to the disk and renamed, and a file that is there is
+whole. `manifest.json` says what was painted and how; a rerun with anything else is refused.
+
+Seeds come from an item's place in the benchmark's own order (`image_seed`), never from the order of painting. Items
+are painted in blocks, cut once from the whole list: floating-point sums depend on a batch's shape and on the longest
+prompt in it, so a block is always painted with the same neighbours, whichever rank has it and however many of its
+files are there already. Rank r of w has blocks r, r + w, r + 2 w, …; ranks share a folder and need no other contact,
+so that one that dies leaves the others' files usable and a rerun fills its holes. `torchrun` sets the ranks, on one
+machine or on many with a shared folder; RANK and WORLD_SIZE in the environment do as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
+T = TypeVar("T")
+SEED_RULE = "seed + prompt index * images per prompt + sample index, one CPU generator for each image"
+WRITERS = 4  # threads that compress PNG files while the next block is painted
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a benchmark's stage; the command line makes its arguments of these."""
+
+    flag: str  # "--images-per-prompt"; the function's keyword is its name with underscores
+    help: str
+    default: Any = None
+    kind: Callable[[str], Any] = str  # bool makes --flag and --no-flag
+    choices: tuple[str, ...] = ()
+    required: bool = False
+    many: bool = False  # may be repeated; the value is a list
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is painted. What changes pixels is in the manifest."""
+
+    model: str = "tiny"  # as `load` takes it
+    vae: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    vae_dtype: str | None = None
+    cfg_weight: float = 2.0
+    num_inference_steps: int = 30
+    seed: int = 0
+    batch_size: int = 16  # images at once, at least those of one prompt
+    upstream_rounding: bool = False
+    fast: bool = True  # as `load` takes it, like the next
+    compile: bool = False
+    limit: int | None = None  # only the first items; a later run without it goes on
+    progress: bool = True
+
+
+# Ranks and seeds -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them one process."""
+        try:
+            rank, size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+            local = int(environment.get("LOCAL_RANK", 0))
+        except ValueError as error:
+            raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
+        if not 0 <= rank < size or local < 0:
+            raise ValueError(f"RANK must lie in [0, WORLD_SIZE), got RANK {rank} of WORLD_SIZE {size}")
+        return cls(rank, size, local)
+
+
+def image_seed(base_seed: int, prompt_index: int, images_per_prompt: int, sample_index: int) -> int:
+    """A seed that depends on which image it is alone: see SEED_RULE."""
+    return base_seed + prompt_index * images_per_prompt + sample_index
+
+
+def shard(items: Sequence[T], rank: int, world: int) -> list[T]:
+    """Those of the whole list, in its order, whose index is `rank` modulo `world`."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must lie in [0, {world}), got {rank}")
+    return list(items[rank::world])
+
+
+# Files -----------------------------------------------------------------------
+
+
+class RunFolder:
+    """A run's folder: `images/` for scorers, everything else beside it."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser()
+        if self.root.exists() and not self.root.is_dir():
+            raise NotADirectoryError(f"{self.root} is a file, not a folder")
+        self.images = self.root / "images"
+        self.work = self.root / ".work"
+        self.manifest = self.root / "manifest.json"
+
+    @contextmanager
+    def writing(self, path: str | Path) -> Iterator[Path]:
+        """A temporary path in `.work/` with the suffix of `path`, renamed to it when the block ends well.
+
+        path: absolute, or relative to the run's folder; on the same file system, or the rename fails.
+        """
+        path = self.root / path
+        self.work.mkdir(parents=True, exist_ok=True)
+        temporary = self.work / f"{os.getpid()}-{secrets.token_hex(6)}{path.suffix}"
+        try:
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write_text(self, path: str | Path, text: str) -> None:
+        with self.writing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def write_json(self, path: str | Path, value: Any) -> None:
+        self.write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+    def write_image(self, path: str | Path, image: Image.Image) -> None:
+        with self.writing(path) as temporary:
+            image.save(temporary)
+
+    def tidy(self) -> None:
+        """Drop what killed processes left; call it when nothing is missing any more."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file; of a folder: of the relative names and contents of all its files, in order."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+        return digest.hexdigest()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# The manifest -----------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Of what computes pixels. Other versions or devices may change the last bits."""
+    import torch
+
+    from .. import __version__
+
+    cuda = torch.cuda.is_available()
+    return {
+        "janusflow_min": __version__,
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+    }
+
+
+def checkpoint_identity(settings: Settings) -> dict[str, str]:
+    """The names and hashes of the checkpoint's and the VAE's configuration and weights."""
+    from ..pipeline import HUB_ID, resolve
+
+    folder = resolve(settings.model)
+    inside = folder / "vae"
+    vae = inside if settings.vae is None and inside.is_dir() else resolve(settings.vae or HUB_ID, vae=True)
+    if (vae / "vae" / "config.json").is_file():
+        vae = vae / "vae"
+    return {
+        "model": _public_name(settings.model),
+        "model_sha256": _weights_sha256(folder),
+        "vae": "the checkpoint's" if vae == inside else _public_name(settings.vae or HUB_ID),
+        "vae_sha256": _weights_sha256(vae),
+    }
+
+
+def _weights_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        digest.update(f"{file.name}\0{sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _public_name(source: str) -> str:
+    """A hub id as it is; of a folder its own name: a path says nothing on another machine."""
+    local = Path(source).expanduser()
+    return local.resolve().name if local.is_dir() else source
+
+
+def paint_settings(settings: Settings) -> dict[str, Any]:
+    """What of `settings` changes pixels, "auto" resolved on this machine."""
+    from ..pipeline import pick_device, pick_dtype
+
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    usual = "float32" if _name(dtype) == "float16" else _name(dtype)
+    return {
+        "cfg_weight": settings.cfg_weight,
+        "num_inference_steps": settings.num_inference_steps,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "upstream_rounding": settings.upstream_rounding,
+        "device_type": device.type,
+        "dtype": _name(dtype),
+        "vae_dtype": usual if settings.vae_dtype is None else _name(pick_dtype(settings.vae_dtype, device)),
+        "fast": settings.fast,
+        "compile": settings.compile,
+    }
+
+
+def write_manifest(
+    folder: RunFolder,
+    benchmark: str,
+    inputs: Mapping[str, str],
+    settings: Mapping[str, Any],
+    checkpoint: Mapping[str, str],
+    log: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    seed_rule: str = SEED_RULE,
+) -> dict[str, Any]:
+    """Write the manifest, or compare it with the one there; returns it.
+
+    inputs: name -> sha256. settings: everything that changes output, the benchmark's own choices included. Raises
+    ValueError, naming every difference, where the folder was made from other inputs, settings or weights; other
+    versions or another device are only told, since they change last bits at most. All ranks may call this at once.
+    """
+    new = {
+        "benchmark": benchmark,
+        "inputs_sha256": dict(inputs),
+        "settings": dict(settings),
+        "seed_rule": seed_rule,
+        "checkpoint": dict(checkpoint),
+        "versions": versions(),
+    }
+    new = json.loads(json.dumps(new))  # tuples become lists, as they are when read
+    if not folder.manifest.exists():
+        folder.write_json(folder.manifest, new)
+    old = read_json(folder.manifest)
+    differences = [line for line in _differences(old, new) if not line.startswith("versions.")]
+    if differences:
+        raise ValueError(
+            f"{folder.root} was made with other settings; take another --out, or these: {'; '.join(differences)}"
+        )
+    if old.get("versions") != new["versions"]:
+        told = "; ".join(_differences(old, new))
+        log(f"{folder.root} was begun elsewhere, so last bits may differ between its images: {told}")
+    return old
+
+
+def read_json(path: Path) -> Any:
+    """ValueError with the file's name where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = dict.fromkeys([*old, *new])
+        return [
+            line
+            for key in keys
+            for line in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{name}: {json.dumps(old)} there, {json.dumps(new)} now"]
+
+
+# Painting -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of a benchmark and the files that it becomes, named relative to `images/`."""
+
+    index: int  # in the benchmark's own order; never renumbered within a shard
+    prompt: str
+    files: tuple[str, ...]
+    texts: Mapping[str, str] = field(default_factory=dict)  # other files of the layout: name -> content
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a benchmark is there."""
+
+    expected: int
+    present: int
+    missing: tuple[str, ...]  # file names
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+    def __str__(self) -> str:
+        if self.complete:
+            return f"all {self.expected} files are there"
+        some = ", ".join(self.missing[:5]) + (", …" if len(self.missing) > 5 else "")
+        return f"{self.present} of {self.expected} files are there; missing: {some}"
+
+
+def coverage(items: Sequence[Item], images: Path) -> Coverage:
+    """Of image files in the folder that scorers list."""
+    names = [name for item in items for name in item.files]
+    missing = tuple(name for name in names if not (images / name).is_file())
+    return Coverage(len(names), len(names) - len(missing), missing)
+
+
+def blocks(items: Sequence[T], images_per_prompt: int, batch_size: int) -> list[list[T]]:
+    """The whole list cut into what is painted at once: always the same, see the file's first lines."""
+    size = max(1, batch_size // images_per_prompt)
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def load_pipe(settings: Settings, world: World, parts: str = "generation") -> Pipeline:
+    """The pipeline that `settings` describe, on this rank's own device where there are several."""
+    import torch
+
+    from ..pipeline import load, pick_device
+
+    device = pick_device(settings.device)
+    if device.type == "cuda" and device.index is None:
+        if world.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK is {world.local_rank}, but {torch.cuda.device_count()} GPUs are here; --device cuda:0 "
+                "takes that one whatever the rank"
+            )
+        torch.cuda.set_device(world.local_rank)
+        device = torch.device("cuda", world.local_rank)
+    options: dict[str, Any] = dict(parts=parts, fast=settings.fast, compile=settings.compile)
+    if parts != "understanding":
+        options |= dict(vae_path=settings.vae, vae_dtype=settings.vae_dtype)
+    quiet = not settings.progress or world.local_rank != 0
+    return load(settings.model, device=device, dtype=settings.dtype, progress=not quiet, **options)
+
+
+def paint(
+    pipe: Pipeline | Callable[[], Pipeline],
+    folder: RunFolder,
+    items: Sequence[Item],
+    images_per_prompt: int,
+    settings: Settings,
+    world: World | None = None,
+    compose: Callable[[Sequence[Image.Image]], Sequence[Image.Image]] | None = None,
+) -> Coverage:
+    """Paint what of this rank's share is missing; returns the coverage of the whole benchmark.
+
+    pipe: or a function that loads it, called only if something is missing. items: the whole benchmark, in its order.
+    compose: makes the item's files of its `images_per_prompt` images, a grid for instance; without it they are
+    one to one. Interrupted at any point, the files there are whole, and the same call goes on.
+    """
+    world = World.from_environment() if world is None else world
+    wanted = len(items) if settings.limit is None else settings.limit
+    files = 1 if not items else len(items[0].files)
+    if compose is None and files != images_per_prompt:
+        raise ValueError(f"{images_per_prompt} images of a prompt need as many files, got {files}")
+    share = shard(
+        blocks(list(enumerate(items)), images_per_prompt, settings.batch_size), world.rank, world.size
+    )
+    todo = []
+    for block in share:
+        lacking = [
+            item.index
+            for place, item in block
+            if place < wanted
+            and not all((folder.images / name).is_file() for name in [*item.files, *item.texts])
+        ]
+        if lacking:
+            todo.append(([item for _, item in block], set(lacking)))
+    if not todo:
+        return coverage(items, folder.images)
+    pipe = pipe() if callable(pipe) else pipe
+    for block, _ in todo:  # the last prompt's error should not wait for the first's picture
+        for item in block:
+            pipe.processor.generation_prompt(item.prompt)
+    count = sum(len(lacking) for _, lacking in todo)
+    hidden = not settings.progress or world.local_rank != 0
+    with (
+        ThreadPoolExecutor(WRITERS) as writers,
+        tqdm(total=count, desc="Painting", unit="prompt", disable=hidden) as bar,
+    ):
+        pending: list[Future] = []
+        for block, lacking in todo:
+            seeds = [
+                image_seed(settings.seed, item.index, images_per_prompt, k)
+                for item in block
+                for k in range(images_per_prompt)
+            ]
+            images = pipe.generate(
+                [item.prompt for item in block],
+                parallel_size=images_per_prompt,
+                cfg_weight=settings.cfg_weight,
+                num_inference_steps=settings.num_inference_steps,
+                seed=seeds,
+                upstream_rounding=settings.upstream_rounding,
+                progress=False,
+            ).images
+            for writing in pending:  # of the block before: no more than one waits in memory, errors are told
+                writing.result()
+            groups = [images[i : i + images_per_prompt] for i in range(0, len(images), images_per_prompt)]
+            pending = [
+                writers.submit(_write, folder, item, group, compose)
+                for item, group in zip(block, groups, strict=True)
+                if item.index in lacking
+            ]
+            bar.update(len(lacking))
+        for writing in pending:
+            writing.result()
+    found = coverage(items, folder.images)
+    if found.complete:
+        folder.tidy()
+    return found
+
+
+def _write(folder: RunFolder, item: Item, images: Sequence[Image.Image], compose: Callable | None) -> None:
+    """An item's files, those that are there already left alone."""
+    for name, text in item.texts.items():
+        if not (folder.images / name).is_file():
+            folder.write_text(folder.images / name, text)
+    for name, image in zip(item.files, images if compose is None else compose(images), strict=True):
+        if not (folder.images / name).is_file():
+            folder.write_image(folder.images / name, image)
+
+
+def run(
+    benchmark: str,
+    items: Sequence[Item],
+    inputs: Mapping[str, str],
+    out: str | Path,
+    images_per_prompt: int,
+    settings: Settings,
+    choices: Mapping[str, Any] | None = None,
+    compose: Callable[[Sequence[Image.Image]], Sequence[Image.Image]] | None = None,
+) -> Coverage:
+    """A benchmark's generation stage: manifest, then `paint`. choices: the benchmark's own settings."""
+    world = World.from_environment()
+    for name in ("batch_size", "num_inference_steps"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    folder = RunFolder(out)
+    own = {"images_per_prompt": images_per_prompt, "items": len(items)} | dict(choices or {})
+    write_manifest(folder, benchmark, inputs, paint_settings(settings) | own, checkpoint_identity(settings))
+    return paint(
+        lambda: load_pipe(settings, world), folder, items, images_per_prompt, settings, world, compose
+    )
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: MIT
+"""Uni-MMMU: six tasks in which understanding and generation should help each other.
+
+Reads the data of Vchitect/Uni-MMMU-Eval, writes the official layout, scores it by the official rules and judges.
+`readers` files to cases, `prompts` wording, `generation` the two modes, `boards` and `rules` pure scoring, `scoring`
+judges and the table. The benchmark has 14 numbers and no total, so there is no headline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import report as reports
+from ..report import Published
+from ..runner import Coverage, Option, RunFolder, Settings, World, sha256
+from .readers import RELEASED, SOURCES, Case, data_folder, read, tasks_of
+from .rules import COLUMNS, table
+
+if TYPE_CHECKING:
+    from ..judges import Chat
+    from .scoring import Distance
+
+TITLE = "Uni-MMMU"
+SUMMARY = "six tasks of understanding and painting together: 880 cases, 14 numbers"
+PUBLISHED = (
+    Published(
+        "Janus-Pro-7B, TorchUMM (no JanusFlow result is published)",
+        "its README, in %, read as shares here; text-only painting where an edit is asked for",
+        {"science_reasoning": 0.293, "science_result": 0.255, "science_image": 0.0, "code_text": 0.015},
+        None,
+    ),
+)
+DATA = Option("--data", "the data/ folder of Vchitect/Uni-MMMU-Eval", kind=Path, required=True)
+TASKS_OPTION = Option("--tasks", f"one of {', '.join(SOURCES)}; repeat for more; without: all", many=True)
+OPTIONS = {
+    "generate": (
+        DATA,
+        TASKS_OPTION,
+        Option(
+            "--uni-mode",
+            "native: what the model can do; torchumm: TorchUMM's calls, painting from text for an edit",
+            "native",
+            choices=("native", "torchumm"),
+        ),
+        Option("--max-new-tokens", "longest answer", 512, int),
+        Option("--prompts", "JSON file with other wording, by the names in uni_mmmu/prompts.py", kind=Path),
+    ),
+    "score": (
+        DATA,
+        TASKS_OPTION,
+        Option(
+            "--vl-model",
+            "judge that sees, officially Qwen/Qwen2.5-VL-72B-Instruct; without: its legs are null",
+        ),
+        Option("--vl-url", "its endpoint, up to /v1", "http://localhost:8000/v1"),
+        Option("--text-model", "judge of geometry's texts, officially Qwen/Qwen3-32B; without: null"),
+        Option("--text-url", "its endpoint, up to /v1", "http://localhost:8001/v1"),
+        Option("--dreamsim", "cache folder of DreamSim, for the jigsaw's pictures; without: null", kind=Path),
+        Option("--judge-prompts", "JSON file with the judges' wording", kind=Path),
+        Option("--strip-think", "look for a judge's JSON behind its reasoning; officially not", True, bool),
+        Option("--concurrency", "requests at once", 8, int),
+        Option("--attempts", "for each request that gets no answer", 3, int),
+        Option("--timeout", "of a request, in seconds", 600.0, float),
+    ),
+    "report": (),
+}
+JUDGED = ("code_text", "code_image", "science_text", "science_image", "math_overlay", "math_text")
+
+
+def generate(
+    settings: Settings,
+    out: str | Path,
+    data: str | Path,
+    tasks: list[str] | None = None,
+    uni_mode: str = "native",
+    max_new_tokens: int = 512,
+    prompts: str | Path | None = None,
+) -> Coverage:
+    """Answer and paint what is missing into `out`/TASK/CASE/; `settings.limit` counts for each task."""
+    from ..runner import checkpoint_identity, load_pipe, paint_settings, write_manifest
+    from .generation import MODES, SEED_RULE, is_done, run_tasks, write_summaries
+    from .prompts import PROMPTS, override, prompts_hash
+
+    if uni_mode not in MODES:
+        raise ValueError(f"uni_mode must be one of {', '.join(MODES)}, got {uni_mode!r}")
+    for name, value in (("batch_size", settings.batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    folder, world = RunFolder(out), World.from_environment()
+    texts = override(PROMPTS, prompts)
+    cases = _cases(data, tasks, uni_mode)
+    choices = {
+        "uni_mode": uni_mode,
+        "max_new_tokens": max_new_tokens,
+        "prompts_sha256": prompts_hash(texts),
+        "own_wording": prompts is None,
+    }
+    write_manifest(
+        folder,
+        "uni_mmmu",
+        _hashes(data),
+        paint_settings(settings) | choices,
+        checkpoint_identity(settings),
+        seed_rule=SEED_RULE,
+    )
+    run_tasks(
+        lambda: load_pipe(settings, world, "all"),
+        folder,
+        cases,
+        uni_mode,
+        texts,
+        settings,
+        max_new_tokens,
+        world,
+    )
+    write_summaries(folder, cases)
+    usable = [case for of_task in cases.values() for case in of_task if case.usable]
+    missing = tuple(case.folder for case in usable if not is_done(folder, case))
+    if not missing and world.size == 1:  # another rank may still be writing
+        folder.tidy()
+    return Coverage(len(usable), len(usable) - len(missing), missing)
+
+
+def score(
+    run: str | Path,
+    data: str | Path,
+    tasks: list[str] | None = None,
+    vl_model: str | Chat | None = None,
+    vl_url: str | None = None,
+    text_model: str | Chat | None = None,
+    text_url: str | None = None,
+    dreamsim: str | Path | Distance | None = None,
+    judge_prompts: str | Path | None = None,
+    strip_think: bool = True,
+    concurrency: int = 8,
+    attempts: int = 3,
+    timeout: float = 600.0,
+    progress: bool = True,
+    wait: float = 1.0,
+) -> dict[str, Any]:
+    """Score what is generated; writes `eval/` and score.json into `run` and returns the score.
+
+    vl_model, text_model: an endpoint's name of the model, or an object with `judges.Chat`'s methods. dreamsim: its
+    cache folder, or a `scoring.Distance`. A run without our manifest, of TorchUMM for instance, counts as painting all.
+    """
+    from ..runner import read_json
+    from .prompts import JUDGES, override, prompts_hash
+    from .scoring import TEXT_LEGS, DreamSim, Judging, counts, score_task, write_table, write_task
+
+    folder = RunFolder(run)
+    manifest = read_json(folder.manifest) if folder.manifest.is_file() else None
+    mode = manifest["settings"]["uni_mode"] if manifest else "torchumm"
+    cases = _cases(data, tasks, mode)
+    inputs = _hashes(data)
+    reports.check_inputs(manifest, "uni_mmmu", inputs, folder.root)
+    texts = override(JUDGES, judge_prompts)
+    chats = {}
+    for leg in JUDGED:
+        model, url = (text_model, text_url) if leg in TEXT_LEGS else (vl_model, vl_url)
+        if model is not None:
+            chats[leg] = _chat(leg, model, url, timeout) if isinstance(model, str) else model
+    distance = DreamSim(dreamsim) if isinstance(dreamsim, str | Path) else dreamsim
+    judging = Judging(folder, texts, chats, distance, strip_think, concurrency, attempts, wait, progress)
+    records = {
+        task: score_task(task, of_task, mode == "torchumm", judging) for task, of_task in cases.items()
+    }
+    if not any(record["status"] == "ok" for of_task in records.values() for record in of_task):
+        raise FileNotFoundError(f"{folder.root} holds no finished case of {', '.join(cases)}")
+    summaries = {task: write_task(folder, task, of_task) for task, of_task in records.items()}
+    values, counted = table(summaries), counts(records, cases)
+    whole = {key: values[key] if counted[key][0] == counted[key][1] else None for key in values}
+    write_table(folder, whole)
+    run_legs = {key: counted[key] for key in values if values[key] is not None}
+    return reports.write_score(
+        folder,
+        reports.Score(
+            "uni_mmmu",
+            headline=("", None),
+            scale=1.0,
+            standard=all(len(of_task) == RELEASED[task] for task, of_task in cases.items())
+            and len(cases) == len(SOURCES),
+            n_expected=sum(of for _, of in run_legs.values()),
+            n_scored=sum(n for n, _ in run_legs.values()),
+            scores={key: (values[key], *counted[key]) for key, _, _ in COLUMNS},
+            judge={
+                "vl": _name(vl_model),
+                "text": _name(text_model),
+                "pictures": distance.name if distance else None,
+            },
+            options={
+                "uni_mode": mode,
+                "strip_think": strip_think,
+                "judge_prompts_sha256": prompts_hash(texts),
+                "max_points": {key: most for key, _, most in COLUMNS if most != 1},
+            },
+            inputs=inputs,
+            manifest=manifest,
+            notes=_notes(mode, manifest, judging, judge_prompts is None, cases),
+        ),
+    )
+
+
+def report(run: str | Path) -> list[Path]:
+    """report.json and report.md as everywhere, and a plot in which every value is a share of its highest one."""
+    folder = RunFolder(run)
+    result = reports.read_score(folder)
+    most = {key: value for key, _, value in COLUMNS}
+    shares = {
+        (key if most[key] == 1 else f"{key} / {most[key]}"): entry
+        | {"value": None if entry["value"] is None else entry["value"] / most[key]}
+        for key, entry in result["scores"].items()
+    }
+    paths = reports.write_report(folder, TITLE, PUBLISHED)
+    picture = folder.root / "report.png"
+    if picture in paths:
+        with folder.writing(picture) as temporary:
+            reports.plot(temporary, result | {"scores": shares}, TITLE, PUBLISHED)
+    return paths
+
+
+def _cases(data: str | Path, tasks: list[str] | None, mode: str) -> dict[str, list[Case]]:
+    return {task: read(data, task, demonstration=mode == "torchumm") for task in tasks_of(tasks or [])}
+
+
+def _hashes(data: str | Path) -> dict[str, str]:
+    """Of what is there for any task: a run may take up further tasks later."""
+    folder = data_folder(data)
+    return {source: sha256(folder / source) for source in SOURCES.values() if (folder / source).exists()}
+
+
+def _chat(leg: str, model: str, url: str | None, timeout: float) -> Chat:
+    from ..judges import OpenAIChat
+    from .scoring import ANSWER_TOKENS
+
+    return OpenAIChat(model, url, max_tokens=ANSWER_TOKENS.get(leg, 512), timeout=timeout)
+
+
+def _name(judge: Any) -> str | None:
+    return judge if judge is None or isinstance(judge, str) else judge.name
+
+
+def _notes(
+    mode: str, manifest: Mapping[str, Any] | None, judging: Any, own_wording: bool, cases: Mapping[str, list]
+) -> list[str]:
+    notes = ["code_shape_color and code_position are points of 5, the others shares of 1"]
+    if mode == "native":
+        notes.append(
+            "mode native: geometry, jigsaw, maze and sliding are answered from the given images, without the visual "
+            "scaffold of own pictures; pictures that need editing are not painted"
+        )
+    else:
+        notes.append("mode torchumm: where an edit is asked for, the picture is painted from the text alone")
+    if (manifest or {}).get("settings", {}).get("own_wording"):
+        notes.append("the model was asked in our wording of the instructions, not in the official one")
+    if own_wording and judging.chats:
+        notes.append("judges had our wording of the rubrics; numbers move with it")
+    if judging.strip_think and judging.chats:
+        notes.append("a judge's reasoning was dropped before its JSON was read; the official scorer does not")
+    if judging.unusable:
+        notes.append(
+            f"{len(judging.unusable)} judgements had no usable JSON and count 0: {', '.join(judging.unusable[:3])}"
+        )
+    if judging.failures:
+        some = "; ".join(f"{key}: {reason}" for key, reason in list(judging.failures.items())[:3])
+        notes.append(
+            f"{len(judging.failures)} got no judgement and are left out; the next run asks again. {some}"
+        )
+    for task, of_task in cases.items():
+        if len(of_task) != RELEASED[task]:
+            notes.append(f"{task} has {len(of_task)} cases here; {RELEASED[task]} are said to be released")
+    return notes

@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: MIT
+"""Uni-MMMU's generation: each case as a short program of questions and pictures, run in blocks, kept in its layout.
+
+A case's program is a Python generator that yields `Ask` and `Paint` and gets answers and pictures back. A block of
+cases runs its programs side by side: all open questions are one batch, then all open pictures. Blocks are cut once
+from the whole list and always run whole, so that neighbours, shards and resuming change nothing (see `runner`).
+
+Modes. `native` runs what JanusFlow can do: it paints from text and answers about images, but does not edit. Texts of
+all tasks, the picture of `code`; geometry, jigsaw, maze and sliding are answered from the given images, without the
+pictures of their own that the benchmark means as a scaffold. `torchumm` runs the calls of TorchUMM's runner in its
+order, for numbers like its own: it falls back to painting from the text alone where an edit is asked for, and its
+JanusFlow adapter reads the first image of a request only.
+
+Layout, official and TorchUMM's: `TASK/CASE/` with model_text.txt, model_image_NN.png or cand_01/*.png, result.json,
+and _done.ok last; `TASK/summary.json`, `TASK/manifest.csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..runner import RunFolder, Settings, World, blocks, read_json, shard
+from .prompts import fill
+from .readers import TASKS, Case
+
+if TYPE_CHECKING:
+    from ...pipeline import Pipeline
+
+MODES = ("native", "torchumm")
+SEED_RULE = "seed + 100000 * task number + 100 * case index + picture of the case, one CPU generator for each"
+PLAN_CHARACTERS = 200  # of a planned step that go into the context
+
+Part = str | Path | Image.Image  # of a context: text or picture
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question: texts and pictures in order. Its answer is sent back."""
+
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Paint:
+    """A picture from the texts among `parts`, saved as `name`. `own` is the place of the model's own explanation,
+    the one text that is shortened where the context is too long."""
+
+    parts: Sequence[Part]
+    name: str
+    own: int | None = None
+
+
+class TooLong(ValueError):
+    """More than the model's positions, with nothing left that may be shortened."""
+
+
+Program = Generator[Ask | Paint, Any, str]  # returns the text for model_text.txt
+
+
+# Programs -----------------------------------------------------------------------
+
+
+def program(case: Case, mode: str, texts: Mapping[str, str]) -> Program:
+    """The calls of a case. texts: as in `prompts.PROMPTS`."""
+    return PROGRAMS[case.task](case, mode == "torchumm", texts)
+
+
+def _code(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+    start = [texts["code"], case.truth["svg"].read_text(encoding="utf-8")]
+    answer = yield Ask([*start, texts["code_text"]])
+    yield Paint([*start, answer, texts["code_image"]], "model_image_01.png", own=2)
+    return answer
+
+
+def _science(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+    context = [texts["science"], "Initial image:", case.images[0], f"Condition: {case.fields['condition']}"]
+    answer = yield Ask(context)
+    if paints:
+        yield Paint([*context, answer, texts["science_image"]], "model_image_01.png", own=4)
+    return answer
+
+
+def _math(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+    instruction = fill(
+        texts["math"],
+        problem=case.fields["problem"],
+        choices="\n".join(case.fields["choices"]) or "(none)",
+        auxiliary=case.fields["auxiliary"] or "(none)",
+    )
+    context = [instruction, "The figure:", case.images[0]]
+    if paints:
+        overlay = yield Paint([*context, texts["math_image"]], "model_image_01.png")
+        context += ["The figure with the auxiliary lines:", overlay]
+    return (yield Ask([*context, texts["math_text"]]))
+
+
+def _jigsaw(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+    context = [texts["jigsaw"]]
+    for name, image in zip(("The picture:", "Candidate 0:", "Candidate 1:"), case.images, strict=True):
+        context += [name, image]
+    if paints:
+        for k in (0, 1):
+            order = fill(texts["jigsaw_image"], candidate=k)
+            image = yield Paint([*context, order], f"model_image_{k + 1:02d}.png")
+            context += [f"With candidate {k}:", image]
+    return (yield Ask([*context, texts["jigsaw_text"]]))
+
+
+def _maze(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+    return (yield from _steps(case, paints, texts, [texts["maze"], case.images[0]]))
+
+
+def _sliding(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+    context = [texts["sliding"], "As it is:", case.images[0], "As it must become:", case.images[1]]
+    return (yield from _steps(case, paints, texts, context))
+
+
+def _steps(case: Case, paints: bool, texts: Mapping[str, str], context: list[Part]) -> Program:
+    for step in range(1, case.fields["steps"] + 1 if paints else 1):
+        plan = yield Ask([*context, fill(texts["plan"], step=step)])
+        context.append(plan[:PLAN_CHARACTERS])
+        name = f"cand_01/{case.images[0].stem}_step_{step:04d}.png"
+        context.append((yield Paint([*context, fill(texts["frame"], step=step)], name)))
+    return (yield Ask([*context, texts["moves"]]))
+
+
+PROGRAMS = {
+    "science": _science,
+    "math": _math,
+    "jigsaw": _jigsaw,
+    "maze": _maze,
+    "sliding": _sliding,
+    "code": _code,
+}
+
+
+# One block -----------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A case under way."""
+
+    case: Case
+    steps: Program
+    waiting: Ask | Paint | None = None
+    text: str | None = None  # the program's result
+    images: dict[str, Image.Image] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    shortened: list[dict[str, int]] = field(default_factory=list)  # tokens kept, of how many
+    problem: str = ""  # why it ended early
+
+    def send(self, value: Any) -> None:
+        """Give the program what it waits for; it waits for the next then, or has ended."""
+        try:
+            self.waiting = self.steps.send(value)
+        except StopIteration as end:
+            self.waiting, self.text = None, end.value
+
+    def stop(self, problem: str) -> None:
+        self.steps.close()
+        self.waiting, self.problem = None, problem
+
+
+def run_block(
+    pipe: Pipeline,
+    cases: Sequence[Case],
+    mode: str,
+    texts: Mapping[str, str],
+    settings: Settings,
+    max_new_tokens: int,
+) -> list[Run]:
+    """Run the cases side by side: one batch of questions or of pictures at a time."""
+    runs = [Run(case, program(case, mode, texts)) for case in cases]
+    for run in runs:
+        run.send(None)
+    while waiting := [run for run in runs if run.waiting is not None]:
+        asking = [run for run in waiting if isinstance(run.waiting, Ask)]
+        if asking:
+            _ask(pipe, asking, mode, max_new_tokens)
+        else:
+            _paint(pipe, waiting, settings)
+    return runs
+
+
+def _ask(pipe: Pipeline, runs: Sequence[Run], mode: str, max_new_tokens: int) -> None:
+    ready = []
+    for run in runs:
+        try:
+            ready.append((run, conversation(pipe, run.waiting.parts, first_image_only=mode == "torchumm")))
+        except TooLong as error:
+            run.stop(str(error))
+    if ready:
+        answers = pipe.chat([messages for _, messages in ready], max_new_tokens=max_new_tokens)
+        for (run, _), answer in zip(ready, answers, strict=True):
+            run.send(answer.text.strip())
+
+
+def _paint(pipe: Pipeline, runs: Sequence[Run], settings: Settings) -> None:
+    ready = []
+    for run in runs:
+        try:
+            text, shortened = painting_prompt(pipe, run.waiting)
+        except TooLong as error:
+            run.stop(str(error))
+            continue
+        run.shortened += shortened
+        case = run.case
+        first = settings.seed + 100_000 * TASKS.index(case.task) + 100 * case.index
+        run.seeds.append(first + len(run.images))
+        ready.append((run, text))
+    if not ready:
+        return
+    images = pipe.generate(
+        [text for _, text in ready],
+        parallel_size=1,
+        cfg_weight=settings.cfg_weight,
+        num_inference_steps=settings.num_inference_steps,
+        seed=[run.seeds[-1] for run, _ in ready],
+        upstream_rounding=settings.upstream_rounding,
+        progress=False,
+    ).images
+    for (run, _), image in zip(ready, images, strict=True):
+        run.images[run.waiting.name] = image
+        run.send(image)
+
+
+def conversation(pipe: Pipeline, parts: Sequence[Part], first_image_only: bool) -> list[dict[str, Any]]:
+    """The parts as one message of the user: each picture where it stands, or the first one in front and no other.
+
+    Raises TooLong where the answer would have no position left.
+    """
+    tag = pipe.processor.tokenizer.image_tag
+    images = [part for part in parts if not isinstance(part, str)]
+    texts = [_plain(pipe, part) if isinstance(part, str) else tag for part in parts]
+    if first_image_only:
+        images = images[:1]
+        texts = [tag] * len(images) + [text for text in texts if text != tag]
+    user = {"role": "User", "content": "\n".join(texts), "images": images}
+    messages = [user, {"role": "Assistant", "content": ""}]
+    processor = pipe.processor
+    needed = len(processor.tokenizer.encode(processor.template(messages)))
+    needed += len(images) * (
+        processor.num_image_tokens + 1
+    )  # a tag is one token already; begin and end come too
+    _check(pipe, needed + 1, "the question")
+    return messages
+
+
+def painting_prompt(pipe: Pipeline, request: Paint) -> tuple[str, list[dict[str, int]]]:
+    """The texts as one prompt, the model's own explanation shortened from its end until all fits.
+
+    Returns what was shortened too: [] or [{"kept", "of"}] in tokens. Raises TooLong where the rest alone does not fit.
+    """
+    image_tokens = pipe.model.num_image_tokens  # t_emb takes the generation tag's place
+    limit = pipe.model.config.llm.max_position_embeddings
+
+    def prompt(own: str | None) -> str:
+        texts = [own if i == request.own else part for i, part in enumerate(request.parts)]
+        return "\n".join(_plain(pipe, text) for text in texts if isinstance(text, str) and text)
+
+    def needed(own: str | None) -> int:
+        return len(pipe.processor.generation_prompt(prompt(own))[0]) + image_tokens
+
+    own = None if request.own is None else str(request.parts[request.own])
+    if needed(own) <= limit:
+        return prompt(own), []
+    if not own:
+        _check(pipe, needed(own), "the prompt of the picture")
+    _check(pipe, needed(""), "the prompt of the picture without the explanation")
+    spans = [span for _, span in pipe.processor.tokenizer.encode_with_offsets(own) if span != (0, 0)]
+    keep, most = 0, len(spans)
+    while keep < most:  # the largest number of tokens that fits
+        middle = (keep + most + 1) // 2
+        keep, most = (middle, most) if needed(own[: spans[middle - 1][1]]) <= limit else (keep, middle - 1)
+    return prompt(own[: spans[keep - 1][1]] if keep else ""), [{"kept": keep, "of": len(spans)}]
+
+
+def _check(pipe: Pipeline, needed: int, what: str) -> None:
+    limit = pipe.model.config.llm.max_position_embeddings
+    if needed > limit:
+        raise TooLong(f"{what} needs {needed} positions; the model has {limit}")
+
+
+def _plain(pipe: Pipeline, text: str) -> str:
+    """The text such that the tokenizer sees no special token in it, whatever the model or the data wrote."""
+    try:
+        pipe.processor.tokenizer.refuse_special(text)
+        return text
+    except ValueError:
+        return text.replace("<", "< ")
+
+
+# Files -----------------------------------------------------------------------
+
+
+def is_done(folder: RunFolder, case: Case) -> bool:
+    """Whether a case is there whole: the marker, its record, and every picture that the record lists."""
+    here = folder.root / case.folder
+    if not (here / "_done.ok").is_file() or not (here / "result.json").is_file():
+        return False
+    record = read_json(here / "result.json")
+    return all((here / name).is_file() for name in record.get("files", ()))
+
+
+def write_case(folder: RunFolder, run: Run, mode: str) -> None:
+    """The case's files, the marker last."""
+    case = run.case
+    here = folder.root.resolve() / case.folder
+    for name, image in run.images.items():
+        folder.write_image(here / name, image)
+    folder.write_text(here / "model_text.txt", run.text or "")
+    saved = [str(here / name) for name in run.images]
+    frames = case.task in ("maze", "sliding")
+    record: dict[str, Any] = {
+        "id": case.fields.get("id", case.name),
+        "status": "error" if run.problem else "ok",
+        "errors": [run.problem] if run.problem else [],
+        "case_dir": str(here),
+        "mode": mode,
+        "expected_image_count": len(saved),
+        "text_file": str(here / "model_text.txt"),
+        "images_saved_flatten" if frames else "images_saved": saved,
+        "files": list(run.images),
+        "seeds": run.seeds,
+        "explanation_shortened": run.shortened,
+    }
+    record |= {key: value for key, value in case.fields.items() if key not in ("id", "steps")}
+    named = {
+        "science": ("initial_image",),
+        "maze": ("step0",),
+        "sliding": ("init_png", "final_png"),
+        "math": ("original_image",),
+        "jigsaw": ("ref_2x2", "cand0", "cand1"),
+        "code": (),
+    }[case.task]
+    record |= {key: str(path.resolve()) for key, path in zip(named, case.images, strict=True)}
+    folder.write_json(here / "result.json", record)
+    folder.write_text(here / "_done.ok", "ok")
+
+
+def write_summaries(folder: RunFolder, cases: Mapping[str, Sequence[Case]]) -> None:
+    """summary.json and manifest.csv of each task, of all its cases: the jigsaw's scorer reads the ids from there."""
+    for task, of_task in cases.items():
+        items, table = [], io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["id", "folder", "status", "images", "errors"])
+        for case in of_task:
+            identity = case.fields.get("id", case.name)
+            done = is_done(folder, case)
+            record = read_json(folder.root / case.folder / "result.json") if done else {}
+            status = record.get("status", "missing")
+            errors = record.get("errors", [])
+            items.append({"id": identity, "status": status, "errors": errors})
+            writer.writerow([identity, case.name, status, len(record.get("files", ())), "; ".join(errors)])
+        counts = {s: sum(item["status"] == s for item in items) for s in ("ok", "error", "missing")}
+        summary = {"task": task, "count_total": len(items)}
+        summary |= {f"count_{name}": counts[key] for name, key in (("success", "ok"), ("error", "error"))}
+        summary |= {"count_missing": counts["missing"], "per_item": items}
+        folder.write_json(folder.root / task / "summary.json", summary)
+        folder.write_text(folder.root / task / "manifest.csv", table.getvalue())
+
+
+def run_tasks(
+    load: Any,
+    folder: RunFolder,
+    cases: Mapping[str, Sequence[Case]],
+    mode: str,
+    texts: Mapping[str, str],
+    settings: Settings,
+    max_new_tokens: int,
+    world: World,
+) -> None:
+    """This rank's share of the blocks of all tasks. load: gives the pipeline, called only if something is missing."""
+    from tqdm import tqdm
+
+    whole = []
+    for of_task in cases.values():
+        usable = [case for case in of_task if case.usable]
+        wanted = {case.index for case in usable[: settings.limit]}
+        whole += [(block, wanted) for block in blocks(usable, 1, settings.batch_size)]
+    todo = []
+    for block, wanted in shard(whole, world.rank, world.size):
+        lacking = {case.index for case in block if case.index in wanted and not is_done(folder, case)}
+        if lacking:
+            todo.append((block, lacking))
+    if not todo:
+        return
+    pipe = load()
+    hidden = not settings.progress or world.local_rank != 0
+    with tqdm(total=sum(len(lacking) for _, lacking in todo), desc="Cases", disable=hidden) as bar:
+        for block, lacking in todo:
+            for run in run_block(pipe, block, mode, texts, settings, max_new_tokens):
+                if run.case.index not in lacking:
+                    continue
+                write_case(folder, run, mode)
+                for told in [run.problem] * bool(run.problem) + [
+                    f"explanation shortened to {s['kept']} of {s['of']} tokens" for s in run.shortened
+                ]:
+                    bar.write(f"{run.case.folder}: {told}", file=sys.stderr)
+                bar.update()

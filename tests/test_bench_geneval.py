@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: MIT
+"""GenEval: its file, its tree, its rules with the specification's vectors, its scores. All records are invented."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from janusflow_min import cli
+from janusflow_min.benchmarks import geneval
+from janusflow_min.benchmarks.geneval import CLASSES, COLOURS, TAGS, Detection, Rules, judge, keep, relations
+
+KITES = {
+    "tag": "counting",
+    "include": [{"class": "kite", "count": 3}],
+    "exclude": [{"class": "kite", "count": 4}],
+    "prompt": "a photo of three kites",
+}
+LEFT = {
+    "tag": "position",
+    "include": [{"class": "vase", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
+    "prompt": "a photo of a cat left of a vase",
+}
+PINK = {
+    "tag": "color_attr",
+    "include": [
+        {"class": "cup", "count": 1, "color": "pink"},
+        {"class": "bus", "count": 1, "color": "black"},
+    ],
+    "prompt": "a photo of a pink cup and a black bus",
+}
+CAT = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}
+
+
+def write_lines(path: Path, lines: list) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def whole_benchmark() -> list[dict]:
+    """553 lines with the published number of each tag."""
+    lines = []
+    for tag, count in TAGS.items():
+        for i in range(count):
+            label = CLASSES[i % 80]
+            clause = {"class": label, "count": 1}
+            clause |= {"color": COLOURS[i % 10]} if tag in ("colors", "color_attr") else {}
+            lines.append({"tag": tag, "include": [clause], "prompt": f"a photo of {tag} {i} {label}"})
+    return lines
+
+
+def tree(root: Path, lines: list[dict], images_per_prompt: int = 4, size: int = 8) -> Path:
+    for i, line in enumerate(lines):
+        samples = root / f"{i:05d}" / "samples"
+        samples.mkdir(parents=True)
+        (root / f"{i:05d}" / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+        for k in range(images_per_prompt):
+            Image.new("RGB", (size, size), (i % 256, k, 0)).save(samples / f"{k:05d}.png")
+    return root
+
+
+def seen(label: str, score: float = 0.95, box=(0, 0, 4, 4), mask=None) -> Detection:
+    return Detection(label, box, score, mask)
+
+
+def never(label, found):
+    raise AssertionError("no colour is asked for")
+
+
+# Reading -----------------------------------------------------------------------
+
+
+def test_the_published_file_is_read(tmp_path):
+    prompts = geneval.read(write_lines(tmp_path / "a.jsonl", whole_benchmark()))
+    assert len(prompts) == 553 and Counter(p.tag for p in prompts) == TAGS
+    assert [p.index for p in prompts] == list(range(553))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tag": "colour"}, "tag must be one of single_object"),
+        ({"prompt": " "}, "prompt must be a text"),
+        ({"include": []}, "include is empty"),
+        ({"include": {"class": "cat"}}, "include must be a list"),
+        (
+            {"include": [{"class": "mouse", "count": 1}]},
+            r"include\[0\].class must be one of the 80 object names",
+        ),
+        ({"include": [{"class": "cat", "count": 0}]}, "at least 1, got 0"),
+        ({"include": [{"class": "cat", "count": True}]}, "at least 1, got True"),
+        ({"include": [{"class": "cat", "count": 1, "color": "grey"}]}, "color must be one of red"),
+        ({"include": [{"class": "cat", "count": 1, "position": ["near", 0]}]}, "position must be"),
+        ({"include": [{"class": "cat", "count": 1, "position": ["above", 3]}]}, "index of a clause"),
+        ({"exclude": [{"class": "cat"}]}, r"exclude\[0\].count"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, change, message):
+    """Stops: a benchmark file that is wrong in one place and scores nonsense."""
+    path = write_lines(tmp_path / "a.jsonl", [KITES, CAT | change])
+    with pytest.raises(ValueError, match=message) as error:
+        geneval.read(path, subset=True)
+    assert f"{path}:2" in str(error.value)
+
+
+def test_what_is_no_benchmark_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"tag": "counting"\n')
+    with pytest.raises(ValueError, match=rf"{path}:1: no JSON object"):
+        geneval.read(path, subset=True)
+    write_lines(path, [{"tag": "counting", "prompt": "three kites"}])
+    with pytest.raises(ValueError, match="'include' is missing"):
+        geneval.read(path, subset=True)
+    write_lines(path, whole_benchmark()[1:])
+    with pytest.raises(ValueError, match=r"552 prompts, GenEval has 553; single_object 79 \(must be 80\)"):
+        geneval.read(path)
+
+
+# Rules: the vectors of the specification ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([0, 0, 10, 10], [50, 0, 60, 10], {"left of"}),
+        ([0, 0, 10, 10], [50, 50, 60, 60], {"left of", "above"}),
+        ([0, 0, 40, 40], [30, 0, 70, 40], {"left of"}),
+        ([0, 0, 100, 100], [15, 0, 115, 100], set()),
+        ([50, 0, 60, 10], [0, 0, 10, 10], {"right of"}),
+        ([0, 50, 10, 60], [0, 0, 10, 10], {"below"}),
+        ([5, 5, 9, 9], [5, 5, 9, 9], set()),
+    ],
+)
+def test_relations(a, b, expected):
+    assert relations(a, b) == expected
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    assert relations(b, a) == {opposite[name] for name in expected}
+
+
+def test_the_direction_is_divided_by_the_length_before_sizes_are_taken_off():
+    """Stops: a unit vector. A at (0, 0), B at (30, 0), sides 40: 22 / 30 = 0.733; at (16.1, 0): 8.1 / 16.1 = 0.503;
+    at (15.9, 0): 7.9 / 15.9 = 0.497, which no longer counts."""
+    a = [0, 0, 40, 40]
+    assert relations(a, [16.1, 0, 56.1, 40]) == {"left of"}
+    assert relations(a, [15.9, 0, 55.9, 40]) == set()
+    assert relations(a, [15.9, 0, 55.9, 40], threshold=0.0) == {"left of"}
+
+
+def test_detections_count_above_the_threshold_alone():
+    found = [seen("cat", 0.3), seen("cat", 0.31), seen("cat", 0.9), seen("dog", 0.91), seen("dog", 0.9)]
+    assert [d.score for d in keep(found, "single_object")["cat"]] == [0.9, 0.31]  # >, and best first
+    assert [d.score for d in keep(found, "counting")["dog"]] == [0.91]
+    assert "cat" not in keep(found, "counting")
+    assert len(keep([seen("cat")] * 20, "colors")["cat"]) == 16
+    assert keep(found, "colors", Rules(threshold=0.95)) == {}
+
+
+def test_suppression_counts_pixels_inclusively_and_is_off_by_default():
+    boxes = [
+        seen("cat", 0.9, (0, 0, 9, 9)),
+        seen("cat", 0.8, (5, 0, 14, 9)),
+        seen("cat", 0.7, (30, 0, 39, 9)),
+    ]
+    assert geneval.iou(boxes[0].box, boxes[1].box) == pytest.approx(50 / 150)
+    assert len(keep(boxes, "colors")["cat"]) == 3
+    assert [d.score for d in keep(boxes, "colors", Rules(max_overlap=1 / 3))["cat"]] == [0.9, 0.7]
+    assert len(keep(boxes, "colors", Rules(max_overlap=0.34))["cat"]) == 3
+
+
+def test_include_means_at_least_and_exclude_closes_it():
+    assert judge(CAT, {"cat": [seen("cat")] * 3}, never) == (True, "")
+    assert judge(CAT, {}, never) == (False, "expected cat>=1, found 0")
+    for count, right in ((2, False), (3, True), (4, False)):
+        assert judge(KITES, {"kite": [seen("kite")] * count}, never)[0] is right
+    assert judge(KITES, {"kite": [seen("kite")] * 5}, never)[1] == "expected kite<4, found 5"
+
+
+def test_colours_are_asked_of_the_best_and_counted():
+    asked = []
+
+    def colours(label, found):
+        asked.append((label, len(found)))
+        return {"cup": ["pink"], "bus": ["white"]}[label]
+
+    objects = {"cup": [seen("cup")] * 2, "bus": [seen("bus")]}
+    right, reason = judge(PINK, objects, colours)
+    assert not right and reason == "expected black bus>=1, found 0 (1 white)"
+    assert asked == [("cup", 1), ("bus", 1)]  # the best of two cups
+    assert judge(PINK, objects, lambda label, _: ["pink" if label == "cup" else "black"]) == (True, "")
+    assert judge(PINK, {"bus": [seen("bus")]}, lambda *_: ["black"])[1] == "expected cup>=1, found 0"
+
+
+def test_positions_are_checked_against_every_matched_object():
+    cat, vase = seen("cat", box=(0, 0, 10, 10)), seen("vase", box=(50, 0, 60, 10))
+    assert judge(LEFT, {"cat": [cat], "vase": [vase]}, never) == (True, "")
+    right, reason = judge(LEFT, {"cat": [vase], "vase": [cat]}, never)
+    assert not right and reason == "expected cat left of vase, found it right of"
+    right, reason = judge(LEFT, {"cat": [cat]}, never)
+    assert not right
+    assert reason.split("\n") == ["expected vase>=1, found 0", "no target vase for cat to be left of"]
+    two = LEFT | {"include": [{"class": "vase", "count": 2}, LEFT["include"][1]]}
+    other = seen("vase", box=(0, 50, 10, 60))
+    assert judge(two, {"cat": [cat], "vase": [vase, vase]}, never)[0]
+    assert not judge(two, {"cat": [cat], "vase": [vase, other]}, never)[0]
+    # A clause whose colour is wrong is no target.
+    pink = LEFT | {"include": [LEFT["include"][0] | {"color": "pink"}, LEFT["include"][1]]}
+    _, reason = judge(pink, {"cat": [cat], "vase": [vase]}, lambda *_: ["red"])
+    assert reason.split("\n")[1] == "no target vase for cat to be left of"
+
+
+def test_the_overall_is_the_mean_of_tags_not_of_images():
+    results = [{"tag": "single_object", "correct": True, "metadata": "a"}] * 9
+    results += [{"tag": tag, "correct": False, "metadata": tag} for tag in list(TAGS)[1:]]
+    summary = geneval.aggregate(results)
+    assert summary["overall"] == pytest.approx(1 / 6) and summary["correct_images"] == pytest.approx(9 / 14)
+    assert summary["correct_prompts"] == pytest.approx(1 / 6) and summary["prompts"] == 6
+    assert geneval.aggregate(results[:9])["overall"] is None  # a tag without images: no overall
+
+
+# What the colour judge sees, and saved detections -----------------------------------------------------------
+
+
+def test_the_colour_judge_sees_the_object_alone():
+    image = Image.new("RGB", (6, 4), "red")
+    mask = np.zeros((4, 6), bool)
+    mask[1:3, 2:4] = True
+    cut = geneval.view(image, seen("cat", box=(1.0, 0.6, 5.0, 4.0), mask=mask))
+    assert cut.size == (4, 3)
+    assert cut.getpixel((1, 0)) == (255, 0, 0) and cut.getpixel((0, 0)) == (153, 153, 153)
+    assert geneval.view(image, seen("cat", mask=mask), "original", crop=False).tobytes() == image.tobytes()
+    assert geneval.view(image, seen("cat", box=(0, 0, 2, 2))).getpixel((1, 1)) == (255, 0, 0)  # no mask
+    with pytest.raises(ValueError, match="image's size 4 x 6"):
+        geneval.view(image, seen("cat", mask=mask.T))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 2)])
+def test_masks_survive_the_disk(shape):
+    rng = np.random.default_rng(0)
+    for mask in (rng.random(shape) > 0.5, np.zeros(shape, bool), np.ones(shape, bool)):
+        record = geneval.encode_mask(mask)
+        assert np.array_equal(geneval.decode_mask(json.loads(json.dumps(record))), mask)
+    assert geneval.encode_mask(np.array([[1, 0], [1, 0]], bool)) == {"size": [2, 2], "counts": [0, 2, 2]}
+    with pytest.raises(ValueError, match="needs 4 pixels, got 3"):
+        geneval.decode_mask({"size": [2, 2], "counts": [3]})
+
+
+def test_bad_saved_detections_are_named(tmp_path):
+    path = tmp_path / "detections.jsonl"
+    good = {"filename": "a.png", "detections": [{"class": "cat", "box": [0, 0, 1, 1], "score": 0.5}]}
+    for bad, message in (
+        ({"detections": []}, "KeyError"),
+        (good | {"detections": [{"class": "sofa", "box": [0, 0, 1, 1], "score": 1}]}, "sofa"),
+        (good | {"detections": [{"class": "cat", "box": [0, 1], "score": 1}]}, "four numbers"),
+    ):
+        write_lines(path, [good, bad])
+        with pytest.raises(ValueError, match=message) as error:
+            geneval.read_detections(path)
+        assert f"{path}:2" in str(error.value)
+
+
+# Scoring -----------------------------------------------------------------------
+
+
+class FakeDetector:
+    """Sees one cat in red images, nothing elsewhere."""
+
+    name = "fake"
+
+    def __init__(self):
+        self.seen = 0
+
+    def detect(self, image):
+        self.seen += 1
+        red, _, _ = image.getpixel((0, 0))
+        mask = np.ones((image.height, image.width), bool)
+        return [Detection("cat", (0, 0, 8, 8), 0.97, mask)] if red > 200 else []
+
+
+class FakeColours:
+    name = "fake"
+
+    def __init__(self, colour="pink"):
+        self.colour = colour
+
+    def colours(self, views, label):
+        return [self.colour for _ in views]
+
+
+def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
+    """Stops: an average over what happens to be there, sold as the benchmark's number; and detecting twice."""
+    pink = CAT | {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "pink"}]}
+    lines = [CAT, pink, KITES]
+    data, images = write_lines(tmp_path / "data.jsonl", lines), tree(tmp_path / "images", lines, 2)
+    for name in ("00000/samples/00000.png", "00001/samples/00000.png", "00001/samples/00001.png"):
+        Image.new("RGB", (8, 8), (255, 0, 0)).save(images / name)
+    (images / "00002/samples/00001.png").unlink()
+    options = dict(data=data, subset=True, images=images, images_per_prompt=2, progress=False)
+    detector = FakeDetector()
+    score = geneval.score(tmp_path / "run", detector=detector, clip=FakeColours(), **options)
+    assert score["headline"] is None and not score["complete"]
+    assert (score["n_scored"], score["n_expected"]) == (5, 6)
+    assert score["scores"]["single_object"] == {"value": 0.5, "n_scored": 2, "n_expected": 2}
+    assert score["scores"]["colors"]["value"] == 1.0
+    assert score["scores"]["counting"] == {"value": 0.0, "n_scored": 1, "n_expected": 2}
+    assert score["scores"]["position"]["value"] is None
+    assert score["judge"] == {"detector": "fake", "colours": "fake"}
+    results = [json.loads(line) for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
+    assert list(results[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    assert json.loads(results[0]["details"]) == {"cat": [[0, 0, 8, 8, 0.97]]}
+    assert json.loads(results[0]["metadata"]) == CAT
+    # Again: what was detected is kept; a new picture and a changed one are not.
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(images / "00002/samples/00001.png")
+    Image.new("RGB", (8, 8), (255, 9, 0)).save(images / "00000/samples/00001.png")
+    score = geneval.score(tmp_path / "run", detector=detector, clip=FakeColours("red"), **options)
+    assert detector.seen == 7 and score["complete"] and score["headline"] is None
+    assert score["scores"]["single_object"]["value"] == 1.0 and score["scores"]["colors"]["value"] == 0.0
+    # The file that this left does as a saved one.
+    saved = geneval.score(
+        tmp_path / "other", detections=tmp_path / "run/detections.jsonl", clip=FakeColours("red"), **options
+    )
+    assert saved["scores"] == score["scores"]
+    detector.name = "another"
+    with pytest.raises(ValueError, match="of another judge"):
+        geneval.score(tmp_path / "run", detector=detector, clip=FakeColours(), **options)
+
+
+def test_the_whole_benchmark_has_a_headline(tmp_path, capsys):
+    """All 2,212 images, saved detections: every second image of single_object right, all others wrong."""
+    lines = whole_benchmark()
+    data, images = write_lines(tmp_path / "data.jsonl", lines), tree(tmp_path / "run/images", lines, size=1)
+    records = []
+    for i, line in enumerate(lines):
+        for k in range(4):
+            right = line["tag"] == "single_object" and k % 2 == 0
+            label = line["include"][0]["class"]
+            found = [{"class": label, "box": [0, 0, 1, 1], "score": 0.8}] if right else []
+            records.append({"filename": f"{i:05d}/samples/{k:05d}.png", "detections": found})
+    saved = write_lines(tmp_path / "saved.jsonl", records)
+    command = ["bench", "geneval", "score", "--data", str(data), "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main([*command, "--detections", str(saved)]) == 0
+    assert "overall, mean of the six tags: 0.0833 (2,212 scored)" in capsys.readouterr().out
+    score = json.loads((tmp_path / "run/score.json").read_text())
+    assert math.isclose(score["headline"]["value"], 0.5 / 6)
+    assert cli.main(["bench", "geneval", "report", "--out", str(tmp_path / "run")]) == 0
+    text = (tmp_path / "run/report.md").read_text()
+    assert "| JanusFlow-1.3B, paper | 0.97 | 0.59 | 0.45 | 0.83 | 0.53 | 0.42 | 0.63 |" in text
+    assert "five images a prompt" in text
+    longer = [line | {"prompt": f"In the morning light, {line['prompt']}"} for line in lines]
+    write_lines(tmp_path / "longer.jsonl", longer)
+    other = tree(tmp_path / "longer", longer, size=1)
+    score = geneval.score(
+        tmp_path / "other",
+        tmp_path / "longer.jsonl",
+        images=other,
+        detections=saved,
+        clip=None,
+        progress=False,
+    )
+    assert score["complete"] and score["headline"] is None  # lengthened prompts are another benchmark
+    (images / "00552/samples/00003.png").unlink()
+    assert cli.main([*command, "--detections", str(saved)]) == 0
+    assert "partial: 2,211 of 2,212 scored" in capsys.readouterr().out
+
+
+def test_images_of_other_prompts_are_refused(tmp_path):
+    data, images = write_lines(tmp_path / "data.jsonl", [CAT, KITES]), tree(tmp_path / "images", [KITES, CAT])
+    with pytest.raises(ValueError, match="is not line 1 of --data"):
+        geneval.score(tmp_path / "run", data, subset=True, images=images, detector=FakeDetector())
+
+
+def test_the_tree_is_the_official_one(tmp_path, parity_dir):
+    """NNNNN/metadata.jsonl with exactly one object, NNNNN/samples/NNNNN.png, nothing else."""
+    data = write_lines(tmp_path / "data.jsonl", [CAT, KITES])
+    command = [
+        "bench",
+        "geneval",
+        "generate",
+        "--data",
+        str(data),
+        "--subset",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command += ["--model", str(parity_dir), "--device", "cpu", "--num-inference-steps", "1", "--quiet"]
+    assert cli.main(command) == 0
+    images = tmp_path / "run/images"
+    names = sorted(p.relative_to(images).as_posix() for p in images.rglob("*") if p.is_file())
+    assert names == [
+        f"{i:05d}/{name}"
+        for i in range(2)
+        for name in ("metadata.jsonl", *(f"samples/{k:05d}.png" for k in range(4)))
+    ]
+    assert [json.loads((images / f"{i:05d}/metadata.jsonl").read_text()) for i in range(2)] == [CAT, KITES]

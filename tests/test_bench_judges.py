@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: MIT
+"""Judges: the detector's recipe, tiny random models in its place, a chat endpoint, records that resume."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from chat_server import ChatServer
+from PIL import Image
+
+from janusflow_min.benchmarks import judges
+from janusflow_min.benchmarks.geneval import CLASSES, COLOURS
+from janusflow_min.benchmarks.judges import OpenAIChat, Question, Records, TryAgain, judge_all
+
+# The detector's recipe -----------------------------------------------------------------------
+
+
+def test_instances_follow_mmdets_recipe():
+    """Stops: thresholds before upsampling, one class for each query, scores without the mask's certainty."""
+    classes = torch.log(torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]))  # the last column is "nothing"
+    masks = torch.full((2, 4, 4), -2.0)
+    masks[0, :2, :2] = 2.0
+    scores, labels, boxes, binary = judges.instances(classes, masks, (4, 4), (4, 4), (4, 4), best=3)
+    certainty = float(torch.tensor(2.0).sigmoid())
+    assert labels.tolist()[:2] == [0, 1]  # both of query 0
+    assert scores[:2].tolist() == pytest.approx([0.6 * certainty, 0.3 * certainty], rel=1e-5)
+    assert boxes[0].tolist() == [0, 0, 2, 2] and binary[0].sum() == 4
+    assert scores[2] == 0 and boxes[2].tolist() == [0, 0, 0, 0]  # an empty mask
+
+
+def test_masks_are_upsampled_as_logits_and_padding_is_cut():
+    masks = torch.tensor([[[3.0, -1.0], [3.0, -1.0]]])
+    _, _, boxes, binary = judges.instances(torch.zeros(1, 2), masks, (4, 8), (4, 4), (4, 4), best=1)
+    # 2 -> 8 columns, then only the left four, whose logits fall from 3 to 1.5 or so: all inside.
+    assert binary.all() and boxes[0].tolist() == [0, 0, 4, 4]
+    _, _, boxes, _ = judges.instances(torch.zeros(1, 2), masks, (4, 8), (4, 8), (4, 8), best=1)
+    assert boxes[0].tolist() == [
+        0,
+        0,
+        5,
+        4,
+    ]  # the threshold 0 lies between columns, not between the two pixels
+
+
+def test_images_are_prepared_as_mmdet_does():
+    square, size = judges.prepare_for_mmdet(Image.new("RGB", (384, 384), (124, 116, 104)), 800, 1333)
+    assert square.shape == (1, 3, 800, 800) and size == (800, 800)
+    assert square.abs().max() < 0.02
+    wide, size = judges.prepare_for_mmdet(Image.new("RGB", (100, 50), "white"), 100, 150)
+    assert size == (75, 150) and wide.shape == (1, 3, 96, 160)
+    assert wide[0, :, 75:].abs().max() == 0 and wide[0, :, :, 150:].abs().max() == 0
+    assert wide[0, 0, 0, 0] == pytest.approx((255 - 123.675) / 58.395, rel=1e-4)
+
+
+# Tiny random models -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def detector_folder(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("scipy")  # Mask2Former needs it
+    torch.manual_seed(0)
+    swin = transformers.SwinConfig(
+        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2
+    )
+    swin.out_features = ["stage1", "stage2", "stage3", "stage4"]
+    config = transformers.Mask2FormerConfig(
+        backbone_config=swin,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=5,
+        num_labels=80,
+    )
+    folder = tmp_path_factory.mktemp("detector")
+    transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_tiny_random_detector(detector_folder):
+    detector = judges.Mask2FormerDetector(detector_folder, "cpu", short=64, long=96)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    found = detector.detect(image)
+    assert len(found) == 100  # of 5 queries x 80 classes
+    for d in found:
+        assert d.label in CLASSES and 0 <= d.score <= 1 and d.mask.shape == (40, 60) and d.mask.dtype == bool
+        if d.mask.any():
+            rows, columns = np.where(d.mask)
+            assert d.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert len({d.label for d in found}) > 20
+    assert detector.detect(image)[0].box == found[0].box
+    assert "sha256" in detector.name and "64/96 px" in detector.name
+
+
+def test_a_detector_of_other_classes_is_refused(detector_folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Mask2FormerConfig.from_pretrained(detector_folder)
+    config.num_labels = 3
+    transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="knows 3 classes"):
+        judges.Mask2FormerDetector(tmp_path, "cpu")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """Letters are its tokens."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [*"abcdefghijklmnopqrstuvwxyz-"]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "ab", "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = small | dict(vocab_size=len(tokens), eos_token_id=len(tokens) - 1, bos_token_id=len(tokens) - 2)
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=16
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_tiny_random_clip_names_colours(clip_folder):
+    """Against transformers' own features: three sentences, each normalised, their mean normalised again."""
+    transformers = pytest.importorskip("transformers")
+    clip = judges.ClipColours(clip_folder, "cpu")
+    views = [Image.new("RGB", size, colour) for size, colour in (((20, 30), "red"), ((5, 5), "blue"))]
+    answers = clip.colours(views, "cat")
+    assert set(answers) <= set(COLOURS)
+    model = transformers.CLIPModel.from_pretrained(clip_folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(clip_folder)
+
+    def features(out):
+        return out if isinstance(out, torch.Tensor) else out.pooler_output
+
+    with torch.no_grad():
+        for i, colour in enumerate(COLOURS):
+            embeddings = []
+            for text in (
+                f"a photo of a {colour} cat",
+                f"a photo of a {colour}-colored cat",
+                f"a photo of a {colour} object",
+            ):
+                one = features(model.get_text_features(**tokenizer(text, return_tensors="pt")))[0]
+                embeddings.append(one / one.norm())
+            mean = torch.stack(embeddings).mean(0)
+            torch.testing.assert_close(clip.heads["cat"][i], mean / mean.norm(), rtol=1e-4, atol=1e-5)
+        pixels = torch.stack([judges._clip_pixels(view, 16) for view in views])
+        seen = features(model.get_image_features(pixel_values=pixels))
+    assert [COLOURS[i] for i in (seen @ clip.heads["cat"].T).argmax(-1).tolist()] == answers
+
+
+def test_clip_pixels_keep_the_shape_and_the_middle():
+    image = Image.new("RGB", (30, 10), "black")
+    image.paste("white", (10, 0, 20, 10))
+    pixels = judges._clip_pixels(image, 10)
+    assert pixels.shape == (3, 10, 10)
+    assert pixels[:, 5, 5].tolist() == pytest.approx(
+        [(1 - m) / s for m, s in zip(judges.CLIP_MEAN, judges.CLIP_STD, strict=True)]
+    )
+
+
+def test_a_tiny_random_blip_answers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "[DEC]",
+        "[ENC]",
+        "is",
+        "there",
+        "a",
+        "kettle",
+        "?",
+        "yes",
+        "no",
+    ]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = small | dict(
+        vocab_size=len(tokens), encoder_hidden_size=16, bos_token_id=5, eos_token_id=3, sep_token_id=3
+    )
+    config = transformers.BlipConfig(
+        text_config=text | {"pad_token_id": 0}, vision_config=small | {"image_size": 16, "patch_size": 8}
+    )
+    transformers.BlipForQuestionAnswering(config).save_pretrained(tmp_path)
+    vqa = judges.BlipVQA(tmp_path, "cpu")
+    answer = vqa.answer(Image.new("RGB", (20, 30)), "is there a kettle?")
+    assert isinstance(answer, str) and answer == vqa.answer(Image.new("RGB", (20, 30)), "is there a kettle?")
+
+
+# Chat -----------------------------------------------------------------------
+
+
+def test_what_may_pass_is_told_from_what_will_not():
+    pytest.importorskip("openai")
+    replies = [("hang", 3.0), ("drop", 0), ("status", 429), ("status", 502), ("raw", b"{"), ("raw", b"{}")]
+    with ChatServer(lambda _, before: replies[before] if before < len(replies) else "yes") as server:
+        chat = OpenAIChat("m", server.url, timeout=1.5, extra={"top_k": 1})
+        for reply in replies:
+            with pytest.raises(TryAgain):
+                chat.ask([{"role": "user", "content": "?"}])
+            assert reply is not None
+        assert chat.ask([{"role": "user", "content": "?"}]) == "yes"
+        assert len(server.requests) == len(replies) + 1  # the client itself does not retry
+        assert server.requests[-1]["top_k"] == 1
+    with ChatServer(lambda *_: ("status", 404)) as server, pytest.raises(RuntimeError, match="HTTP 404"):
+        OpenAIChat("m", server.url).ask([{"role": "user", "content": "?"}])
+    with pytest.raises(TryAgain):  # nobody listens there any more
+        OpenAIChat("m", server.url, timeout=0.3).ask([{"role": "user", "content": "?"}])
+
+
+def test_a_chat_answers_visual_questions():
+    pytest.importorskip("openai")
+    with ChatServer(lambda _, before: ("drop", 0) if before == 0 else "<think>hm</think> Yes.") as server:
+        vqa = judges.ChatVQA(OpenAIChat("m", server.url), wait=0.01)
+        assert vqa.answer(Image.new("RGB", (2, 2)), "Is there a kettle?") == "Yes."
+        assert server.requests[0]["messages"][0]["content"][0]["text"].endswith(
+            "Question: Is there a kettle?"
+        )
+
+
+class Scripted:
+    name = "scripted"
+
+    def __init__(self, answers):
+        self.answers, self.asked = answers, []
+
+    def ask(self, messages):
+        self.asked.append(messages[0])
+        answer = self.answers.get(messages[0], "1")
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def number(text):
+    return {"value": int(text)} if text.isdecimal() else None
+
+
+def questions(*keys):
+    return [Question(key, f"hash {key}", lambda key=key: [key]) for key in keys]
+
+
+def test_answers_are_kept_as_they_come_and_not_asked_again(tmp_path):
+    """Stops: an hour of judging lost to an interruption."""
+    path, identity = tmp_path / "judge.jsonl", {"judge": "scripted"}
+    chat = Scripted({"b": TryAgain("busy"), "c": "nonsense", "d": KeyboardInterrupt()})
+    records = Records(path, "key", identity)
+    failures = judge_all(
+        chat, questions("a", "b", "c"), number, records, attempts=2, wait=0.0, progress=False
+    )
+    assert set(failures) == {"b", "c"} and failures["b"] == "busy" and "makes no sense" in failures["c"]
+    assert sorted(chat.asked) == ["a", "b", "b", "c", "c"]
+    with pytest.raises(KeyboardInterrupt):
+        judge_all(chat, questions("d"), number, records, progress=False)
+    records.close()
+    with open(path, "a") as f:
+        f.write('{"key": "e", "sha')  # an interruption in the middle of a line
+    chat = Scripted({})
+    records = Records(path, "key", identity)
+    changed = [Question("a", "another picture", lambda: ["a"])]
+    assert not judge_all(chat, questions("a", "b"), number, records, progress=False)
+    assert chat.asked == ["b"]
+    assert not judge_all(chat, changed, number, records, progress=False)
+    assert chat.asked == ["b", "a"]
+    records.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["a", "b", "a"]
+    assert lines[-1] == {
+        "key": "a",
+        "sha256": "another picture",
+        "judge": "scripted",
+        "answer": "1",
+        "value": 1,
+    }
+    with pytest.raises(ValueError, match=r"judge\.jsonl:1 is of another judge"):
+        Records(path, "key", {"judge": "another"})
+    path.write_text("[]\n")
+    with pytest.raises(ValueError, match=r"judge\.jsonl:1: no record of a judge"):
+        Records(path, "key", identity)
+
+
+def test_an_error_that_no_repetition_cures_is_raised_at_once(tmp_path):
+    chat = Scripted({str(i): RuntimeError("wrong key") for i in range(100)})
+    records = Records(tmp_path / "judge.jsonl", "key", {})
+    with pytest.raises(RuntimeError, match="wrong key"):
+        judge_all(chat, questions(*map(str, range(100))), number, records, concurrency=2, progress=False)
+    assert len(chat.asked) < 50
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        judge_all(chat, [], number, records, concurrency=0)
+
+
+def test_thinking_is_no_answer():
+    assert judges.strip_thinking("<think>{1}</think>{2}") == "{2}"
+    assert judges.strip_thinking("well {1}</think>\n{2}") == "{2}"
+    assert judges.strip_thinking("{2}") == "{2}"

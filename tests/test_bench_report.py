@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Scores and reports: no headline for a part, published numbers with their protocol, the tiny world as a benchmark."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from janusflow_min import cli
+from janusflow_min.benchmarks import report
+from janusflow_min.benchmarks.report import Published, Score
+from janusflow_min.benchmarks.runner import RunFolder
+
+PUBLISHED = (Published("Theirs", "their way", {"a": 0.25}, 0.5),)
+
+
+def make(n_scored: int = 8, standard: bool = True, value: float | None = 0.75) -> Score:
+    return Score(
+        "geneval",
+        headline=("overall", value),
+        scale=1.0,
+        standard=standard,
+        n_expected=8,
+        n_scored=n_scored,
+        scores={"a": (0.5, n_scored, 8), "b": (None, 0, 0)},
+        judge={"model": "judge|one"},
+        options={"threshold": 0.3},
+        inputs={"file": "abc"},
+        manifest={
+            "checkpoint": {"model": "mine"},
+            "settings": {"seed": 1},
+            "versions": {},
+            "seed_rule": "rule",
+        },
+        notes=["a remark"],
+        others={"another total": 0.7},
+    )
+
+
+@pytest.mark.parametrize(
+    ("score", "line"),
+    [
+        (make(), "overall: 0.7500 (8 scored)"),
+        (make(n_scored=7), "partial: 7 of 8 scored, so there is no headline number"),
+        (make(standard=False), "8 scored, but not the published set, so there is no headline number"),
+        (make(value=None), "8 scored"),
+    ],
+)
+def test_only_the_whole_published_set_has_a_headline(tmp_path, score, line):
+    """Stops: an average of a part, read as the benchmark's number."""
+    folder = RunFolder(tmp_path)
+    result = report.write_score(folder, score)
+    assert report.summary(result) == line
+    paths = report.write_report(folder, "GenEval", PUBLISHED)
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# GenEval: mine\n") and line in text
+    headline = "0.75" if line.startswith("overall") else ""
+    assert f"| {headline} | judge: judge|one |" in text
+    assert ("another total" in text) == line.startswith(("overall", "8 scored")) * ("not the" not in line)
+    assert "| Theirs | 0.25 |  | 0.5 | their way |" in text
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["published"] == [
+        {"name": "Theirs", "protocol": "their way", "scores": {"a": 0.25}, "overall": 0.5}
+    ]
+    assert (content["headline"] is None) == (headline == "")
+    assert paths[:2] == [tmp_path / "report.json", tmp_path / "report.md"]
+
+
+def test_the_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    report.write_score(RunFolder(tmp_path), make(n_scored=3))
+    paths = report.write_report(RunFolder(tmp_path), "GenEval", PUBLISHED)
+    with Image.open(paths[2]) as picture:
+        assert picture.width > 400
+    report.write_report(RunFolder(tmp_path), "GenEval", ())
+
+
+def test_without_matplotlib_there_is_everything_else(tmp_path, monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report.write_score(RunFolder(tmp_path), make())
+    assert len(report.write_report(RunFolder(tmp_path), "GenEval", PUBLISHED)) == 2
+    assert "janusflow-min[bench]" in capsys.readouterr().err
+    assert not (tmp_path / "report.png").exists()
+
+
+def test_a_run_is_not_scored_as_another_or_from_another_file(tmp_path):
+    manifest = {"benchmark": "wise", "inputs_sha256": {"a.json": "1"}}
+    with pytest.raises(ValueError, match="is a run of wise, not of geneval"):
+        report.check_inputs(manifest, "geneval", {}, tmp_path)
+    with pytest.raises(ValueError, match=r"painted from another a\.json"):
+        report.check_inputs(manifest, "wise", {"a.json": "2"}, tmp_path)
+    report.check_inputs(manifest, "wise", {"a.json": "1"}, tmp_path)
+    report.check_inputs(None, "wise", {}, tmp_path)
+    with pytest.raises(FileNotFoundError, match="run the stage `score` first"):
+        report.read_score(RunFolder(tmp_path))
+
+
+def test_the_tiny_world_runs_anywhere(tmp_path, capsys):
+    """The whole command with the embedded default; twice, since the second has nothing left to do."""
+    out = ["--out", str(tmp_path), "--quiet"]
+    generate = [
+        "bench",
+        "tiny",
+        "generate",
+        "--cases",
+        "1",
+        "--num-inference-steps",
+        "8",
+        "--device",
+        "cpu",
+        *out,
+    ]
+    assert cli.main([*generate, "--limit", "2", "--batch-size", "2"]) == 0
+    assert cli.main(["bench", "tiny", "score", *out]) == 0
+    assert "partial: 4 of 12 scored" in capsys.readouterr().out
+    assert cli.main([*generate, "--batch-size", "2"]) == 0
+    assert "all 6 files are there" in capsys.readouterr().out
+    assert cli.main(["bench", "tiny", "score", *out]) == 0
+    assert "pictures right: " in capsys.readouterr().out
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert len(score["scores"]) == 12 and score["complete"]
+    cases = json.loads((tmp_path / "cases.json").read_text())
+    assert len(cases["pictures"]) == len(cases["answers"]) == 6
+    assert score["headline"]["value"] == pytest.approx(sum(c["right"] for c in cases["pictures"]) / 6)
+    assert cli.main(["bench", "tiny", "report", *out]) == 0
+    assert "95 % interval" in (tmp_path / "report.md").read_text()
+    assert cli.main(["bench", "tiny", "score", "--answers-at-least", "1.1", *out]) == 2
+    assert "at least 110.0% are needed" in capsys.readouterr().err
+    assert cli.main(["bench", "tiny", "score", "--at-least", "0", *out]) == 0

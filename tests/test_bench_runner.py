@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: MIT
+"""Benchmark runs: seeds, shards, whole files, resuming, manifests, the command under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import janusflow_min as jf
+from janusflow_min import cli
+from janusflow_min.benchmarks import runner
+from janusflow_min.benchmarks.runner import Item, RunFolder, Settings, World
+
+ROOT = Path(__file__).resolve().parents[1]
+THINGS = ("cat", "dog", "vase", "kite", "bus", "clock", "cup")
+
+
+@pytest.fixture(scope="module")
+def pipe(parity_dir):
+    return jf.load(parity_dir, device="cpu", parts="generation", progress=False)
+
+
+@pytest.fixture
+def settings(parity_dir) -> Settings:
+    return Settings(
+        model=str(parity_dir), device="cpu", num_inference_steps=2, batch_size=4, progress=False, seed=5
+    )
+
+
+@pytest.fixture
+def items() -> list[Item]:
+    """Seven prompts of two images: four blocks of two prompts, the last with one. Their lengths differ."""
+    return [
+        Item(
+            i,
+            f"a photo of a {thing}" + " and a cat" * (i % 3),
+            tuple(f"{i:05d}/samples/{k:05d}.png" for k in range(2)),
+            {f"{i:05d}/metadata.jsonl": json.dumps({"prompt": thing}) + "\n"},
+        )
+        for i, thing in enumerate(THINGS)
+    ]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """The same in GenEval's format."""
+    lines = [
+        {"tag": "single_object", "include": [{"class": thing, "count": 1}], "prompt": f"a photo of a {thing}"}
+        for thing in THINGS
+    ]
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+# Seeds and shards -----------------------------------------------------------------------
+
+
+def test_seeds_depend_on_the_item_alone():
+    """Stops: seeds that repeat between prompts, or that follow the order of painting."""
+    seeds = [runner.image_seed(100, i, 4, k) for i in range(5) for k in range(4)]
+    assert seeds == list(range(100, 120))
+
+
+def test_shards_are_a_partition_that_keeps_places():
+    items = list(range(11))
+    shards = [runner.shard(items, rank, 3) for rank in range(3)]
+    assert shards[1] == [1, 4, 7, 10]
+    assert sorted(item for shard in shards for item in shard) == items
+    with pytest.raises(ValueError, match=r"\[0, 3\)"):
+        runner.shard(items, 3, 3)
+
+
+def test_world_is_torchruns():
+    assert World.from_environment({}) == World(0, 1, 0)
+    assert World.from_environment({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == World(5, 8, 1)
+    with pytest.raises(ValueError, match="RANK 8 of WORLD_SIZE 8"):
+        World.from_environment({"RANK": "8", "WORLD_SIZE": "8"})
+    with pytest.raises(ValueError, match="whole numbers"):
+        World.from_environment({"RANK": "one", "WORLD_SIZE": "8"})
+
+
+# Files -----------------------------------------------------------------------
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    """Stops: half a picture under its final name after an interruption."""
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), folder.writing("images/1.png") as temporary:
+        temporary.write_bytes(b"half")
+        assert temporary.parent == folder.work  # never in a folder that scorers list
+        raise KeyboardInterrupt
+    assert tree(folder.root) == {}
+    folder.write_image("images/1.png", Image.new("RGB", (2, 2)))
+    assert list(tree(folder.root)) == ["images/1.png"]
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        RunFolder(tmp_path / "run")
+
+
+# Painting -----------------------------------------------------------------------
+
+
+def test_shards_together_equal_the_single_run(tmp_path, pipe, items, settings):
+    """Stops: another rank count, another picture."""
+    one = RunFolder(tmp_path / "one")
+    assert runner.paint(pipe, one, items, 2, settings, World()).complete
+    for size in (2, 3):
+        many = RunFolder(tmp_path / str(size))
+        found = [runner.paint(pipe, many, items, 2, settings, World(rank, size)) for rank in range(size)]
+        assert not found[0].complete and found[-1].complete
+        assert tree(many.root) == tree(one.root)
+    # And each is what the pipeline paints from the seed alone, up to the last bit of a batch.
+    alone = pipe.generate(items[3].prompt, 1, seed=5 + 3 * 2 + 1, num_inference_steps=2, progress=False)
+    with Image.open(one.images / "00003/samples/00001.png") as painted:
+        pairs = zip(painted.tobytes(), alone.images[0].tobytes(), strict=True)
+        assert max(abs(a - b) for a, b in pairs) <= 1
+
+
+def test_holes_are_filled_with_the_same_pictures_and_the_rest_is_left_alone(
+    tmp_path, pipe, items, settings, monkeypatch
+):
+    """Stops: resuming that paints a hole in another batch, or that overwrites what is there."""
+    folder = RunFolder(tmp_path)
+    runner.paint(pipe, folder, items, 2, settings, World())
+    whole = tree(tmp_path)
+    (folder.images / "00002/samples/00001.png").unlink()
+    (folder.images / "00006/metadata.jsonl").unlink()
+    kept = folder.images / "00000/samples/00000.png"
+    kept.write_bytes(b"mine")
+    painted = []
+    generate = jf.Pipeline.generate
+
+    def spy(self, prompts, **options):
+        painted.append(len(prompts))
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(jf.Pipeline, "generate", spy)
+    runner.paint(pipe, folder, items, 2, settings, World())
+    assert painted == [2, 1]  # the two blocks with holes, whole
+    assert kept.read_bytes() == b"mine"
+    assert tree(tmp_path) | {"images/00000/samples/00000.png": b""} == whole | {
+        "images/00000/samples/00000.png": b""
+    }
+
+    def fail():
+        raise AssertionError("nothing is missing, so nothing is loaded")
+
+    assert runner.paint(fail, folder, items, 2, settings, World()).complete
+
+
+def test_a_rank_that_dies_leaves_whole_files(tmp_path, pipe, items, settings, monkeypatch):
+    """Stops: one failure that costs the others' work."""
+    folder, generate = RunFolder(tmp_path / "run"), jf.Pipeline.generate
+    calls = []
+
+    def dies(self, prompts, **options):
+        calls.append(prompts)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: device-side assert")
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(jf.Pipeline, "generate", dies)
+    with pytest.raises(RuntimeError):
+        runner.paint(pipe, folder, items, 2, settings, World(0, 2))
+    monkeypatch.setattr(jf.Pipeline, "generate", generate)
+    found = runner.paint(pipe, folder, items, 2, settings, World(1, 2))
+    assert 0 < len(found.missing) < found.expected
+    assert "of 14 files are there; missing: 00004/samples/00000.png" in str(found)
+    for path in folder.images.rglob("*.png"):
+        Image.open(path).load()
+    assert runner.paint(pipe, folder, items, 2, settings, World(0, 2)).complete
+    runner.paint(pipe, RunFolder(tmp_path / "one"), items, 2, settings, World())
+    assert tree(folder.root) == tree(tmp_path / "one")
+
+
+def test_no_temporary_file_ever_lies_among_the_images(tmp_path, pipe, items, settings, monkeypatch):
+    """Stops: a scorer that lists its folder while painting goes on, and scores half a picture."""
+    seen, replace = set(), os.replace
+
+    def watch(source, target):
+        seen.update(path.name for path in (tmp_path / "images").rglob("*") if path.is_file())
+        assert (tmp_path / "images") not in Path(source).parents
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    runner.paint(pipe, RunFolder(tmp_path), items, 2, settings, World())
+    assert seen <= {"metadata.jsonl", "00000.png", "00001.png"}
+    assert not (tmp_path / ".work").exists()
+
+
+def test_a_limit_paints_the_first_prompts_as_the_whole_run_would(tmp_path, pipe, items, settings):
+    from dataclasses import replace
+
+    part, one = RunFolder(tmp_path / "part"), RunFolder(tmp_path / "one")
+    found = runner.paint(pipe, part, items, 2, replace(settings, limit=3), World())
+    assert (found.present, found.expected) == (6, 14)
+    runner.paint(pipe, one, items, 2, settings, World())
+    assert tree(part.images).items() <= tree(one.images).items()
+
+
+def test_a_prompt_that_cannot_be_painted_is_told_before_anything_is(tmp_path, pipe, items, settings):
+    bad = Item(7, "a photo of <|User|>", ("a.png", "b.png"))
+    with pytest.raises(ValueError):
+        runner.paint(pipe, RunFolder(tmp_path), [*items, bad], 2, settings, World())
+    assert not (tmp_path / "images").exists()
+
+
+# The manifest -----------------------------------------------------------------------
+
+
+def test_another_setting_is_refused_by_name(tmp_path, data, parity_dir, capsys):
+    """Stops: one folder with pictures of two settings, prompts or checkpoints."""
+    run = ["bench", "geneval", "generate", "--data", str(data), "--subset", "--out", str(tmp_path / "run")]
+    run += ["--model", str(parity_dir), "--device", "cpu", "--num-inference-steps", "1", "--quiet"]
+    run += ["--limit", "1", "--images-per-prompt", "1"]
+    assert cli.main(run) == 0
+    assert "1 of 7 files are there" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["settings"]["num_inference_steps"] == 1 and manifest["settings"]["seed"] == 0
+    assert manifest["inputs_sha256"] == {"evaluation_metadata.jsonl": runner.sha256(data)}
+    assert len(manifest["checkpoint"]["model_sha256"]) == 64
+    assert str(tmp_path) not in json.dumps(manifest)
+    assert cli.main([*run, "--cfg-weight", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "made with other settings" in error and "settings.cfg_weight: 2.0 there, 3.0 now" in error
+    data.write_text(data.read_text().replace("a photo of a cat", "a picture of a cat"))
+    assert cli.main(run) == 2
+    assert "inputs_sha256.evaluation_metadata.jsonl" in capsys.readouterr().err
+    assert cli.main([*run[:-4], "--model", "tiny"]) == 2
+    assert "checkpoint.model_sha256" in capsys.readouterr().err
+
+
+def test_other_versions_are_told_but_not_refused(tmp_path, settings):
+    folder, told = RunFolder(tmp_path), []
+    made = runner.write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, told.append)
+    assert runner.write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, told.append) == made and not told
+    folder.write_json(folder.manifest, made | {"versions": made["versions"] | {"torch": "1.0"}})
+    runner.write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, told.append)
+    assert 'versions.torch: "1.0" there' in told[0]
+    folder.manifest.write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is not JSON"):
+        runner.write_manifest(folder, "x", {}, {}, {})
+
+
+# Processes -----------------------------------------------------------------------
+
+
+def command(data: Path, parity_dir: Path, run: Path, steps: int) -> list[str]:
+    line = ["-m", "janusflow_min", "bench", "geneval", "generate", "--data", str(data), "--subset", "--quiet"]
+    line += ["--out", str(run), "--model", str(parity_dir), "--device", "cpu", "--batch-size", "4"]
+    return [*line, "--num-inference-steps", str(steps)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def test_a_killed_process_leaves_whole_files_and_a_rerun_fills_the_holes(tmp_path, data, parity_dir):
+    """Stops: work lost to a SIGKILL, as a machine that is taken away sends it."""
+    run = tmp_path / "run"
+    steps = 15  # long enough to be killed in the middle
+    process = subprocess.Popen(
+        [sys.executable, *command(data, parity_dir, run, steps)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    while process.poll() is None and not list(run.glob("images/*/samples/00003.png")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    timer.cancel()
+    assert process.wait() == -signal.SIGKILL, "it ended by itself"
+    there = [path for path in run.rglob("images/*/samples/*.png")]
+    assert 4 <= len(there) < 28
+    before = {path: path.read_bytes() for path in there}
+    for path in there:
+        Image.open(path).load()
+    line = command(data, parity_dir, run, steps)[2:]
+    assert cli.main(line) == 0
+    assert len(list(run.rglob("images/*/samples/*.png"))) == 28
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not (run / ".work").exists()
+
+
+def test_torchrun_paints_what_one_process_paints(tmp_path, data, parity_dir):
+    """Stops: a command that works alone only. Both ranks write into one folder."""
+    pytest.importorskip("torch.distributed.run")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, *command(data, parity_dir, tmp_path / "two", 2)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "all 28 files are there" in done.stdout
+    assert cli.main(command(data, parity_dir, tmp_path / "one", 2)[2:]) == 0
+    one, two = tree(tmp_path / "one" / "images"), tree(tmp_path / "two" / "images")
+    assert len(one) == 35 and one == two
+
+
+def test_only_generate_is_spread_over_ranks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["bench", "tiny", "score", "--out", str(tmp_path)]) == 2
+    assert "without torchrun" in capsys.readouterr().err

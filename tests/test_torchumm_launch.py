@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: MIT
+"""The launcher for TorchUMM's runners: with a stand-in for its checkout, and with the real one (marker torchumm).
+
+The stand-in has the few functions of `umm` that the launcher touches, written here. The real one is run by
+`TORCHUMM_ROOT=path pytest -m torchumm tests/test_torchumm_launch.py`; it needs PyYAML too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from janusflow_min import torchumm as seed_api
+from janusflow_min.cli import main
+from janusflow_min.commands import torchumm as launcher
+
+REGISTRY = """
+made = {}
+def register(kind, name, factory): made[name] = factory
+def get(kind, name): return made[name]
+def list_registered(kind): return sorted(made)
+"""
+CONFIG = """
+import json
+overrides = []
+def set_config_overrides(given): overrides[:] = given
+def load_config(path):
+    cfg = json.loads(open(path).read())
+    for text in overrides:
+        key, value = text.split("=")
+        *where, last = key.split(".")
+        block = cfg
+        for part in where:
+            block = block.setdefault(part, {})
+        block[last] = value
+    return cfg
+"""
+RUNNER = """
+import json, sys
+from pathlib import Path
+from umm.core import registry
+from umm.core.config import load_config
+if __name__ == "__main__":
+    cfg = load_config(sys.argv[2])
+    backbone = registry.get("backbone", "janus_flow")()
+    seen = {"argv": sys.argv, "backbone": type(backbone).__module__, "names": registry.list_registered("backbone"),
+            "beside": str(Path(__file__).parent) in sys.path, "file": __file__}
+    Path(cfg["geneval"]["out"]).write_text(json.dumps(seen))
+    sys.exit(int(cfg["geneval"].get("code", 0)))
+"""
+UMM = """
+import subprocess, sys
+from pathlib import Path
+def main(argv):
+    root = Path(__file__).parents[3]
+    script = str(root / "eval/generation/geneval/run_generation.py")
+    if argv[0] == "eval":
+        return subprocess.run([sys.executable, script, "--config", argv[2]]).returncode
+    print("infer", *argv[1:])
+    return 0
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A stand-in for a checkout of TorchUMM."""
+    root = tmp_path / "TorchUMM"
+    files = {
+        "src/umm/__init__.py": "",
+        "src/umm/core/__init__.py": "",
+        "src/umm/core/registry.py": REGISTRY,
+        "src/umm/core/config.py": CONFIG,
+        "src/umm/cli/__init__.py": "",
+        "src/umm/cli/main.py": UMM,
+        "eval/generation/geneval/run_generation.py": RUNNER,
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    yield root
+    for name in [name for name in sys.modules if name.split(".")[0] == "umm"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**changes):
+        cfg = {"inference": {"backbone": "janus_flow"}, "geneval": {"out": str(tmp_path / "seen.json")}}
+        path = tmp_path / "geneval.json"
+        path.write_text(json.dumps(cfg | changes))
+        return path
+
+    return write
+
+
+def run(root, *arguments) -> int:
+    return main(["torchumm", *map(str, arguments), "--root", str(root)])
+
+
+# The stand-in ---------------------------------------------------------------------------------------------------
+
+
+def test_a_runner_finds_our_backbone(root, config, tmp_path):
+    """Stops: a runner that gets TorchUMM's own adapter, or imports the others; a sys.path or argv left changed."""
+    path, argv = list(sys.path), list(sys.argv)
+    assert run(root, "geneval", "--config", config()) == 0
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["backbone"] == "janusflow_min.torchumm"
+    assert sorted(seen["names"]) == sorted(["janus_flow", *launcher.OTHERS])
+    assert seen["argv"] == [seen["file"], "--config", str(config())] and seen["beside"]
+    assert (sys.path, sys.argv) == (path, argv)
+
+
+def test_the_other_backbones_say_why_they_fail(root, config):
+    """Stops: a silent None where a configuration asks for another model."""
+    run(root, "geneval", "--config", config())
+    from umm.core import registry
+
+    with pytest.raises(RuntimeError, match=r"'bagel' is TorchUMM's own.*'janus_flow' alone"):
+        registry.get("backbone", "bagel")()
+
+
+def test_the_names_are_one():
+    """Stops: a launcher that registers another name than the backbone's."""
+    assert launcher.NAME == seed_api.NAME == seed_api.JanusFlowBackbone.name
+
+
+def test_a_runner_s_exit_code_and_overrides(root, config):
+    """Stops: a failed run that looks done, and a --set that is lost."""
+    assert run(root, "geneval", "--config", config(), "--set", "geneval.code=3") == 3
+    script = "eval/generation/geneval/run_generation.py"
+    assert run(root, script, "--config", config()) == 0
+
+
+def test_infer_and_eval(root, config, tmp_path, capfd):
+    """Stops: `umm eval`, whose runners are processes of their own, with TorchUMM's adapter in them."""
+    assert run(root, "infer", "--config", config(), "--set", "a=1") == 0
+    assert capfd.readouterr().out.split() == ["infer", "--config", str(config()), "--set", "a=1"]
+    before = subprocess.run
+    assert run(root, "eval", "--config", config(), "--set", "geneval.code=4") == 4
+    assert json.loads((tmp_path / "seen.json").read_text())["backbone"] == "janusflow_min.torchumm"
+    assert subprocess.run is before
+
+
+def test_torchrun_goes_through_the_launcher(root):
+    """Stops: ranks without our backbone."""
+    script = str(root / launcher.RUNNERS["dpg_bench"])
+    command = launcher.through_launcher(
+        ["torchrun", "--nproc_per_node=4", script, "--config", "x"], root, ["a=1"]
+    )
+    launch = ["-m", "janusflow_min", "torchumm", "dpg_bench", "--root", str(root)]
+    assert command == ["torchrun", "--nproc_per_node=4", *launch, "--config", "x", "--set", "a=1"]
+    other = ["python", str(root / "eval/generation/geneval/run_scoring.py")]
+    assert launcher.through_launcher(other, root, []) is other
+
+
+def test_a_wrong_root_runner_or_configuration(root, config, tmp_path, capsys, monkeypatch):
+    """Stops: minutes of loading before the mistake is told, or a traceback from inside TorchUMM."""
+    monkeypatch.delenv("TORCHUMM_ROOT", raising=False)
+
+    def fails(*arguments) -> str:
+        assert main(["torchumm", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    at = ("--root", root)
+    assert "set TORCHUMM_ROOT" in fails("geneval")
+    assert "no checkout of TorchUMM" in fails("geneval", "--root", tmp_path)
+    assert "RUNNER must be one of geneval, " in fails("genval", *at)
+    assert "no runner" in fails("eval/nothing.py", *at)
+    assert "no runner" in fails("wise", *at)
+    assert "no configuration" in fails("geneval", *at, "--config", tmp_path / "no.yaml")
+    assert "--config is needed" in fails("infer", *at)
+    wrong = config(inference={"backbone": "janusflow"})
+    assert "must be 'janus_flow', got 'janusflow'" in fails("geneval", *at, "--config", wrong)
+    assert "NOWHERE_SET" in fails("geneval", *at, "--config", config(extra="${NOWHERE_SET}/x"))
+    assert "no block 'geneval'" in fails("geneval", *at, "--config", config(geneval=None))
+
+
+def test_another_checkout_s_package_is_refused(root, config, tmp_path, capsys):
+    """Stops: results of a checkout that was not named."""
+    import shutil
+
+    assert run(root, "geneval", "--config", config()) == 0
+    other = shutil.copytree(root, tmp_path / "other")
+    assert run(other, "geneval", "--config", config()) == 2
+    assert "comes from" in capsys.readouterr().err
+
+
+def test_the_current_card_is_used(monkeypatch):
+    """Stops: every rank of a torchrun on the first card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    devices = []
+    monkeypatch.setattr(seed_api, "load", lambda *args, device, **options: devices.append(device))
+    for device in ({}, {"device": "cuda"}, {"device": "cuda:1"}, {"device": "cpu"}):
+        seed_api.JanusFlowBackbone().load({"model_path": "tiny"} | device)
+    assert devices == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+
+
+@pytest.mark.parametrize("name", launcher.RUNNERS)
+def test_the_shipped_configurations(name):
+    """Stops: a configuration whose images are painted for nothing, or one of JanusFlow's published settings wrong."""
+    yaml = pytest.importorskip("yaml")
+    cfg = yaml.safe_load((launcher.CONFIGS / f"{name}.yaml").read_text())
+    assert cfg["eval"]["benchmark"] == name and name in cfg
+    inference = cfg["inference"]
+    assert inference["backbone"] == "janus_flow" and "seed" not in inference.get("request", {}).get(
+        "params", {}
+    )
+    painting = inference["backbone_cfg"]["generation_cfg"]
+    size = 4 if name == "dpg_bench" else 1
+    assert painting == {
+        "cfg_weight": 2.0,
+        "num_inference_steps": 30,
+        "parallel_size": size,
+        "img_size": 384,
+    }
+
+
+# The real one ---------------------------------------------------------------------------------------------------
+
+needs_checkout = pytest.mark.skipif(
+    "TORCHUMM_ROOT" not in os.environ, reason="TORCHUMM_ROOT names no checkout of TorchUMM"
+)
+TINY = {"model_path": "tiny", "torch_dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture
+def checkout() -> Path:
+    pytest.importorskip("yaml")
+    return Path(os.environ["TORCHUMM_ROOT"]).resolve()
+
+
+def launch(checkout: Path, runner: str, *options: str, **env: str) -> str:
+    """A process of its own, as a user has it."""
+    sets = [f"inference.backbone_cfg.{key}={value}" for key, value in TINY.items()]
+    sets += ["inference.backbone_cfg.generation_cfg.num_inference_steps=2", *options]
+    command = [sys.executable, "-m", "janusflow_min", "torchumm", runner, "--root", str(checkout)]
+    command += [text for value in sets for text in ("--set", value)]
+    path = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": path} | env,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.torchumm
+@needs_checkout
+def test_geneval_generation(checkout, tmp_path):
+    """Stops: a drop-in that only our own copy of the contract accepts. Its own prompts, its own layout, resumed."""
+    options = ["geneval.max_samples=3", "geneval.images_per_prompt=2", f"geneval.out_dir={tmp_path}"]
+    assert "ok=3, skipped=0, error=0" in launch(checkout, "geneval", *options)
+    images = sorted((tmp_path / "images").glob("0*/samples/*.png"))
+    assert [str(path.relative_to(tmp_path / "images")) for path in images] == [
+        f"{i:05d}/samples/{k:05d}.png" for i in range(3) for k in range(2)
+    ]
+    assert len({path.read_bytes() for path in images}) == 6  # a seed of its own for each
+    lines = (checkout / "eval/generation/geneval/prompts/evaluation_metadata.jsonl").read_text().splitlines()
+    for i in range(3):
+        assert json.loads((tmp_path / f"images/{i:05d}/metadata.jsonl").read_text()) == json.loads(lines[i])
+    assert "ok=0, skipped=3, error=0" in launch(checkout, "geneval", *options)
+
+
+@pytest.mark.torchumm
+@needs_checkout
+def test_dpg_generation(checkout, tmp_path):
+    """Stops: grids of one image counted twice."""
+    prompts = sorted((checkout / "eval/generation/dpg_bench/prompts").glob("*.txt"))[:2]
+    (tmp_path / "prompts").mkdir()
+    for path in prompts:
+        (tmp_path / "prompts" / path.name).write_bytes(path.read_bytes())
+    options = [
+        f"dpg_bench.prompts_dir={tmp_path / 'prompts'}",
+        f"dpg_bench.image_output_dir={tmp_path / 'out'}",
+    ]
+    assert "[done]" in launch(checkout, "dpg_bench", *options)
+    for path in prompts:
+        with Image.open(tmp_path / "out" / f"{path.stem}.png") as grid:
+            assert grid.size == (768, 768)
+            boxes = [(x, y, x + 384, y + 384) for y in (0, 384) for x in (0, 384)]
+            assert len({grid.crop(box).tobytes() for box in boxes}) == 4
+
+
+@pytest.mark.torchumm
+@needs_checkout
+def test_wise_and_uni_mmmu_generation(checkout, tmp_path):
+    """Stops: the two runners that catch errors for each sample, and so would end well without one image."""
+    data = tmp_path / "wise" / "data"
+    data.mkdir(parents=True)
+    names = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
+    for i, name in enumerate(names, 1):
+        item = {
+            "Prompt": "a star",
+            "Explanation": "-",
+            "Category": "time",
+            "Subcategory": "x",
+            "prompt_id": i,
+        }
+        (data / f"{name}.json").write_text(json.dumps([item]))
+    options = [f"wise.data_root={tmp_path / 'wise'}", f"wise.out_dir={tmp_path / 'w'}"]
+    options += [f"wise.score_output_path={tmp_path / 'w.json'}"]
+    assert "ok=3, skipped=0, error=0" in launch(checkout, "wise", *options)
+    assert len(list((tmp_path / "w" / "images").glob("[0-9]*.png"))) == 3
+
+    svg = tmp_path / "uni" / "uni_mmmu" / "Uni-MMMU-Eval" / "data" / "svg"
+    svg.mkdir(parents=True)
+    (svg / "a.svg").write_text('<svg width="8" height="8"><rect width="4" height="4" fill="#E74C3C"/></svg>')
+    sample = {"id": "A_1", "difficulty": "A", "svg": "a.svg", "png": "a.png"}
+    (svg / "metadata.json").write_text(json.dumps({"samples": [sample]}))
+    options = ["uni_mmmu.tasks=[code_rendering]", f"uni_mmmu.out_dir={tmp_path / 'u'}"]
+    options += ["inference.request.params.max_new_tokens=8"]
+    assert "Success=1" in launch(checkout, "uni_mmmu", *options, UMM_DATASETS=str(tmp_path / "uni"))
+    assert (tmp_path / "u" / "code" / "case_01_A_1" / "model_image_01.png").is_file()
+
+
+@pytest.mark.torchumm
+@needs_checkout
+def test_its_pipeline_for_both_tasks(checkout, tmp_path):
+    """Stops: a backbone that TorchUMM's own dispatch cannot call. `umm infer`, and its InferencePipeline directly."""
+    config = tmp_path / "infer.json"
+    image = str(tmp_path / "star.png")
+    requests = [
+        {
+            "task": "generation",
+            "prompt": "a red star",
+            "output_path": image,
+            "params": {"parallel_size": 1, "num_inference_steps": 2},
+        },
+        {
+            "task": "understanding",
+            "prompt": "What is it?",
+            "images": [image],
+            "params": {"max_new_tokens": 4},
+        },
+    ]
+    block = {"backbone": "janus_flow", "backbone_cfg": TINY, "requests": requests}
+    config.write_text(json.dumps({"inference": block | {"output_json": str(tmp_path / "out.json")}}))
+    launch_ = [sys.executable, "-m", "janusflow_min", "torchumm"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    subprocess.run(
+        [*launch_, "infer", "--root", str(checkout), "--config", str(config)],
+        check=True,
+        env=env,
+        timeout=300,
+    )
+    painted, answered = json.loads((tmp_path / "out.json").read_text())
+    assert painted["saved_paths"] == [image] and isinstance(answered["text"], str)
+
+    program = tmp_path / "own.py"
+    program.write_text(
+        "import sys\n"
+        "from umm.inference import InferencePipeline, InferenceRequest\n"
+        f"pipeline = InferencePipeline('janus_flow', {TINY!r})\n"
+        "assert type(pipeline.backbone).__module__ == 'janusflow_min.torchumm'\n"
+        "assert not [m for m in sys.modules if m.startswith('umm.backbones')]\n"
+        "ask = dict(backbone='janus_flow', params={'max_new_tokens': 4, 'num_inference_steps': 2})\n"
+        "made = pipeline.run(InferenceRequest(task='generation', prompt='a star', **ask))\n"
+        "assert len(made['images']) == 5 and made['saved_paths'] == []\n"
+        f"said = pipeline.run(dict(ask, task='understanding', prompt='?', images=[{image!r}]))\n"
+        "assert isinstance(said['text'], str)\n"
+        "try:\n"
+        f"    pipeline.run(dict(ask, task='editing', prompt='?', images=[{image!r}]))\n"
+        "    sys.exit('editing')\n"
+        "except NotImplementedError:\n"
+        "    pass\n"
+    )
+    subprocess.run(
+        [*launch_, str(program), "--root", str(checkout), "--config", str(config)],
+        check=True,
+        env=env,
+        timeout=300,
+    )
+
+
+@pytest.mark.torchumm
+@needs_checkout
+def test_its_eval_command(checkout, tmp_path):
+    """Stops: `umm eval`, which starts a process, with TorchUMM's adapter."""
+    import yaml
+
+    cfg = yaml.safe_load((launcher.CONFIGS / "geneval.yaml").read_text())
+    cfg["inference"]["backbone_cfg"] |= TINY
+    cfg["inference"]["backbone_cfg"]["generation_cfg"]["num_inference_steps"] = 2
+    cfg["geneval"] |= {"out_dir": str(tmp_path), "max_samples": 1, "images_per_prompt": 1}
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump(cfg))
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-m", "janusflow_min", "torchumm", "eval", "--root", str(checkout)]
+    subprocess.run([*command, "--config", str(config)], check=True, env=env, timeout=300)
+    assert json.loads((tmp_path / "gen_summary.json").read_text())["ok"] == 1
