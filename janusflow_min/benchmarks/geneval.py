@@ -429,7 +429,7 @@ class SavedDetections(Mapping[str, list[Detection]]):
                 raise ValueError(f"the filename {record['filename']!r}")
             return record
         except (KeyError, TypeError, ValueError) as error:
-            form = '{"filename": "00000/samples/00000.png", "detections": [{"class", "box": [x1, y1, x2, y2], "score"}]}'
+            form = '{"filename": "00000/samples/0.png", "detections": [{"class", "box": [x1, y1, x2, y2], "score"}]}'
             raise ValueError(
                 f"{self.path}:{number}: a line needs {form}: {type(error).__name__}: {str(error)[:200]}"
             ) from None
