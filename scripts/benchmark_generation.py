@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--worker", choices=("prepare", "ours", "reference"), help=argparse.SUPPRESS)
     parser.add_argument("--name", default="one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not 0 < args.reference_prompts < args.prompts:
+    if args.janus_root is not None and not 0 < args.reference_prompts < args.prompts:
         parser.error(
             f"--reference-prompts must lie between 1 and --prompts - 1, got {args.reference_prompts}"
         )

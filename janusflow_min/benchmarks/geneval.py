@@ -9,10 +9,11 @@ input are `Detection`s, and a saved file of them does as well as a detector.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -381,34 +382,57 @@ def detection_record(found: Sequence[Detection]) -> list[dict[str, Any]]:
     ]
 
 
-def read_detections(path: str | Path) -> dict[str, dict[str, Any]]:
-    """file name -> record of a detections.jsonl: `filename`, `detections` (class, box, score and, where there is
-    one, mask), and from our own files `sha256` of the image and `detector`. ValueError with file and line."""
-    path, records = Path(path), {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+class SavedDetections(Mapping[str, list[Detection]]):
+    """file name -> detections of a detections.jsonl, read when asked for: with their masks they are large.
+
+    A line has `filename` and `detections` (class, box, score and, where there is one, mask); the last of a file name
+    counts. ValueError with file and line for what does not fit.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.lines = Path(path), {}  # file name -> (number of the line, where it starts)
+        with open(self.path, "rb") as f:
+            number, start = 1, 0
+            for line in f:
+                self.lines[self._record(line, number)["filename"]] = (number, start)
+                number, start = number + 1, start + len(line)
+
+    def __getitem__(self, name: str) -> list[Detection]:
+        number, start = self.lines[name]
+        with open(self.path, "rb") as f:
+            f.seek(start)
+            record = self._record(f.readline(), number)
+        return [
+            Detection(
+                d["class"], tuple(d["box"]), d["score"], decode_mask(d["mask"]) if d.get("mask") else None
+            )
+            for d in record["detections"]
+        ]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lines)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def _record(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            record = json.loads(text)
-            record["objects"] = [
-                Detection(
-                    d["class"],
-                    tuple(float(v) for v in d["box"]),
-                    float(d["score"]),
-                    decode_mask(d["mask"]) if d.get("mask") else None,
-                )
-                for d in record["detections"]
-            ]
-            unknown = {d.label for d in record["objects"]} - set(CLASSES)
-            if unknown or any(len(d.box) != 4 for d in record["objects"]):
-                raise ValueError(
-                    f"unknown classes {sorted(unknown)}" if unknown else "a box needs four numbers"
-                )
-            records[record["filename"]] = record
+            record = json.loads(line)
+            for d in record["detections"]:
+                if (
+                    d["class"] not in CLASSES
+                    or len([float(v) for v in d["box"]]) != 4
+                    or float(d["score"]) < 0
+                ):
+                    raise ValueError(f"class, box or score of {d}")
+            if not isinstance(record["filename"], str):
+                raise ValueError(f"the filename {record['filename']!r}")
+            return record
         except (KeyError, TypeError, ValueError) as error:
+            form = '{"filename": "00000/samples/0.png", "detections": [{"class", "box": [x1, y1, x2, y2], "score"}]}'
             raise ValueError(
-                f'{path}:{number}: a line needs {{"filename": "00000/samples/00000.png", "detections": [{{"class", '
-                f'"box": [x1, y1, x2, y2], "score"}}, …]}}: {type(error).__name__}: {error}'
+                f"{self.path}:{number}: a line needs {form}: {type(error).__name__}: {str(error)[:200]}"
             ) from None
-    return records
 
 
 # Scoring -----------------------------------------------------------------------
@@ -449,50 +473,35 @@ def score(
     there = [(prompt, name) for prompt, name in there if (root / name).is_file()]
     if not there:
         raise FileNotFoundError(f"no image of the layout NNNNN/samples/NNNNN.png in {root}")
+    names = [name for _, name in there]
     if (detector is None) == (detections is None):
         raise ValueError("give either --detector or --detections")
     if detections is not None:
-        saved, judge_name = read_detections(detections), f"saved detections, sha256 {sha256(detections)}"
-        absent = [name for _, name in there if name not in saved]
-        if absent:
+        saved, judge_name = SavedDetections(detections), f"saved detections, sha256 {sha256(detections)}"
+        if absent := [name for name in names if name not in saved]:
             raise ValueError(f"{detections} lacks {len(absent)} images of {root}, {absent[0]} for one")
     else:
-        if isinstance(detector, str):
-            detector = judges.Mask2FormerDetector(detector, device)
-        judge_name = detector.name
-        saved = _detect(folder, root, [name for _, name in there], detector, progress)
-    colours: dict[str, ColourJudge] = {}
+        detector = judges.Mask2FormerDetector(detector, device) if isinstance(detector, str) else detector
+        saved, judge_name = _detect(folder, root, names, detector, progress), detector.name
+    colour_names: list[str] = []
 
+    @functools.cache
     def colour_judge() -> ColourJudge:  # only where a prompt names a colour
-        if "clip" not in colours:
-            if clip is None:
-                raise ValueError("a prompt names a colour: --clip is needed")
-            colours["clip"] = judges.ClipColours(clip, device) if isinstance(clip, str) else clip
-        return colours["clip"]
+        if clip is None:
+            raise ValueError("a prompt names a colour: --clip is needed")
+        chosen = judges.ClipColours(clip, device) if isinstance(clip, str) else clip
+        colour_names.append(chosen.name)
+        return chosen
 
-    results = []
-    for prompt, name in judges.bar(there, "Judging", progress):
+    def colours(name: str, label: str, found: Sequence[Detection]) -> Sequence[str]:
+        with Image.open(root / name) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        return colour_judge().colours([view(image, d, bgcolor, crop) for d in found], label)
 
-        def classify(label: str, found: Sequence[Detection], name: str = name) -> Sequence[str]:
-            with Image.open(root / name) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-            views = [view(image, d, bgcolor, crop) for d in found]
-            return colour_judge().colours(views, label)
-
-        objects = keep(saved[name]["objects"], prompt.tag, options)
-        correct, reason = judge(prompt.metadata, objects, classify, options.position_threshold)
-        boxes = {label: [[*d.box, d.score] for d in found] for label, found in objects.items()}
-        results.append(
-            {
-                "filename": name,
-                "tag": prompt.tag,
-                "prompt": prompt.prompt,
-                "correct": correct,
-                "reason": reason,
-                "metadata": json.dumps(prompt.metadata),
-                "details": json.dumps(boxes),
-            }
-        )
+    results = [
+        _result(prompt, name, keep(saved[name], prompt.tag, options), colours, options.position_threshold)
+        for prompt, name in judges.bar(there, "Judging", progress)
+    ]
     folder.write_text("results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
     summary = aggregate(results)
     of = Counter(prompt.tag for prompt in prompts)
@@ -527,7 +536,7 @@ def score(
             },
             judge={
                 "detector": judge_name,
-                "colours": colours["clip"].name if colours else "not asked",
+                "colours": colour_names[0] if colour_names else "not asked",
             },
             options={f.name: getattr(options, f.name) for f in fields(options)}
             | {"bgcolor": bgcolor, "crop": crop, "images_per_prompt": images_per_prompt},
@@ -540,6 +549,27 @@ def score(
 
 def report(run: str | Path) -> list[Path]:
     return reports.write_report(RunFolder(run), TITLE, PUBLISHED)
+
+
+def _result(
+    prompt: Prompt,
+    name: str,
+    objects: Mapping[str, Sequence[Detection]],
+    colours: Callable[[str, str, Sequence[Detection]], Sequence[str]],
+    position_threshold: float,
+) -> dict[str, Any]:
+    """An image's line of results.jsonl, the official one."""
+    correct, reason = judge(prompt.metadata, objects, functools.partial(colours, name), position_threshold)
+    boxes = {label: [[*d.box, d.score] for d in found] for label, found in objects.items()}
+    return {
+        "filename": name,
+        "tag": prompt.tag,
+        "prompt": prompt.prompt,
+        "correct": correct,
+        "reason": reason,
+        "metadata": json.dumps(prompt.metadata),
+        "details": json.dumps(boxes),
+    }
 
 
 def view(image: Image.Image, found: Detection, bgcolor: str = "#999", crop: bool = True) -> Image.Image:
@@ -567,15 +597,18 @@ def _check_tree(root: Path, whole: Sequence[Item]) -> None:
 
 def _detect(
     folder: RunFolder, root: Path, names: Sequence[str], detector: Detector, progress: bool
-) -> dict[str, dict[str, Any]]:
+) -> SavedDetections:
     """Detections of every image, those on disk taken where image and detector are the same."""
     from .judges import Records, bar
 
-    records = Records(folder.root / "detections.jsonl", "filename", {"detector": detector.name})
+    path = folder.root / "detections.jsonl"
+    records = Records(path, "filename", {"detector": detector.name}, keep=False)
     hashes = {name: sha256(root / name) for name in names}
-    for name in bar([n for n in names if not records.has(n, hashes[n])], "Detecting", progress):
-        with Image.open(root / name) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-        records.add(name, hashes[name], {"detections": detection_record(detector.detect(image))})
-    records.close()
-    return read_detections(folder.root / "detections.jsonl")
+    try:
+        for name in bar([n for n in names if not records.has(n, hashes[n])], "Detecting", progress):
+            with Image.open(root / name) as opened:
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+            records.add(name, hashes[name], {"detections": detection_record(detector.detect(image))})
+    finally:
+        records.close()
+    return SavedDetections(path)

@@ -87,11 +87,12 @@ class Records:
     """JSON lines that can be resumed: one record a key, the last one counts.
 
     identity: the judge's name, prompt hash and so on, in every record; a file with others is refused, for numbers of
-    two judges must not be mixed. A line that an interruption cut off is dropped.
+    two judges must not be mixed. A line that an interruption cut off is dropped. keep: the records stay in memory,
+    as `entries`; without, their hashes alone.
     """
 
-    def __init__(self, path: Path, key: str, identity: Mapping[str, Any]):
-        self.path, self.key, self.identity = path, key, dict(identity)
+    def __init__(self, path: Path, key: str, identity: Mapping[str, Any], keep: bool = True):
+        self.path, self.key, self.identity, self.keep = path, key, dict(identity), keep
         self.entries: dict[Any, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -99,23 +100,25 @@ class Records:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def _load(self) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with open(self.path, "rb+") as f:
-                f.truncate(len(whole))
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
-            try:
-                record = json.loads(line)
-                found = {name: record[name] for name in self.identity}
-                key = record[self.key]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}:{number}: no record of a judge: {error!r}") from None
-            if found != self.identity:
-                raise ValueError(
-                    f"{self.path}:{number} is of another judge: {found} there, {self.identity} now; move the file away"
-                )
-            self.entries[key] = record
+        with open(self.path, "rb+") as f:
+            for number, line in enumerate(f, 1):
+                if not line.endswith(b"\n"):
+                    f.truncate(f.seek(0, os.SEEK_END) - len(line))
+                    break
+                self._read(line, number)
+
+    def _read(self, line: bytes, number: int) -> None:
+        try:
+            record = json.loads(line)
+            found = {name: record[name] for name in self.identity}
+            key, sha256 = record[self.key], record["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path}:{number}: no record of a judge: {error!r}") from None
+        if found != self.identity:
+            raise ValueError(
+                f"{self.path}:{number} is of another judge: {found} there, {self.identity} now; move the file away"
+            )
+        self.entries[key] = record if self.keep else {"sha256": sha256}
 
     def has(self, key: Any, sha256: str) -> bool:
         """Whether there is an answer about exactly this."""
@@ -123,7 +126,7 @@ class Records:
 
     def add(self, key: Any, sha256: str, values: Mapping[str, Any]) -> None:
         record = {self.key: key, "sha256": sha256} | self.identity | dict(values)
-        self.entries[key] = record
+        self.entries[key] = record if self.keep else {"sha256": sha256}
         self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.flush()
 
