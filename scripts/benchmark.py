@@ -475,7 +475,7 @@ def growth(folder: Path, args: argparse.Namespace) -> dict[str, list[tuple[float
 
 def table(report: dict[str, Any]) -> str:
     results, floor = report["results"], report["floors"]
-    modes = list(dict.fromkeys(mode for row in results.values() for mode in row))
+    modes = [mode for mode in MODES if any(mode in row for row in results.values())]
     limits = report["limits"]
     lines = [
         f"{report['device']}, torch {report['torch']}, {report['dtype']}: "
@@ -501,15 +501,18 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     results, floor = report["results"], report["floors"]
     measures = [m for m in results if m in floor]
-    modes = list(dict.fromkeys(mode for m in measures for mode in results[m]))
+    modes = [mode for mode in MODES if any(mode in results[m] for m in measures)]
     figure, axes = plt.subplots(figsize=(9, 4.5))
     width = 0.8 / len(modes)
     for i, mode in enumerate(modes):
-        for j, m in enumerate(measures):
-            if mode in results[m]:
-                ratio = results[m][mode] / floor[m]
-                ratio = 1 / ratio if m.startswith("tokens") else ratio
-                axes.bar(j + i * width, ratio, width, color=f"C{i}", label=mode if j == 0 else None)
+        where = [j for j, m in enumerate(measures) if mode in results[m]]
+        ratios = [results[measures[j]][mode] / floor[measures[j]] for j in where]
+        ratios = [
+            1 / r if measures[j].startswith("tokens") else r for j, r in zip(where, ratios, strict=True)
+        ]
+        axes.bar([j + i * width for j in where], ratios, width, color=f"C{i}", label=mode)
+    axes.set_yscale("log")
+    axes.set_yticks([1, 2, 3, 5, 10, 20], ["1", "2", "3", "5", "10", "20"])
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xticks([j + 0.4 - width / 2 for j in range(len(measures))], measures, rotation=20, ha="right")
     axes.set_ylabel("time, multiples of the card's limit")
