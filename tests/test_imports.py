@@ -27,7 +27,7 @@ CORE = {
 }
 LAZY = {"diffusers", "huggingface_hub"}  # imported by the function that needs them
 FLOOR_1 = {"config", "llama", "siglip", "uvit", "flow", "model", "checkpoint", "processor", "vae"}
-FLOOR_3 = {"cli", "webui", "__main__"}
+FLOOR_3 = {"cli", "commands", "webui", "__main__"}
 
 PROBE = """
 import json, os, random, sys, threading

@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: MIT
+"""The training run: one CPU, one GPU or, under torchrun, many. Start at `Trainer.step`, a whole step on one page.
+
+`ddp` here is one sum of the gradients over the ranks after the last micro-batch (the groups of a step differ in
+the parameters they use, which DistributedDataParallel cannot accumulate over); `fsdp` is FSDP2's `fully_shard` of
+every block, bf16 compute over fp32 shards. Paper section 4.1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..checkpoint import load_model
+from ..model import JanusFlow
+from ..pipeline import Pipeline, pick_device, pick_dtype, resolve, save
+from ..processor import Processor
+from ..vae import HUB_ID, VAE, load_vae
+from . import state
+from .config import Config
+from .data import BadRow, Cache, Reader, Source, StepData, Steps
+from .objective import AlignmentHead, Losses, MixedBatch, Objective, by_time
+from .optimizer import AdamW, rate_factor
+from .report import Report
+
+BINS = 4  # of t, in the metrics
+
+
+class Trainer:
+    """A run of a configuration. `run` trains to the end, from the newest whole checkpoint where there is one."""
+
+    def __init__(self, config: Config, fresh: bool = False, progress: bool = True):
+        self.config, self.progress = config, progress
+        self.device, self.rank, self.world, self.parallel = start(config)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.folder = Path(config.output)
+        self.checkpoints = self.folder / "checkpoints"
+        self.tell(f"reading {config.model}")
+        self.source = resolve(config.model)
+        self.objective, self.optimizer, self.vae, self.processor = build(
+            config, self.source, self.device, self.dtype, self.parallel
+        )
+        self.model = self.objective.model
+        cache = None
+        if config.reading.cache:
+            cache = Cache(config.reading.cache, fingerprint(self.vae, self.model.siglip))
+        # Features only where they stay the same; outside its forward pass a sharded SigLIP is not whole.
+        self.cache_features = cache is not None and not config.rate("siglip") and self.parallel != "fsdp"
+        sources = [Source(s, config.seed, f"{i} {s.kind}") for i, s in enumerate(config.data)]
+        self.steps = Steps(
+            config, sources, Reader(config, self.processor, self.model, cache), self.rank, self.world
+        )
+        self.index, self.last_saved, self.signal = 0, -1, 0
+        self.bad: set[tuple[str, int]] = set()
+        found = [None]
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            found = [None if fresh else state.newest(self.checkpoints, self.tell)]
+        if self.world > 1:
+            dist.broadcast_object_list(found)
+        if found[0] is None and state.found(self.checkpoints) and not fresh:
+            raise ValueError(f"no checkpoint in {self.checkpoints} is whole; --fresh starts anew")
+        if found[0] is not None:
+            self.resume(*found[0])
+        elif self.rank == 0:
+            for old in state.found(self.checkpoints):
+                state.shutil.rmtree(old)
+        self.report = Report(self.folder, config, self.processor, self.index) if self.rank == 0 else None
+        for source in sources:
+            self.note_bad(source.bad)
+
+    # One step -----------------------------------------------------------------------
+
+    def step(self, data: StepData) -> Tensor:
+        """Learn from one step's samples. Returns its sums, still on the device: see `sums_of`."""
+        config, batches = self.config, data.batches
+        count, self.signal = self.agree(len(batches), self.signal)
+        sums = torch.zeros(6 + 2 * BINS, device=self.device)
+        for i in range(count):
+            batch = self.encode(batches[i].to(self.device), data.keys[i]) if i < len(batches) else last
+            weight = 1.0 if i < len(batches) else 0.0  # sharded ranks make the same number of passes
+            last = batch
+            losses = self.objective(batch)
+            # A sample weighs the same wherever it is; FSDP means over ranks where a sum is needed.
+            share = weight / config.batch * (self.world if self.parallel == "fsdp" else 1)
+            (losses.total * share).backward()
+            if i + 1 < count and self.parallel != "fsdp":
+                self.optimizer.accumulate()
+            if weight:
+                sums += sums_of(losses, batch)
+        gradients = self.optimizer.gradients()
+        if self.parallel == "ddp":
+            gradients = self.sum_over_ranks(gradients)
+        norm = self.optimizer.step(self.index, gradients)
+        if self.world > 1:
+            dist.all_reduce(sums)
+        self.index += 1
+        return torch.cat([sums, norm[None]])
+
+    def agree(self, count: int, signal: int) -> tuple[int, int]:
+        """The most micro-batches of any rank where all must make as many, and whether any was told to stop."""
+        if self.world == 1:
+            return count, signal
+        numbers = torch.tensor([count, signal])  # on the CPU: the GPU's queue is not waited for
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        most, signal = numbers.tolist()
+        return (most if self.parallel == "fsdp" else count), signal
+
+    @torch.no_grad()
+    def encode(self, batch: MixedBatch, keys: list[str]) -> MixedBatch:
+        """The pictures' latents, from the frozen VAE or from the cache, which is filled here."""
+        if batch.t is None or (
+            batch.latents is not None and (batch.features is not None or not self.cache_features)
+        ):
+            return batch
+        cache = self.steps.reader.cache
+        if cache is None:
+            return replace(batch, latents=self.vae.encode(batch.pictures).float())
+        # One at a time, so that what is stored depends on nothing but the picture.
+        found = {"latents": batch.latents}
+        if batch.latents is None:
+            found["latents"] = torch.cat([self.vae.encode(p[None]).float() for p in batch.pictures])
+        if self.cache_features:
+            found["features"] = torch.cat([self.model.siglip(p[None].to(self.dtype)) for p in batch.pixels])
+        for i, key in enumerate(keys):
+            cache.put(key, {name: tensor[i] for name, tensor in found.items()})
+        return replace(batch, **found)
+
+    def sum_over_ranks(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """fp32 sums, in buckets of 64 M numbers. A rank without a gradient that others have gives zeros."""
+        names = list(self.optimizer.params)
+        here = torch.tensor([name in gradients for name in names], dtype=torch.int32)
+        dist.all_reduce(here, dist.ReduceOp.MAX)
+        used = [name for name, anywhere in zip(names, here.tolist(), strict=True) if anywhere]
+        summed, bucket = {}, []
+        for k, name in enumerate(used):
+            bucket.append(name)
+            if k + 1 == len(used) or sum(self.optimizer.params[n].numel() for n in bucket) > 2**26:
+                shapes = [self.optimizer.params[n].shape for n in bucket]
+                zeros = (torch.zeros(s, device=self.device) for s in shapes)
+                parts = [
+                    gradients[n].float() if n in gradients else z for n, z in zip(bucket, zeros, strict=True)
+                ]
+                flat = torch.cat([part.flatten() for part in parts])
+                dist.all_reduce(flat)
+                pieces = flat.split([s.numel() for s in shapes])
+                summed |= {n: p.view(s) for n, p, s in zip(bucket, pieces, shapes, strict=True)}
+                bucket = []
+        return summed
+
+    # The run -----------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train, then export; returns the exported folder. KeyboardInterrupt, after saving, when told to stop."""
+        config = self.config
+        before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        waiting: list[tuple[int, StepData, Tensor, float]] = []  # steps whose numbers are still on the device
+        bar = tqdm(
+            total=config.steps,
+            initial=self.index,
+            desc="Training",
+            unit="step",
+            disable=not self.shown,
+            leave=False,
+        )
+        try:
+            loader = iter(self.loader())
+            while self.index < config.steps:
+                index, data = self.index, self.next(loader)
+                sums = self.step(data)
+                self.note_bad(data.bad)
+                waiting.append((index, data, sums, time.time()))
+                done = self.index == config.steps
+                save_now = done or self.signal or self.index % config.save_every == 0
+                show = config.report.every and (done or self.index % config.report.every == 0)
+                if save_now or show or len(waiting) >= config.report.log or self.device.type == "cpu":
+                    self.flush(waiting, bar)
+                if save_now:
+                    self.save()
+                if self.signal:
+                    raise KeyboardInterrupt
+                if show:
+                    self.evaluate()
+                bar.update()
+            return self.finish()
+        finally:
+            bar.close()
+            for which, handler in before.items():
+                signal.signal(which, handler)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Stop after this step; a second one at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = 1
+        self.tell("stopping after this step")
+
+    def loader(self) -> DataLoader:
+        workers = self.config.reading.workers
+        options: dict[str, Any] = {}
+        if workers:
+            options = dict(multiprocessing_context="spawn", worker_init_fn=quiet_worker, prefetch_factor=2)
+        steps = range(self.index, self.config.steps)
+        return DataLoader(self.steps, batch_size=None, sampler=steps, num_workers=workers, **options)
+
+    def next(self, loader: Any) -> StepData:
+        try:
+            return next(loader)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a data worker died at step {self.index} ({error}); often memory: try fewer reading.workers. "
+                f"{self.kept()}"
+            ) from error
+
+    def flush(self, waiting: list[tuple[int, StepData, Tensor, float]], bar: tqdm) -> None:
+        """Bring the waiting steps' numbers to the host and write them down; stop at one that is not finite."""
+        table = torch.stack([sums for _, _, sums, _ in waiting]).tolist()
+        for (index, data, _, when), numbers in zip(waiting, table, strict=True):
+            row = describe(numbers, self.config.batch)
+            row["lr"] = self.config.optimizer.lr * rate_factor(
+                self.config.optimizer, index, self.config.steps
+            )
+            row |= {"padding": round(1 - data.tokens / max(1, data.places), 4), "time": round(when, 3)}
+            finite = row["loss"] - row["loss"] == 0 and row["norm"] - row["norm"] == 0
+            if self.report is not None:
+                self.report.metrics(index + 1, row)
+            if not finite and self.config.on_nan == "stop":
+                raise FloatingPointError(
+                    f"the loss of step {index + 1} is {row['loss']}, its gradient's norm {row['norm']}; no weight took "
+                    f'it over. {self.kept()} on_nan = "skip" leaves such steps out'
+                )
+        bar.set_postfix(
+            {k: f"{row[k]:.4g}" for k in ("loss", "flow", "answers", "norm") if row.get(k) is not None}
+        )
+        waiting.clear()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Validation loss, pictures and answers of the averaged weights."""
+        self.optimizer.swap(average=True)
+        try:
+            loss = self.validation_loss() if self.config.report.validation else None
+            if self.parallel == "fsdp":
+                self.objective.unshard()
+            pipe = Pipeline(self.model, self.processor, self.vae)
+            if self.report is not None or self.parallel == "fsdp":
+                report = self.report or Report(None, self.config, self.processor, self.index)
+                report.show(pipe, self.index, loss)
+            if self.parallel == "fsdp":
+                self.objective.reshard()
+        finally:
+            self.optimizer.swap(average=False)
+
+    def validation_loss(self) -> dict[str, float]:
+        """Over the first rows of the validation manifest, with times and noise of their own, no prompt hidden."""
+        from .data import Manifest, generator, kind_of
+
+        rows, sums = Manifest(self.config.report.validation), torch.zeros(6 + 2 * BINS, device=self.device)
+        count = min(len(rows), self.config.report.validation_rows)
+        samples = []
+        for i in range(count if self.parallel == "fsdp" else 0) or range(self.rank, count, self.world):
+            row = rows[i][1]
+            samples.append(self.steps.reader(row, kind_of(row), generator("validation", i), drop=0.0))
+        data = self.steps.pack(0, samples, [])
+        for batch, keys in zip(data.batches, data.keys, strict=True):
+            batch = self.encode(batch.to(self.device), keys)
+            sums += sums_of(self.objective(batch), batch)
+        if self.world > 1 and self.parallel != "fsdp":
+            dist.all_reduce(sums)
+        row = describe([*sums.tolist(), 0.0], count)
+        return {k: row[k] for k in ("loss", "flow", "alignment", "answers")}
+
+    def save(self) -> None:
+        if self.last_saved != self.index:
+            about = {"config": self.config.to_dict()}
+            state.save(self.checkpoints, self.index, self.optimizer.state(), about, self.config.keep)
+            self.last_saved = self.index
+
+    def resume(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. ValueError where the run was another one."""
+        differ = differences(about["config"], json.loads(json.dumps(self.config.to_dict())))
+        if differ:
+            raise ValueError(
+                f"{folder} belongs to a run with other settings ({'; '.join(differ)}); take another output, or --fresh"
+            )
+        state.load(folder, self.optimizer.state())
+        self.optimizer.load()
+        self.index = self.last_saved = about["step"]
+        self.tell(f"going on from {folder}")
+
+    def finish(self) -> Path:
+        """Export to the official layout, and plot the curves."""
+        target = self.folder / "export"
+        weights = self.optimizer.average or self.optimizer.master
+        whole = {name: whole_tensor(tensor) for name, tensor in weights.items()}
+        if self.rank == 0:
+            dtype = getattr(torch, self.config.export_dtype)
+            clean = load_model(self.source, "cpu", torch.float32, progress=False)
+            merge(clean, whole, self.model)
+            clean = clean.to(dtype)
+            clean.extra_tensors = {name: t.to(dtype) for name, t in clean.extra_tensors.items()}
+            save(Pipeline(clean, self.processor, self.vae), target, overwrite=True)
+            self.report.plot()
+            self.tell(f"exported to {target}")
+        state.barrier()
+        return target
+
+    def note_bad(self, rows: list[BadRow]) -> None:
+        """Count each bad row once, and write it down."""
+        new = [row for row in rows if (row.source, row.line) not in self.bad]
+        self.bad |= {(row.source, row.line) for row in new}
+        if new:
+            with (self.folder / "bad_rows.jsonl").open("a", encoding="utf-8") as f:
+                for row in new:
+                    print(json.dumps(row.__dict__, ensure_ascii=False), file=f)
+            first = new[0]
+            more = f" ({len(self.bad)} bad rows so far)" if len(self.bad) > 1 else ""
+            text = f"bad row: {first.source}, line {first.line}: {first.reason}{more}"
+            if self.config.reading.on_bad_row == "stop":
+                raise ValueError(text)
+            self.tell(text)
+
+    def kept(self) -> str:
+        left = state.found(self.checkpoints)
+        return f"The last checkpoint is {left[0]}." if left else "There is no checkpoint yet."
+
+    @property
+    def shown(self) -> bool:
+        return self.progress and self.rank == 0
+
+    def tell(self, text: str) -> None:
+        if self.shown:
+            tqdm.write(text, file=sys.stderr)
+
+
+# Numbers of a step -----------------------------------------------------------------------
+
+
+def sums_of(losses: Losses, batch: MixedBatch) -> Tensor:
+    """total, flow, painted samples, alignment, cross-entropy, answered samples, then flow and samples by t."""
+    device = losses.total.device
+    answers, answered = torch.zeros((), device=device), torch.zeros((), device=device)
+    if batch.labels is not None:
+        answers, answered = (losses.cross_entropy * batch.label_weight).sum(), batch.label_weight.sum()
+    t = batch.t if batch.t is not None else losses.flow
+    painted = torch.full((), float(len(losses.flow)), device=device)
+    parts = [losses.total, losses.flow.sum(), painted, losses.alignment.sum(), answers, answered]
+    return torch.cat([torch.stack([part.detach().float() for part in parts]), *by_time(losses.flow, t, BINS)])
+
+
+def describe(numbers: list[float], samples: int) -> dict[str, float | None]:
+    """The means of a step's sums; None where no sample had such a loss."""
+    total, flow, painted, alignment, answers, answered, *rest = numbers
+    painted, answered = round(painted), round(answered)
+    row = {"loss": total / samples, "flow": flow / painted if painted else None}
+    row |= {"alignment": alignment / painted if painted else None}
+    row |= {"answers": answers / answered if answered else None, "norm": rest[-1]}
+    for k in range(BINS):
+        row[f"flow_t{k / BINS:.2f}"] = rest[k] / rest[BINS + k] if rest[BINS + k] else None
+    return row
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Settings that decide the result and are not the same."""
+    free = {
+        "output",
+        "steps",
+        "report",
+        "save_every",
+        "keep",
+        "export_dtype",
+        "workers",
+        "device",
+        "parallel",
+        "on_nan",
+    }
+    found = []
+    for key in sorted((old.keys() | new.keys()) - free):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            found.append(f"{where}{key} was {a!r}, is {b!r}")
+    return found
+
+
+# Building -----------------------------------------------------------------------
+
+
+def start(config: Config) -> tuple[torch.device, int, int, str]:
+    """Device, rank, number of ranks and the form of parallelism; under torchrun the process group is made."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch < world:
+        raise ValueError(f"batch must be at least the number of ranks, {world}; got {config.batch}")
+    device, parallel = pick_device(config.device), config.parallel
+    if world == 1 or parallel == "none":
+        if world > 1:
+            raise ValueError('parallel must be "auto", "ddp" or "fsdp" under torchrun, got "none"')
+        return device, 0, 1, "none"
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), world, "ddp" if parallel == "auto" else parallel
+
+
+def build(
+    config: Config, source: Path, device: torch.device, dtype: torch.dtype, parallel: str
+) -> tuple[Objective, AdamW, VAE, Processor]:
+    """The model ready to train: adapters, frozen parts, checkpointed, compiled, sharded; and what feeds it."""
+    if parallel == "fsdp" and config.lora.rank:
+        raise ValueError('lora.rank must be 0 with parallel = "fsdp"; LoRA fits one GPU, or use "ddp"')
+    model = load_model(source, device, torch.float32, progress=False)
+    sizes = model.config
+    if not config.objective.tap <= sizes.llm.num_hidden_layers:
+        raise ValueError(
+            f"objective.tap must lie in 1 to {sizes.llm.num_hidden_layers}, the model's blocks, got {config.objective.tap}"
+        )
+    processor = Processor.from_folder(source, sizes.llm.vocab_size)
+    inside = source / "vae"
+    where = inside if not config.vae and inside.is_dir() else resolve(config.vae or HUB_ID, vae=True)
+    vae = load_vae(where, device, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        head = AlignmentHead(sizes.llm.hidden_size, sizes.siglip.width).to(device)
+        if config.lora.rank:
+            add_lora(model, config)
+    settings = config.objective
+    weights = settings.alignment_weight, settings.answer_weight
+    objective = Objective(model, head, settings.tap, *weights, touch_all=parallel == "fsdp")
+    rates = {}
+    for name, p in objective.named_parameters():
+        part = component(name)
+        frozen = config.lora.rank and part == "llm" and "lora_" not in name
+        rates[name] = 0.0 if frozen else config.rate(part)
+        p.requires_grad_(rates[name] > 0)
+        if not rates[name] and parallel != "fsdp":
+            p.data = p.data.to(dtype)
+    prepare_blocks(model, config.gradient_checkpointing, config.compile)
+    if parallel == "fsdp":
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for block in model.llm.layers:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(objective, mp_policy=policy)
+        dtype = torch.float32  # of the shards
+    trained = ((name, p) for name, p in objective.named_parameters() if rates[name])
+    optimizer = AdamW(trained, rates, config.optimizer, config.steps, dtype, compiled=device.type == "cuda")
+    return objective, optimizer, vae, processor
+
+
+def component(name: str) -> str:
+    """The component (`config.COMPONENTS`) of a parameter of `Objective`."""
+    part = name.removeprefix("model.").split(".")[0]
+    aligners = {"und_begin": "und_aligner", "head": "alignment_head"}
+    return "gen_aligners" if part.startswith("gen_") else aligners.get(part, part)
+
+
+def prepare_blocks(model: JanusFlow, checkpointing: bool, compiled: bool) -> None:
+    """Recompute each LLM block in the backward pass, compile all blocks: in training only, sampling stays as it is."""
+    blocks: list[nn.Module] = [*model.llm.layers]
+    if compiled:
+        blocks += [*model.siglip.blocks, *model.uvit_encoder.mid_block.res_blocks]
+        blocks += model.uvit_decoder.mid_block.res_blocks
+    for block in blocks:
+        plain = block.forward
+        fast = torch.compile(plain) if compiled else plain
+        again = checkpointing and block in list(model.llm.layers)
+        block.forward = training_forward(plain, fast, again)
+
+
+def training_forward(plain: Callable, fast: Callable, again: bool) -> Callable:
+    def forward(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*args)
+        return (
+            checkpoint(fast, *args, use_reentrant=False, preserve_rng_state=False) if again else fast(*args)
+        )
+
+    return forward
+
+
+def add_lora(model: JanusFlow, config: Config) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ImportError("lora.rank needs the package peft: pip install 'janusflow-min[train]'") from None
+    lora = config.lora
+    settings = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0
+    )
+    inject_adapter_in_model(settings, model.llm)
+
+
+@torch.no_grad()
+def merge(clean: JanusFlow, trained: Mapping[str, Tensor], model: JanusFlow) -> None:
+    """Put trained weights (names of `Objective`) into a plain model; low-rank matrices are added to what they adapt."""
+    plain = dict(clean.named_parameters())
+    modules = dict(model.named_modules())
+    for name, tensor in trained.items():
+        name = name.removeprefix("model.")
+        if ".lora_A." in name:
+            where = name.partition(".lora_A.")[0]
+            b = trained["model." + name.replace(".lora_A.", ".lora_B.")]
+            plain[f"{where}.weight"] += modules[where].scaling["default"] * (b.float() @ tensor.float()).cpu()
+        elif ".lora_B." not in name and not name.startswith("head."):
+            plain[name].copy_(tensor)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A checksum of weights: another encoder, another cache."""
+    value = 0
+    for module in modules:
+        for p in module.parameters():
+            value = zlib.crc32(p.detach().float().cpu().numpy().tobytes(), value)
+    return f"{value:08x}"
+
+
+def quiet_worker(index: int) -> None:
+    """Ctrl-C reaches the whole process group; the trainer decides when a worker ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+assert FSDPModule  # fully_shard gives the objective `unshard` and `reshard`
