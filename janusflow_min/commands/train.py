@@ -12,8 +12,8 @@ def add_parser(command: Any) -> None:
     new = command(
         train,
         "fine-tune a model on your own images and conversations",
-        "Train as a TOML file says, and export the result to OUTPUT/export, which --model and jf.load take. A run that\n"
-        "was stopped, by Ctrl-C or by a power cut, goes on from its newest whole checkpoint when called again, and\n"
+        "Train as a TOML file says, and export the result to OUTPUT/export, which --model and jf.load take. A run\n"
+        "that was stopped, by Ctrl-C or a power cut, goes on from its newest whole checkpoint when called again, and\n"
         "ends with the same weights. OUTPUT also gets metrics.jsonl, samples/, bad_rows.jsonl and curves.png.",
         """  janusflow-min train scripts/examples/new_concept.toml
   janusflow-min train mine.toml --set output=runs/two --set optimizer.lr=1e-4 --fresh

@@ -498,6 +498,10 @@ class StepData:
     places: int  # padding counted
     bad: list[BadRow]
 
+    def pin_memory(self) -> StepData:  # the data loader calls it
+        self.batches = [batch.pin_memory() for batch in self.batches]
+        return self
+
 
 class Steps(torch.utils.data.Dataset):
     """step -> `StepData` of this rank: every `world`-th slot of the step's."""

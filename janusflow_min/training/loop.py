@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The training run: one CPU, one GPU or, under torchrun, many. Start at `Trainer.step`, a whole step on one page.
+"""The training run: one CPU, one GPU or, under torchrun, many. What a step computes is in `step.py`.
 
-`ddp` here is one sum of the gradients over the ranks after the last micro-batch (the groups of a step differ in
-the parameters they use, which DistributedDataParallel cannot accumulate over); `fsdp` is FSDP2's `fully_shard` of
-every block, bf16 compute over fp32 shards. Paper section 4.1.
+A run reads, learns, reports and saves; called again it goes on where its newest whole checkpoint stands, with the
+same samples, times and noise, and ends with the same weights to the last bit.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -23,25 +23,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..checkpoint import load_model
 from ..model import JanusFlow
-from ..pipeline import Pipeline, pick_device, pick_dtype, resolve, save
+from ..pipeline import Pipeline, check_fit, pick_device, pick_dtype, resolve, save
 from ..processor import Processor
-from ..vae import HUB_ID, VAE, load_vae
+from ..vae import HUB_ID, load_vae
 from . import state
 from .config import Config
-from .data import BadRow, Cache, Reader, Source, StepData, Steps
-from .objective import AlignmentHead, Losses, MixedBatch, Objective, by_time
-from .optimizer import AdamW, rate_factor
+from .data import BadRow, Cache, Manifest, Reader, Source, StepData, Steps, generator, kind_of
+from .objective import MixedBatch
+from .optimizer import rate_factor
 from .report import Report
-
-BINS = 4  # of t, in the metrics
+from .step import BINS, Learner, sums_of
 
 
 class Trainer:
@@ -55,10 +52,12 @@ class Trainer:
         self.checkpoints = self.folder / "checkpoints"
         self.tell(f"reading {config.model}")
         self.source = resolve(config.model)
-        self.objective, self.optimizer, self.vae, self.processor = build(
-            config, self.source, self.device, self.dtype, self.parallel
-        )
-        self.model = self.objective.model
+        self.model = load_model(self.source, self.device, torch.float32, progress=self.shown)
+        self.processor = Processor.from_folder(self.source, self.model.config.llm.vocab_size)
+        check_fit(self.source, self.model, self.processor)
+        inside = self.source / "vae"
+        where = inside if not config.vae and inside.is_dir() else resolve(config.vae or HUB_ID, vae=True)
+        self.vae = load_vae(where, self.device, self.dtype)
         cache = None
         if config.reading.cache:
             cache = Cache(config.reading.cache, fingerprint(self.vae, self.model.siglip))
@@ -68,6 +67,9 @@ class Trainer:
         self.steps = Steps(
             config, sources, Reader(config, self.processor, self.model, cache), self.rank, self.world
         )
+        parts = self.model, self.device, self.dtype, self.parallel, self.world
+        self.learner = Learner(config, *parts)  # from here on the model may be sharded
+        self.optimizer = self.learner.optimizer
         self.index, self.last_saved, self.signal = 0, -1, 0
         self.bad: set[tuple[str, int]] = set()
         found = [None]
@@ -82,47 +84,10 @@ class Trainer:
             self.resume(*found[0])
         elif self.rank == 0:
             for old in state.found(self.checkpoints):
-                state.shutil.rmtree(old)
+                shutil.rmtree(old)
         self.report = Report(self.folder, config, self.processor, self.index) if self.rank == 0 else None
         for source in sources:
             self.note_bad(source.bad)
-
-    # One step -----------------------------------------------------------------------
-
-    def step(self, data: StepData) -> Tensor:
-        """Learn from one step's samples. Returns its sums, still on the device: see `sums_of`."""
-        config, batches = self.config, data.batches
-        count, self.signal = self.agree(len(batches), self.signal)
-        sums = torch.zeros(6 + 2 * BINS, device=self.device)
-        for i in range(count):
-            batch = self.encode(batches[i].to(self.device), data.keys[i]) if i < len(batches) else last
-            weight = 1.0 if i < len(batches) else 0.0  # sharded ranks make the same number of passes
-            last = batch
-            losses = self.objective(batch)
-            # A sample weighs the same wherever it is; FSDP means over ranks where a sum is needed.
-            share = weight / config.batch * (self.world if self.parallel == "fsdp" else 1)
-            (losses.total * share).backward()
-            if i + 1 < count and self.parallel != "fsdp":
-                self.optimizer.accumulate()
-            if weight:
-                sums += sums_of(losses, batch)
-        gradients = self.optimizer.gradients()
-        if self.parallel == "ddp":
-            gradients = self.sum_over_ranks(gradients)
-        norm = self.optimizer.step(self.index, gradients)
-        if self.world > 1:
-            dist.all_reduce(sums)
-        self.index += 1
-        return torch.cat([sums, norm[None]])
-
-    def agree(self, count: int, signal: int) -> tuple[int, int]:
-        """The most micro-batches of any rank where all must make as many, and whether any was told to stop."""
-        if self.world == 1:
-            return count, signal
-        numbers = torch.tensor([count, signal])  # on the CPU: the GPU's queue is not waited for
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        most, signal = numbers.tolist()
-        return (most if self.parallel == "fsdp" else count), signal
 
     @torch.no_grad()
     def encode(self, batch: MixedBatch, keys: list[str]) -> MixedBatch:
@@ -144,28 +109,6 @@ class Trainer:
             cache.put(key, {name: tensor[i] for name, tensor in found.items()})
         return replace(batch, **found)
 
-    def sum_over_ranks(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """fp32 sums, in buckets of 64 M numbers. A rank without a gradient that others have gives zeros."""
-        names = list(self.optimizer.params)
-        here = torch.tensor([name in gradients for name in names], dtype=torch.int32)
-        dist.all_reduce(here, dist.ReduceOp.MAX)
-        used = [name for name, anywhere in zip(names, here.tolist(), strict=True) if anywhere]
-        summed, bucket = {}, []
-        for k, name in enumerate(used):
-            bucket.append(name)
-            if k + 1 == len(used) or sum(self.optimizer.params[n].numel() for n in bucket) > 2**26:
-                shapes = [self.optimizer.params[n].shape for n in bucket]
-                zeros = (torch.zeros(s, device=self.device) for s in shapes)
-                parts = [
-                    gradients[n].float() if n in gradients else z for n, z in zip(bucket, zeros, strict=True)
-                ]
-                flat = torch.cat([part.flatten() for part in parts])
-                dist.all_reduce(flat)
-                pieces = flat.split([s.numel() for s in shapes])
-                summed |= {n: p.view(s) for n, p, s in zip(bucket, pieces, shapes, strict=True)}
-                bucket = []
-        return summed
-
     # The run -----------------------------------------------------------------------
 
     def run(self) -> Path:
@@ -185,7 +128,11 @@ class Trainer:
             loader = iter(self.loader())
             while self.index < config.steps:
                 index, data = self.index, self.next(loader)
-                sums = self.step(data)
+                batches = (
+                    self.encode(b.to(self.device), k) for b, k in zip(data.batches, data.keys, strict=True)
+                )
+                sums, self.signal = self.learner.step(index, batches, len(data.batches), self.signal)
+                self.index += 1
                 self.note_bad(data.bad)
                 waiting.append((index, data, sums, time.time()))
                 done = self.index == config.steps
@@ -215,9 +162,9 @@ class Trainer:
 
     def loader(self) -> DataLoader:
         workers = self.config.reading.workers
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(pin_memory=self.device.type == "cuda")
         if workers:
-            options = dict(multiprocessing_context="spawn", worker_init_fn=quiet_worker, prefetch_factor=2)
+            options |= dict(multiprocessing_context="spawn", worker_init_fn=quiet_worker, prefetch_factor=2)
         steps = range(self.index, self.config.steps)
         return DataLoader(self.steps, batch_size=None, sampler=steps, num_workers=workers, **options)
 
@@ -261,20 +208,18 @@ class Trainer:
         try:
             loss = self.validation_loss() if self.config.report.validation else None
             if self.parallel == "fsdp":
-                self.objective.unshard()
+                self.learner.objective.unshard()
             pipe = Pipeline(self.model, self.processor, self.vae)
             if self.report is not None or self.parallel == "fsdp":
                 report = self.report or Report(None, self.config, self.processor, self.index)
                 report.show(pipe, self.index, loss)
             if self.parallel == "fsdp":
-                self.objective.reshard()
+                self.learner.objective.reshard()
         finally:
             self.optimizer.swap(average=False)
 
     def validation_loss(self) -> dict[str, float]:
         """Over the first rows of the validation manifest, with times and noise of their own, no prompt hidden."""
-        from .data import Manifest, generator, kind_of
-
         rows, sums = Manifest(self.config.report.validation), torch.zeros(6 + 2 * BINS, device=self.device)
         count = min(len(rows), self.config.report.validation_rows)
         samples = []
@@ -284,7 +229,7 @@ class Trainer:
         data = self.steps.pack(0, samples, [])
         for batch, keys in zip(data.batches, data.keys, strict=True):
             batch = self.encode(batch.to(self.device), keys)
-            sums += sums_of(self.objective(batch), batch)
+            sums += sums_of(self.learner.objective(batch), batch)
         if self.world > 1 and self.parallel != "fsdp":
             dist.all_reduce(sums)
         row = describe([*sums.tolist(), 0.0], count)
@@ -353,19 +298,7 @@ class Trainer:
             tqdm.write(text, file=sys.stderr)
 
 
-# Numbers of a step -----------------------------------------------------------------------
-
-
-def sums_of(losses: Losses, batch: MixedBatch) -> Tensor:
-    """total, flow, painted samples, alignment, cross-entropy, answered samples, then flow and samples by t."""
-    device = losses.total.device
-    answers, answered = torch.zeros((), device=device), torch.zeros((), device=device)
-    if batch.labels is not None:
-        answers, answered = (losses.cross_entropy * batch.label_weight).sum(), batch.label_weight.sum()
-    t = batch.t if batch.t is not None else losses.flow
-    painted = torch.full((), float(len(losses.flow)), device=device)
-    parts = [losses.total, losses.flow.sum(), painted, losses.alignment.sum(), answers, answered]
-    return torch.cat([torch.stack([part.detach().float() for part in parts]), *by_time(losses.flow, t, BINS)])
+# Numbers and settings -----------------------------------------------------------------------
 
 
 def describe(numbers: list[float], samples: int) -> dict[str, float | None]:
@@ -404,7 +337,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
     return found
 
 
-# Building -----------------------------------------------------------------------
+# Beginning and end -----------------------------------------------------------------------
 
 
 def start(config: Config) -> tuple[torch.device, int, int, str]:
@@ -423,95 +356,6 @@ def start(config: Config) -> tuple[torch.device, int, int, str]:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, dist.get_rank(), world, "ddp" if parallel == "auto" else parallel
-
-
-def build(
-    config: Config, source: Path, device: torch.device, dtype: torch.dtype, parallel: str
-) -> tuple[Objective, AdamW, VAE, Processor]:
-    """The model ready to train: adapters, frozen parts, checkpointed, compiled, sharded; and what feeds it."""
-    if parallel == "fsdp" and config.lora.rank:
-        raise ValueError('lora.rank must be 0 with parallel = "fsdp"; LoRA fits one GPU, or use "ddp"')
-    model = load_model(source, device, torch.float32, progress=False)
-    sizes = model.config
-    if not config.objective.tap <= sizes.llm.num_hidden_layers:
-        raise ValueError(
-            f"objective.tap must lie in 1 to {sizes.llm.num_hidden_layers}, the model's blocks, got {config.objective.tap}"
-        )
-    processor = Processor.from_folder(source, sizes.llm.vocab_size)
-    inside = source / "vae"
-    where = inside if not config.vae and inside.is_dir() else resolve(config.vae or HUB_ID, vae=True)
-    vae = load_vae(where, device, torch.float32 if dtype == torch.float32 else torch.bfloat16)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        head = AlignmentHead(sizes.llm.hidden_size, sizes.siglip.width).to(device)
-        if config.lora.rank:
-            add_lora(model, config)
-    settings = config.objective
-    weights = settings.alignment_weight, settings.answer_weight
-    objective = Objective(model, head, settings.tap, *weights, touch_all=parallel == "fsdp")
-    rates = {}
-    for name, p in objective.named_parameters():
-        part = component(name)
-        frozen = config.lora.rank and part == "llm" and "lora_" not in name
-        rates[name] = 0.0 if frozen else config.rate(part)
-        p.requires_grad_(rates[name] > 0)
-        if not rates[name] and parallel != "fsdp":
-            p.data = p.data.to(dtype)
-    prepare_blocks(model, config.gradient_checkpointing, config.compile)
-    if parallel == "fsdp":
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        for block in model.llm.layers:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(objective, mp_policy=policy)
-        dtype = torch.float32  # of the shards
-    trained = ((name, p) for name, p in objective.named_parameters() if rates[name])
-    optimizer = AdamW(trained, rates, config.optimizer, config.steps, dtype, compiled=device.type == "cuda")
-    return objective, optimizer, vae, processor
-
-
-def component(name: str) -> str:
-    """The component (`config.COMPONENTS`) of a parameter of `Objective`."""
-    part = name.removeprefix("model.").split(".")[0]
-    aligners = {"und_begin": "und_aligner", "head": "alignment_head"}
-    return "gen_aligners" if part.startswith("gen_") else aligners.get(part, part)
-
-
-def prepare_blocks(model: JanusFlow, checkpointing: bool, compiled: bool) -> None:
-    """Recompute each LLM block in the backward pass, compile all blocks: in training only, sampling stays as it is."""
-    blocks: list[nn.Module] = [*model.llm.layers]
-    if compiled:
-        blocks += [*model.siglip.blocks, *model.uvit_encoder.mid_block.res_blocks]
-        blocks += model.uvit_decoder.mid_block.res_blocks
-    for block in blocks:
-        plain = block.forward
-        fast = torch.compile(plain) if compiled else plain
-        again = checkpointing and block in list(model.llm.layers)
-        block.forward = training_forward(plain, fast, again)
-
-
-def training_forward(plain: Callable, fast: Callable, again: bool) -> Callable:
-    def forward(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return plain(*args)
-        return (
-            checkpoint(fast, *args, use_reentrant=False, preserve_rng_state=False) if again else fast(*args)
-        )
-
-    return forward
-
-
-def add_lora(model: JanusFlow, config: Config) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ImportError("lora.rank needs the package peft: pip install 'janusflow-min[train]'") from None
-    lora = config.lora
-    settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0
-    )
-    inject_adapter_in_model(settings, model.llm)
 
 
 @torch.no_grad()
@@ -545,6 +389,3 @@ def fingerprint(*modules: nn.Module) -> str:
 def quiet_worker(index: int) -> None:
     """Ctrl-C reaches the whole process group; the trainer decides when a worker ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-assert FSDPModule  # fully_shard gives the objective `unshard` and `reshard`

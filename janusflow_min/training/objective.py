@@ -150,7 +150,7 @@ class MixedBatch:
         moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if v is not None}
         return replace(self, **moved)
 
-    def pin(self) -> MixedBatch:
+    def pin_memory(self) -> MixedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.pin_memory() for k, v in values.items() if v is not None})
 

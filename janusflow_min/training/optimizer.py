@@ -145,13 +145,10 @@ class AdamW:
         if not gradients:
             return torch.zeros((), device=next(iter(self.master.values())).device)
         norms = torch._foreach_norm([local(g) for g in gradients], 2, torch.float32)
-        square = torch.stack(norms).square()
-        sharded = torch.tensor([isinstance(g, DTensor) for g in gradients], device=square.device)
-        if sharded.any():
-            total = torch.where(sharded, square, 0).sum()
-            torch.distributed.all_reduce(total)
-            return (total + torch.where(sharded, 0, square).sum()).sqrt()
-        return square.sum().sqrt()
+        square = torch.stack(norms).square().sum()
+        if isinstance(gradients[0], DTensor):  # then all are
+            torch.distributed.all_reduce(square)
+        return square.sqrt()
 
     def zero(self) -> None:
         self.sums = {}
