@@ -126,7 +126,7 @@ class Benchmark:
         batches = [self.batch(i) for i in range(4)]
 
         def step(i: int) -> Tensor:
-            sums, _ = learner.step(i, [batches[i % 4]], 1)
+            sums, _ = learner.step(i, [batches[i % 4]])
             return sums[0] / ROWS
 
         return step
@@ -230,7 +230,7 @@ class Benchmark:
         mine = [part(batch, range(rank, total, world), self.length) for batch in whole]
 
         def sharded(i: int) -> Tensor:
-            return learner.step(i, [mine[i % 4]], 1)[0][0] / total
+            return learner.step(i, [mine[i % 4]])[0][0] / total
 
         together = self.measured(sharded, ROWS * world)
         del learner, sharded
@@ -242,8 +242,7 @@ class Benchmark:
             learner = self.learner(compiled, 0.0, 0.0, rows=total)
             halves = [[part(b, range(r, total, world), self.length) for r in range(world)] for b in whole]
             losses = [
-                float(learner.step(i, halves[i % 4], world)[0][0] / total)
-                for i in range(len(together["losses"]))
+                float(learner.step(i, halves[i % 4])[0][0] / total) for i in range(len(together["losses"]))
             ]
             apart = [abs(a - b) / abs(b) for a, b in zip(together["losses"], losses, strict=True)]
             speedup = together["tokens_per_s"] / alone["tokens_per_s"]

@@ -128,10 +128,13 @@ class Trainer:
             loader = iter(self.loader())
             while self.index < config.steps:
                 index, data = self.index, self.next(loader)
-                batches = (
-                    self.encode(b.to(self.device), k) for b, k in zip(data.batches, data.keys, strict=True)
+                batches, keys = data.batches, data.keys
+                sums, self.signal = self.learner.step(
+                    index,
+                    batches,
+                    lambda i, b, keys=keys: self.encode(b.to(self.device), keys[i]),
+                    self.signal,
                 )
-                sums, self.signal = self.learner.step(index, batches, len(data.batches), self.signal)
                 self.index += 1
                 self.note_bad(data.bad)
                 waiting.append((index, data, sums, time.time()))

@@ -8,7 +8,7 @@ every block and of the rest, computing in bf16 over fp32 shards. Paper section 4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ from .objective import AlignmentHead, Losses, MixedBatch, Objective, by_time
 from .optimizer import AdamW
 
 BINS = 4  # of t, in the metrics
+KIND_PARTS = {  # field of a batch: what it alone makes use of
+    "und_pixels": ("model.siglip.", "model.und_"),
+    "t": ("model.uvit_", "model.gen_", "head."),
+    "labels": ("model.llm.lm_head.",),
+}
 
 
 class Learner:
@@ -52,7 +57,7 @@ class Learner:
             if config.lora.rank:
                 add_lora(model, config)
         weights = settings.alignment_weight, settings.answer_weight
-        self.objective = Objective(model, head, settings.tap, *weights, touch_all=sharded)
+        self.objective = Objective(model, head, settings.tap, *weights)
         rates = {}
         for name, p in self.objective.named_parameters():
             part = component(name)
@@ -73,21 +78,31 @@ class Learner:
         self.optimizer = AdamW(trained, rates, config.optimizer, config.steps, dtype, compiled=on_gpu)
 
     def step(
-        self, index: int, batches: Iterable[MixedBatch], count: int, signal: int = 0
+        self,
+        index: int,
+        batches: Sequence[MixedBatch],
+        prepare: Callable[[int, MixedBatch], MixedBatch] = lambda i, batch: batch,
+        signal: int = 0,
     ) -> tuple[Tensor, int]:
-        """Learn step `index` from `count` micro-batches. Returns its numbers, still on the device (see `sums_of`;
-        the gradient's norm comes last), and whether any rank was told to stop."""
+        """Learn step `index` from its micro-batches, of which `prepare` makes each ready when it is its turn.
+
+        Returns the step's numbers, still on the device (see `sums_of`; the gradient's norm comes last), and whether
+        any rank was told to stop.
+        """
         optimizer, sharded = self.optimizer, self.parallel == "fsdp"
-        most, signal = self.agree(count, signal)
-        sums, batches, batch = torch.zeros(6 + 2 * BINS, device=self.device), iter(batches), None
-        for i in range(most):
-            batch = next(batches, batch)
-            real = float(i < count)  # sharded ranks make equally many passes; the last ones may count nothing
-            losses = self.objective(batch)
+        count, signal, touch = self.agree(batches, signal)
+        sums = torch.zeros(6 + 2 * BINS, device=self.device)
+        for i in range(count):
+            real = float(
+                i < len(batches)
+            )  # sharded ranks make equally many passes; the last may count nothing
+            if real:
+                batch = prepare(i, batches[i])
+            losses = self.objective(batch, touch)
             # Every sample weighs the same, wherever it is; FSDP takes the mean over ranks, not the sum.
             share = real / self.config.batch * (self.world if sharded else 1)
             (losses.total * share).backward()
-            if i + 1 < most and not sharded:
+            if i + 1 < count and not sharded:
                 optimizer.accumulate()
             sums += real * sums_of(losses, batch)
         gradients = optimizer.gradients()
@@ -98,14 +113,18 @@ class Learner:
             dist.all_reduce(sums)
         return torch.cat([sums, norm[None]]), signal
 
-    def agree(self, count: int, signal: int) -> tuple[int, int]:
-        """The most micro-batches of any rank where all must make as many, and whether any was told to stop."""
+    def agree(self, batches: Sequence[MixedBatch], signal: int) -> tuple[int, int, tuple[str, ...]]:
+        """How many passes to make, whether any rank was told to stop, and what must get a gradient in each pass."""
         if self.world == 1:
-            return count, signal
-        numbers = torch.tensor([count, signal])  # on the CPU: the GPU's queue is not waited for
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        most, signal = numbers.tolist()
-        return (most if self.parallel == "fsdp" else count), signal
+            return len(batches), signal, ()
+        kinds = [any(getattr(b, name) is not None for b in batches) for name in KIND_PARTS]
+        numbers = torch.tensor([len(batches), signal, *kinds], dtype=torch.int64)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)  # on the CPU: the GPU's queue is not waited for
+        most, signal, *kinds = numbers.tolist()
+        if self.parallel != "fsdp":
+            return len(batches), signal, ()
+        parts = zip(KIND_PARTS.values(), kinds, strict=True)
+        return most, signal, tuple(name for names, there in parts if there for name in names)
 
     def sum_over_ranks(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """fp32 sums, in buckets of 64 M numbers. A rank without a gradient that others have gives zeros."""
