@@ -61,15 +61,15 @@ def manifest(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def settings(parity_dir, manifest, tmp_path) -> Callable[..., Config]:
+@pytest.fixture(scope="session")
+def settings_for(parity_dir, manifest) -> Callable[..., Config]:
     """A configuration of six short steps; keyword arguments override, tables as dicts."""
 
-    def make(**changes: Any) -> Config:
+    def make(output: Path, **changes: Any) -> Config:
         kinds = ("generation", "understanding", "text")
         data: dict[str, Any] = {
             "model": str(parity_dir),
-            "output": str(tmp_path / "run"),
+            "output": str(output),
             "device": "cpu",
             "steps": 6,
             "batch": 6,
@@ -86,3 +86,9 @@ def settings(parity_dir, manifest, tmp_path) -> Callable[..., Config]:
         return training_config.read(Config, data)
 
     return make
+
+
+@pytest.fixture
+def settings(settings_for, tmp_path) -> Callable[..., Config]:
+    """`settings_for` with the test's own folder as output."""
+    return lambda output=tmp_path / "run", **changes: settings_for(output, **changes)
