@@ -325,8 +325,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return read(kind, value, where)
-    if origin is types.UnionType:  # X | None; TOML has no null
-        return _value(inner[0], value, where)
+    if origin is types.UnionType:  # X | None; TOML has no null, but `to_dict` has
+        return None if value is None else _value(inner[0], value, where)
     if origin is Literal:
         _check(value in inner and isinstance(value, str), where, f"one of {', '.join(inner)}", value)
         return value

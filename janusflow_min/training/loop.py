@@ -127,7 +127,7 @@ class Trainer:
         try:
             loader = iter(self.loader())
             while self.index < config.steps:
-                index, data = self.index, self.next(loader)
+                index, data = self.index, next(loader)
                 batches, keys = data.batches, data.keys
                 sums, self.signal = self.learner.step(
                     index,
@@ -151,6 +151,13 @@ class Trainer:
                     self.evaluate()
                 bar.update()
             return self.finish()
+        except RuntimeError as error:  # a worker's death is told wherever the trainer happens to be
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a data worker died before step {self.index + 1} ({error}); often there is too little memory: try fewer "
+                f"reading.workers. {self.kept()}"
+            ) from error
         finally:
             bar.close()
             for which, handler in before.items():
@@ -170,17 +177,6 @@ class Trainer:
             options |= dict(multiprocessing_context="spawn", worker_init_fn=quiet_worker, prefetch_factor=2)
         steps = range(self.index, self.config.steps)
         return DataLoader(self.steps, batch_size=None, sampler=steps, num_workers=workers, **options)
-
-    def next(self, loader: Any) -> StepData:
-        try:
-            return next(loader)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RuntimeError(
-                f"a data worker died at step {self.index} ({error}); often memory: try fewer reading.workers. "
-                f"{self.kept()}"
-            ) from error
 
     def flush(self, waiting: list[tuple[int, StepData, Tensor, float]], bar: tqdm) -> None:
         """Bring the waiting steps' numbers to the host and write them down; stop at one that is not finite."""
