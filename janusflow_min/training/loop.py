@@ -129,23 +129,24 @@ class Trainer:
             while self.index < config.steps:
                 index, data = self.index, next(loader)
                 batches, keys = data.batches, data.keys
-                sums, self.signal = self.learner.step(
+                sums, told = self.learner.step(
                     index,
                     batches,
                     lambda i, b, keys=keys: self.encode(b.to(self.device), keys[i]),
                     self.signal,
                 )
+                stop = told if self.world > 1 else self.signal  # ranks act on what all of them know
                 self.index += 1
                 self.note_bad(data.bad)
                 waiting.append((index, data, sums, time.time()))
                 done = self.index == config.steps
-                save_now = done or self.signal or self.index % config.save_every == 0
+                save_now = done or stop or self.index % config.save_every == 0
                 show = config.report.every and (done or self.index % config.report.every == 0)
                 if save_now or show or len(waiting) >= config.report.log or self.device.type == "cpu":
                     self.flush(waiting, bar)
                 if save_now:
                     self.save()
-                if self.signal:
+                if stop:
                     raise KeyboardInterrupt
                 if show:
                     self.evaluate()
@@ -155,8 +156,8 @@ class Trainer:
             if "DataLoader worker" not in str(error):
                 raise
             raise RuntimeError(
-                f"a data worker died before step {self.index + 1} ({error}); often there is too little memory: try fewer "
-                f"reading.workers. {self.kept()}"
+                f"a data worker died before step {self.index + 1} ({error}); often there is too little memory: try "
+                f"fewer reading.workers. {self.kept()}"
             ) from error
         finally:
             bar.close()
@@ -164,8 +165,8 @@ class Trainer:
                 signal.signal(which, handler)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Stop after this step; a second one at once."""
-        if self.signal:
+        """Stop after this step; a second Ctrl-C at once."""
+        if self.signal and number == signal.SIGINT and self.world == 1:
             raise KeyboardInterrupt
         self.signal = 1
         self.tell("stopping after this step")
