@@ -135,7 +135,10 @@ class AdamW:
         for name in names:
             weight = self.params[name].detach() if self.params[name].dtype != torch.float32 else None
             parts = (weight, self.master[name], gradients[name], self.m[name], self.v[name])
-            flat = [None if x is None else local(x).reshape(-1) for x in (*parts, self.average.get(name))]
+            # .data: the compiler would tell apart views of differently shaped tensors, and compile for each.
+            flat = [
+                None if x is None else local(x).reshape(-1).data for x in (*parts, self.average.get(name))
+            ]
             self.update(*flat, tensors[self.rates[name]], b1, b2, c.eps)
         self.zero()
         return norm
