@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import multiprocessing
@@ -397,6 +398,26 @@ def test_adamw_is_torchs(dtype, settings):
         torch.testing.assert_close(mine.master[name], q.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(mine.average[name], a, rtol=1e-5, atol=1e-6)
         assert torch.equal(ours[name].detach(), mine.master[name].to(dtype))
+
+
+def test_one_compiled_update_serves_every_shape(settings, monkeypatch):
+    """Stops: a compilation for each shape of tensor, until the compiler gives up and runs it op by op."""
+    import torch._dynamo as dynamo
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    shapes = ((5, 3), (7,), (64, 64), (1, 64), (3,), (8, 1, 7, 7), (1, 1, 1, 16))
+    params = {str(i): torch.nn.Parameter(torch.randn(shape)) for i, shape in enumerate(shapes)}
+    optimizer = AdamW(
+        params.items(), dict.fromkeys(params, 1e-2), settings().optimizer, 3, torch.bfloat16, compiled=True
+    )
+    for i in range(3):
+        for p in params.values():
+            p.grad = torch.randn_like(p)
+        optimizer.step(i, optimizer.gradients())
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    dynamo.reset()
 
 
 def test_schedules(settings):
