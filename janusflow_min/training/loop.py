@@ -34,7 +34,7 @@ from ..processor import Processor
 from ..vae import HUB_ID, load_vae
 from . import state
 from .config import Config
-from .data import BadRow, Cache, Manifest, Reader, Source, StepData, Steps, generator, kind_of
+from .data import BadRow, Cache, Manifest, Reader, Source, Steps, generator, kind_of
 from .objective import MixedBatch
 from .optimizer import rate_factor
 from .report import Report
@@ -115,7 +115,7 @@ class Trainer:
         """Train, then export; returns the exported folder. KeyboardInterrupt, after saving, when told to stop."""
         config = self.config
         before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        waiting: list[tuple[int, StepData, Tensor, float]] = []  # steps whose numbers are still on the device
+        waiting: list[tuple[int, Tensor, dict]] = []  # steps whose numbers are still on the device
         bar = tqdm(
             total=config.steps,
             initial=self.index,
@@ -138,7 +138,8 @@ class Trainer:
                 stop = told if self.world > 1 else self.signal  # ranks act on what all of them know
                 self.index += 1
                 self.note_bad(data.bad)
-                waiting.append((index, data, sums, time.time()))
+                padding = round(1 - data.tokens / max(1, data.places), 4)  # of this rank's samples
+                waiting.append((index, sums, {"padding": padding, "time": round(time.time(), 3)}))
                 done = self.index == config.steps
                 save_now = done or stop or self.index % config.save_every == 0
                 show = config.report.every and (done or self.index % config.report.every == 0)
@@ -179,15 +180,12 @@ class Trainer:
         steps = range(self.index, self.config.steps)
         return DataLoader(self.steps, batch_size=None, sampler=steps, num_workers=workers, **options)
 
-    def flush(self, waiting: list[tuple[int, StepData, Tensor, float]], bar: tqdm) -> None:
+    def flush(self, waiting: list[tuple[int, Tensor, dict]], bar: tqdm) -> None:
         """Bring the waiting steps' numbers to the host and write them down; stop at one that is not finite."""
-        table = torch.stack([sums for _, _, sums, _ in waiting]).tolist()
-        for (index, data, _, when), numbers in zip(waiting, table, strict=True):
-            row = describe(numbers, self.config.batch)
-            row["lr"] = self.config.optimizer.lr * rate_factor(
-                self.config.optimizer, index, self.config.steps
-            )
-            row |= {"padding": round(1 - data.tokens / max(1, data.places), 4), "time": round(when, 3)}
+        c, table = self.config, torch.stack([sums for _, sums, _ in waiting]).tolist()
+        for (index, _, more), numbers in zip(waiting, table, strict=True):
+            row = describe(numbers, c.batch)
+            row |= {"lr": c.optimizer.lr * rate_factor(c.optimizer, index, c.steps), **more}
             finite = row["loss"] - row["loss"] == 0 and row["norm"] - row["norm"] == 0
             if self.report is not None:
                 self.report.metrics(index + 1, row)

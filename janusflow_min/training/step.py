@@ -93,9 +93,7 @@ class Learner:
         count, signal, touch = self.agree(batches, signal)
         sums = torch.zeros(6 + 2 * BINS, device=self.device)
         for i in range(count):
-            real = float(
-                i < len(batches)
-            )  # sharded ranks make equally many passes; the last may count nothing
+            real = float(i < len(batches))  # sharded ranks make equally many passes; the last may be idle
             if real:
                 batch = prepare(i, batches[i])
             losses = self.objective(batch, touch)

@@ -87,7 +87,10 @@ def test_another_run_is_not_gone_on_with(settings):
     assert [row["step"] for row in metrics(config.output)] == [1, 2]
 
 
-@pytest.mark.parametrize("damage", ["cut short", "a flipped byte", "no description"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut short", *(pytest.param(d, marks=pytest.mark.slow) for d in ("a flipped byte", "no description"))],
+)
 def test_a_damaged_checkpoint_is_passed_over(settings, undisturbed, damage, capsys):
     """Stops: a run that goes on from half a file, or that cannot go on at all."""
     config = settings(steps=4, export_dtype="float32")
@@ -168,7 +171,7 @@ def test_killed_runs_end_with_the_same_weights(settings, undisturbed, kills):
     assert not list((Path(config.output) / "checkpoints").glob(".writing-*-x"))
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("which", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_first(settings, undisturbed, which, monkeypatch):
     """Stops: Ctrl-C, or a cluster's notice, that throws the last steps away."""
     config, plain = settings(export_dtype="float32"), Trainer.encode
