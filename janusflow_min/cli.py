@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `janusflow-min demo | generate | understand | info | bench | torchumm`, each with its `--help`.
+"""The command line: `janusflow-min demo | generate | understand | info | train | bench | torchumm`; `--help` teaches.
 
 Results go to stdout (file names, answers, the report), progress and remarks to stderr. Exit codes: 0 done,
 1 `info` found something missing, 2 an error, told in one line, 130 interrupted. What loads torch is imported
@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .commands import train
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -560,6 +562,7 @@ def build_parser() -> argparse.ArgumentParser:
     new.add_argument("model", metavar="MODEL", nargs="?", default="tiny", help=MODEL_HELP)
     option(new, "--vae", "PATH", "the VAE's folder or hub id; without: the checkpoint's vae/")
 
+    train.add_parser(command)
     bench.add_parser(commands, argparse.RawDescriptionHelpFormatter)
     torchumm.add_parser(command, option)
     return parser

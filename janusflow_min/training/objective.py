@@ -4,11 +4,17 @@
 Paper sections 3.3 and 3.4. A generation sample's loss is flow + alignment; an understanding or text sample's loss
 is the cross-entropy of its responses. Nothing here draws random numbers: times, noise and dropping are arguments.
 
-Legend: B batch, T text tokens, N image tokens, D the LLM's hidden size, C h w latent, P SigLIP's width.
+`generation_loss` and `understanding_loss` take batches of one kind. `Objective` takes rows of all kinds in one pass
+of the LLM, padded on the right: attention is causal, so no row sees its padding and no mask is needed. A hidden
+prompt is left out of its row, all but BOS, and the image keeps its positions, which is the same thing.
+
+Legend: B batch, T text tokens, N image tokens, D the LLM's hidden size, C h w latent, P SigLIP's width; of a mixed
+batch: T tokens of all sorts, G painted images, M images that are asked about, L labelled tokens.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -114,3 +120,112 @@ def understanding_loss(
     hidden = model.llm(embeds, attention_mask=attention_mask)
     logits = model.logits(hidden[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+# Rows of all kinds -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class MixedBatch:
+    """Rows of understanding, generation and text, padded on the right; what a kind needs is None where it is absent."""
+
+    input_ids: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T)
+    label_index: Tensor | None = None  # (L,) the token before each label, in the flattened rows
+    labels: Tensor | None = None  # (L,)
+    label_weight: Tensor | None = None  # (L,) 1 / labels of its sample
+    und_pixels: Tensor | None = None  # (M, 3, S, S)
+    und_places: Tensor | None = None  # (B, T) begin-of-image and image tokens
+    gen_places: Tensor | None = None  # (B, T) t_emb and image tokens
+    gen_index: Tensor | None = None  # (G N,) the image tokens in the flattened rows
+    t: Tensor | None = None  # (G,)
+    noise: Tensor | None = None  # (G, C, h, w)
+    pictures: Tensor | None = None  # (G, 3, S, S) in [-1, 1], for the VAE
+    pixels: Tensor | None = None  # (G, 3, S, S) the same as SigLIP wants it
+    latents: Tensor | None = None  # (G, C, h, w) of the pictures
+    features: Tensor | None = None  # (G, N, P) of the pixels, where they are known already
+
+    def to(self, device: torch.device) -> MixedBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if v is not None}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> MixedBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in values.items() if v is not None})
+
+
+class Losses(NamedTuple):
+    """`total` is a sum over samples, each of weight 1; the others say where it comes from."""
+
+    flow: Tensor  # (G,) mean squared error of the velocity
+    alignment: Tensor  # (G,) minus the mean cosine similarity
+    cross_entropy: Tensor  # (L,) of each labelled token
+    total: Tensor  # ()
+
+
+class Objective(nn.Module):
+    """Model and alignment head; its forward pass is the paper's loss of a mixed batch.
+
+    tap: the block after which states are aligned (the paper: 6, section 3.4); alignment_weight 0 leaves the head and
+    SigLIP out.
+    """
+
+    def __init__(
+        self,
+        model: JanusFlow,
+        head: AlignmentHead,
+        tap: int = 6,
+        alignment_weight: float = 1.0,
+        answer_weight: float = 1.0,
+    ):
+        super().__init__()
+        self.model, self.head, self.tap = model, head, tap
+        self.alignment_weight, self.answer_weight = alignment_weight, answer_weight
+
+    def forward(self, batch: MixedBatch, touch: tuple[str, ...] = ()) -> Losses:
+        """touch: beginnings of names of parameters that get a gradient here, if only zeros: sharded ranks must agree
+        on what has one, and may hold samples of different kinds."""
+        model = self.model
+        embeds = model.llm.embed_tokens(batch.input_ids)  # (B, T, D)
+        if batch.und_pixels is not None:
+            images = model.embed_images(batch.und_pixels.to(embeds.dtype))  # (M, 1 + N, D)
+            embeds = place_images(embeds, images, batch.und_places)
+        if batch.t is not None:
+            z, target = interpolate(batch.latents, batch.noise, batch.t)
+            x, t_emb, skip = model.encode_latents(z.to(embeds.dtype), batch.t * TIME_SCALE)
+            tokens = torch.cat([t_emb[:, None], x], dim=1)  # (G, 1 + N, D)
+            embeds = place_images(embeds, tokens, batch.gen_places)
+        hidden, tapped = model.llm(embeds, batch.position_ids, tap=self.tap)
+        flow = alignment = cross_entropy = hidden.new_zeros(0, dtype=torch.float32)
+        if batch.t is not None:
+            v = model.decode_velocity(pick(hidden, batch.gen_index).view_as(x), skip, t_emb)
+            flow = flow_loss(v, target)
+            if self.alignment_weight:
+                with torch.no_grad():
+                    features = batch.features
+                    if features is None:
+                        features = model.siglip(batch.pixels.to(embeds.dtype))
+                states = self.head(pick(tapped, batch.gen_index).view_as(x))  # (G, N, P)
+                alignment = -F.cosine_similarity(states.float(), features.float(), dim=-1).mean(1)
+        total = flow.sum() + self.alignment_weight * alignment.sum()
+        if batch.labels is not None:
+            logits = model.logits(pick(hidden, batch.label_index))  # (L, vocabulary)
+            cross_entropy = F.cross_entropy(logits, batch.labels, reduction="none")
+            total = total + self.answer_weight * (cross_entropy * batch.label_weight).sum()
+        if touch:
+            named = (p for name, p in self.named_parameters() if p.requires_grad and name.startswith(touch))
+            total = total + 0.0 * sum(p.sum() for p in named)
+        return Losses(flow, alignment, cross_entropy, total)
+
+
+def pick(hidden: Tensor, index: Tensor) -> Tensor:
+    """States (B, T, D) at places in the flattened rows: (K, D)."""
+    return hidden.flatten(0, 1).index_select(0, index)
+
+
+def by_time(flow: Tensor, t: Tensor, bins: int = 4) -> tuple[Tensor, Tensor]:
+    """Sums and counts of the flow loss (G,) in equal bins of t (G,): two of (bins,)."""
+    bin_of = (t * bins).long().clamp(max=bins - 1)
+    inside = (bin_of[None] == torch.arange(bins, device=t.device)[:, None]).float()  # (bins, G)
+    return inside @ flow.detach().float(), inside.sum(1)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""AdamW without weight decay over fp32 master weights, with clipping and a moving average, in one pass over memory.
+
+The weights that compute may be bfloat16: then each has an fp32 master copy here, which alone accumulates. One
+elementwise function updates moments, master, average and computing weight; on CUDA it is compiled into one kernel, so
+that every tensor is read and written once. Sharded weights (DTensor) are updated shard by shard. A step whose
+gradient is not finite changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .config import OptimizerConfig
+
+
+def update(
+    weight: Tensor | None,
+    master: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    average: Tensor | None,
+    numbers: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One tensor's step, in place; weight is None where the master itself computes, average where there is none.
+
+    numbers (6,): learning rate, factor of the gradient, 1 - beta1^k, 1 - beta2^k, share of the new weight in the
+    average, 1 where the gradient is finite.
+    """
+    rate, scale, correct1, correct2, blend, good = numbers.unbind()
+    g = torch.where(good > 0, grad.float() * scale, 0.0)
+    m_new = torch.where(good > 0, torch.lerp(g, m, beta1), m)
+    v_new = torch.where(good > 0, torch.lerp(g * g, v, beta2), v)
+    new = master - rate * good * (m_new / correct1) / ((v_new / correct2).sqrt() + eps)
+    m.copy_(m_new)
+    v.copy_(v_new)
+    master.copy_(new)
+    if average is not None:
+        average.copy_(torch.lerp(average, new, blend * good))
+    if weight is not None:
+        weight.copy_(new)
+
+
+class AdamW:
+    """Over named parameters; each tensor's state lies under its name, so a checkpoint needs no order."""
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        rates: Mapping[str, float],
+        config: OptimizerConfig,
+        steps: int,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ):
+        """named: fp32 parameters, which become `dtype` here; rates: learning rate of each; steps: of the whole run,
+        for the cosine. In fp32 a parameter is its own master."""
+        self.total, self.config = steps, config
+        self.params = dict(named)
+        self.rates = {name: rates[name] for name in self.params}
+        self.master = {name: p.detach() for name, p in self.params.items()}
+        if dtype != torch.float32:
+            for p in self.params.values():
+                p.data = p.data.to(dtype)
+        self.m = {name: torch.zeros_like(p) for name, p in self.master.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.master.items()}
+        self.average = {n: p.clone() for n, p in self.master.items()} if config.average else {}
+        self.sums: dict[str, Tensor] = {}  # fp32 gradients of earlier micro-batches
+        self.update = torch.compile(update, dynamic=True) if compiled else update
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds; loading writes into these tensors, then `load` spreads them."""
+        return {"master": self.master, "m": self.m, "v": self.v, "average": self.average}
+
+    @torch.no_grad()
+    def load(self) -> None:
+        for name, p in self.params.items():
+            p.copy_(self.master[name])
+
+    @torch.no_grad()
+    def swap(self, average: bool) -> None:
+        """Compute with the average from here on, or with the newest weights again. For fp32 parameters, which are
+        their own masters, the two change places."""
+        for name, a in self.average.items():
+            p, master = self.params[name], self.master[name]
+            if p.dtype == torch.float32:
+                kept = p.detach().clone()
+                p.copy_(a)
+                a.copy_(kept)
+            else:
+                p.copy_(a if average else master)
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Before another micro-batch: add the gradients to the sums, in fp32."""
+        for name, p in self.params.items():
+            if p.grad is not None:
+                grad = p.grad.detach()
+                self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad.float()
+                p.grad = None
+
+    @torch.no_grad()
+    def gradients(self) -> dict[str, Tensor]:
+        """The whole step's, by name, those of frozen or unused parameters left out."""
+        if self.sums:
+            self.accumulate()
+            return self.sums
+        return {name: p.grad.detach() for name, p in self.params.items() if p.grad is not None}
+
+    @torch.no_grad()
+    def step(self, index: int, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Apply step `index`, counted from 0. Returns the gradient's norm (), before clipping."""
+        c = self.config
+        names = list(gradients)
+        norm = self.norm([gradients[name] for name in names])
+        good = torch.isfinite(norm).float()
+        scale = (c.clip / (norm + 1e-6)).clamp(max=1.0)
+        b1, b2 = c.betas
+        k, blend = index + 1, 1 - c.average if c.average else 0.0
+        factor = rate_factor(c, index, self.total)
+        common = [1 - b1**k, 1 - b2**k, blend]
+        tensors: dict[float, Tensor] = {}  # by learning rate
+        for rate in set(self.rates.values()):
+            rest = torch.tensor([rate * factor, *common]).to(norm.device, non_blocking=True)
+            tensors[rate] = torch.stack([rest[0], scale, rest[1], rest[2], rest[3], good])
+        for name in names:
+            weight = self.params[name].detach() if self.params[name].dtype != torch.float32 else None
+            parts = (weight, self.master[name], gradients[name], self.m[name], self.v[name])
+            # .data: the compiler would tell apart views of differently shaped tensors, and compile for each.
+            flat = [
+                None if x is None else local(x).reshape(-1).data for x in (*parts, self.average.get(name))
+            ]
+            self.update(*flat, tensors[self.rates[name]], b1, b2, c.eps)
+        self.zero()
+        return norm
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """Euclidean norm over all, shards of other ranks included: ()."""
+        if not gradients:
+            return torch.zeros((), device=next(iter(self.master.values())).device)
+        norms = torch._foreach_norm([local(g) for g in gradients], 2, torch.float32)
+        square = torch.stack(norms).square().sum()
+        if isinstance(gradients[0], DTensor):  # then all are
+            torch.distributed.all_reduce(square)
+        return square.sqrt()
+
+    def zero(self) -> None:
+        self.sums = {}
+        for p in self.params.values():
+            p.grad = None
+
+
+def local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def rate_factor(config: OptimizerConfig, index: int, total: int) -> float:
+    """What the learning rates are multiplied with at step `index`, from 0: linear warm-up, then constant or cosine."""
+    if index < config.warmup:
+        return (index + 1) / config.warmup
+    if config.schedule == "constant":
+        return 1.0
+    share = min(1.0, (index - config.warmup) / max(1, total - config.warmup))
+    return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * share))

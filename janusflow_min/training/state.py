@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints of a run: whole or not there, found by themselves, the broken ones passed over.
+
+`checkpoints/step-00000500/` holds what torch.distributed.checkpoint writes (shards of any number of ranks, which any
+other number can read) and `checkpoint.json`: the step, the configuration, and size and CRC-32 of every file. All of it
+is written under another name, synced to the disk, and renamed last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+META = "checkpoint.json"
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any], about: Mapping[str, Any], keep: int) -> Path:
+    """Write `folder`/step-N; every rank calls it. OSError where the disk is full or breaks: the older ones stay."""
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".writing-{target.name}"
+    first = rank() == 0
+    if first:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+    barrier()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it announces that there is one process only
+            dcp.save(dict(state), checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        if first:
+            files = {p.name: [p.stat().st_size, crc(p)] for p in sorted(temporary.iterdir())}
+            with (temporary / META).open("w", encoding="utf-8") as f:
+                json.dump({"step": step, "files": files, **about}, f, indent=1)
+                f.flush()
+                os.fsync(f.fileno())
+            sync_folder(temporary)
+            if target.exists():  # a broken one of this name, or the same step again
+                shutil.rmtree(target)
+            os.rename(temporary, target)
+            sync_folder(folder)
+            for old in found(folder)[keep:]:
+                shutil.rmtree(old)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        left = found(folder)
+        kept = f"the last one is {left[0]}" if left else "there is none yet"
+        raise OSError(
+            f"the checkpoint of step {step} cannot be written ({reason}); is the disk full? {kept}"
+        ) from error
+    barrier()
+    return target
+
+
+def load(folder: Path, state: dict[str, Any]) -> None:
+    """Read a checkpoint into the tensors of `state`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def newest(folder: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its `checkpoint.json`; `tell` hears of each broken one."""
+    for path in found(folder):
+        try:
+            about = json.loads((path / META).read_text(encoding="utf-8"))
+            for name, (size, checksum) in about["files"].items():
+                actual = (path / name).stat().st_size
+                if actual != size:
+                    raise ValueError(f"{name} has {actual} bytes, not {size}")
+                if crc(path / name) != checksum:
+                    raise ValueError(f"{name} has another checksum")
+            return path, about
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            tell(f"{path} is damaged ({error}); looking for an older one")
+    return None
+
+
+def found(folder: Path) -> list[Path]:
+    """Checkpoints, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+
+
+def crc(path: Path) -> int:
+    value = 0
+    with path.open("rb") as f:
+        while block := f.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

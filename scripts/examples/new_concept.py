@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: MIT
+"""Teach the default model a colour and a shape that it has never seen, and measure what it learned and what it kept.
+
+    python scripts/examples/new_concept.py --work runs/new_concept     # all of it, about ten minutes on two cores
+
+Stages: `data` (pictures, captions and questions with teal things and diamonds, as many of the old world for replay,
+two manifests), `before` (the default is judged), `train` (`janusflow-min train new_concept.toml`), `after`. Pictures
+are judged by the tiny world's reader, which is told the new colour and outline here and is first shown true pictures.
+Teal diamonds are in no training picture; no old combination that the evaluation asks for is either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import janusflow_min as jf
+from janusflow_min.benchmarks.tiny import evaluate, language, reader, scenes
+from janusflow_min.benchmarks.tiny.evaluate import Case
+from janusflow_min.benchmarks.tiny.language import Item, Spec
+from janusflow_min.training.config import load_config
+from janusflow_min.training.loop import Trainer
+
+TEAL, TEAL_RGB = "teal", (0, 150, 150)
+DIAMOND, HALF = "diamond", 0.95  # half a diagonal, in units of the radius
+TAG = "<image_placeholder>\n"
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/new_concept"), help="folder for all results")
+    parser.add_argument("--pictures", type=int, default=1200, help="new ones, and as many old ones")
+    parser.add_argument("--cases", type=int, default=16, help="judged pictures and answers of each new kind")
+    parser.add_argument("--old-cases", type=int, default=5, help="of each of the six old families and kinds")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="of the training run")
+    args = parser.parse_args()
+    data, began = args.work / "data", time.monotonic()
+    if not (data / "replay.jsonl").is_file():
+        make_data(data, args.pictures)
+    print(
+        f"data after {time.monotonic() - began:.0f} s; the reader is right on {check_reader():.1%} of true pictures"
+    )
+    before = judge("tiny", args.cases, args.old_cases)
+    print(f"judged after {time.monotonic() - began:.0f} s")
+    toml = Path(__file__).with_suffix(".toml")
+    paths = [
+        f"data.{i}.manifest={json.dumps(str((data / f'{name}.jsonl').absolute()))}"
+        for i, name in enumerate(("new", "replay", "new", "replay"))
+    ]
+    config = load_config(toml, [*paths, f"output={json.dumps(str(args.work / 'run'))}", *args.set])
+    trained = time.monotonic()
+    export = Trainer(config).run()
+    trained = time.monotonic() - trained
+    after = judge(str(export), args.cases, args.old_cases)
+    print(f"\ntrained for {trained:.0f} s, all in {time.monotonic() - began:.0f} s\n")
+    print("| | before | after |\n| --- | ---: | ---: |")
+    for name, score in after.items():
+        print(f"| {name} | {tell(before[name])} | {tell(score)} |")
+    result = {"before": before, "after": after, "training_seconds": round(trained)}
+    (args.work / "result.json").write_text(json.dumps(result, indent=2, default=lambda s: s.__dict__) + "\n")
+
+
+def tell(score: evaluate.Score) -> str:
+    low, high = score.interval
+    return f"{score.right} of {score.total} ({low:.0%} to {high:.0%})"
+
+
+# The new world -----------------------------------------------------------------------
+
+
+def new_scene(rng: random.Random, kind: str, objects: int) -> scenes.Scene:
+    """A scene of the old world in which one object turns teal, or into a diamond, or both ("teal diamond")."""
+    scene = scenes.sample_scene(rng, "colors" if objects == 1 else "color_attr")
+    which = rng.randrange(objects)
+    thing = scene.objects[which]
+    if TEAL in kind:
+        rgb = tuple(c + rng.randint(-scenes.JITTER, scenes.JITTER) for c in TEAL_RGB)
+        thing = replace(thing, colour=TEAL, rgb=tuple(max(0, c) for c in rgb))
+    if DIAMOND in kind:
+        thing = replace(thing, shape=DIAMOND)
+    things = (*scene.objects[:which], thing, *scene.objects[which + 1 :])
+    return replace(scene, objects=things)
+
+
+def draw(scene: scenes.Scene):
+    """A PIL image. The world's renderer knows no diamond: it draws the rest, and one is laid over that."""
+    old = [thing for thing in scene.objects if thing.shape != DIAMOND]
+    picture = scenes.render(scenes.pack([replace(scene, objects=tuple(old))]))[0]  # (3, S, S)
+    axis = torch.arange(scenes.SIZE) + 0.5
+    for thing in scene.objects:
+        if thing.shape == DIAMOND:
+            away = (axis[None] - thing.x).abs() + (axis[:, None] - thing.y).abs()
+            cover = (0.5 - (away - HALF * thing.radius) / math.sqrt(2)).clamp(0, 1)
+            rgb = torch.tensor(thing.rgb)[:, None, None] / 127.5 - 1
+            picture = torch.lerp(picture, rgb.expand_as(picture), cover.expand_as(picture))
+    return scenes.to_pil(picture)
+
+
+def caption(scene: scenes.Scene) -> str:
+    return language.caption(
+        scene, "colors" if len(scene.objects) == 1 else "color_attr", random.Random(0), "plain"
+    )
+
+
+def questions(scene: scenes.Scene, rng: random.Random) -> list[language.QA]:
+    """In the old world's words; each object here has a colour and a shape of its own."""
+    found = []
+    for thing in scene.objects:
+        found.append(language.QA("color", f"What color is the {thing.shape}?", thing.colour))
+        found.append(language.QA("what", f"What shape is the {thing.colour} object?", thing.shape))
+        wrong = (rng.choice([*scenes.COLOURS, TEAL]), thing.shape)
+        for (colour, shape), answer in (((thing.colour, thing.shape), "yes"), (wrong, "no")):
+            if answer == "yes" or all((o.colour, o.shape) != wrong for o in scene.objects):
+                article = "an" if colour[0] in "aeiou" else "a"
+                found.append(language.QA("yes_no", f"Is there {article} {colour} {shape}?", answer))
+    if len(scene.objects) == 1:
+        found.append(
+            language.QA("what", "What is in the picture?", caption(scene).removeprefix("a photo of "))
+        )
+    return found
+
+
+def make_data(folder: Path, count: int) -> None:
+    """`new.jsonl` and `replay.jsonl` with their pictures: a generation pair and a conversation of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    families = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+    for name in ("new", "replay"):
+        lines = []
+        for i in range(count):
+            rng = random.Random(f"new concept {name} {i}")
+            if name == "new":
+                scene = new_scene(rng, (TEAL, DIAMOND)[i % 2], 1 + (i // 2) % 2)
+                text, asked = caption(scene), questions(scene, rng)
+            else:
+                family = families[i % len(families)]
+                scene = scenes.sample_scene(rng, family)
+                text, asked = language.caption(scene, family, rng), language.sample_questions(scene, rng, 3)
+            file = f"{name}-{i:05d}.png"
+            draw(scene).save(folder / file)
+            lines.append({"image": file, "text": text})
+            talk = []
+            for qa in rng.sample(asked, min(3, len(asked))):
+                tag = "" if talk else TAG
+                talk += [
+                    {"role": "User", "content": tag + qa.question},
+                    {"role": "Assistant", "content": qa.answer},
+                ]
+            lines.append({"conversation": [talk[0] | {"images": [file]}, *talk[1:]]})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+# Judging -----------------------------------------------------------------------
+
+
+def taught() -> mock._patch:
+    """The reader with the new colour and the new outline."""
+    plain: Callable = reader._cover
+
+    def cover(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+        if shape != DIAMOND:
+            return plain(shape, x, y, r)
+        away = np.abs(x)[None, :] + np.abs(y)[:, None]
+        return np.clip(0.5 - (away - HALF * r) / math.sqrt(2), 0, 1)
+
+    return mock.patch.multiple(
+        reader,
+        COLOURS=scenes.COLOURS | {TEAL: TEAL_RGB},
+        SHAPES=(*scenes.SHAPES, DIAMOND),
+        AREA=scenes.AREA | {DIAMOND: 2 * HALF**2},
+        HALF_BOX=scenes.HALF_BOX | {DIAMOND: (HALF, HALF)},
+        PLURAL=language.PLURAL | {DIAMOND: "diamonds"},
+        _cover=cover,
+    )
+
+
+def shows(image, scene: scenes.Scene) -> tuple[bool, str]:
+    items = tuple(Item(1, thing.shape, thing.colour) for thing in scene.objects)
+    with taught():
+        return reader.judge(reader.read(image), Spec(items))
+
+
+KINDS = ((TEAL, 1), (DIAMOND, 1), (TEAL, 2), (DIAMOND, 2), (f"{TEAL} {DIAMOND}", 1))
+
+
+def cases(count: int) -> list[tuple[str, scenes.Scene, random.Random]]:
+    """(kind, scene, its generator); no scene is one of training's, and a teal diamond's kind is not either."""
+    found = []
+    for kind, objects in KINDS:
+        name = f"{kind}, {'alone' if objects == 1 else 'and another'}"
+        for i in range(count):
+            rng = random.Random(f"judged {name} {i}")
+            found.append((name, new_scene(rng, kind, objects), rng))
+    return found
+
+
+def check_reader(count: int = 100) -> float:
+    """Share of true pictures that the taught reader reads rightly."""
+    return float(np.mean([shows(draw(scene), scene)[0] for _, scene, _ in cases(count)]))
+
+
+def judge(model: str, count: int, old: int, batch: int = 20) -> dict[str, evaluate.Score]:
+    """Pictures and answers, new and old, by kind."""
+    pipe = jf.load(model, progress=False)
+    new, answers = [], []
+    judged = cases(count)
+    for start in range(0, len(judged), batch):
+        part = judged[start : start + batch]
+        out = pipe.generate([caption(s) for _, s, _ in part], parallel_size=1, seed=start, progress=False)
+        for (name, scene, _), image in zip(part, out.images, strict=True):
+            new.append(Case(f"pictures: {name}", caption(scene), *shows(image, scene)))
+        asked = [(name, draw(scene), told(scene, rng)) for name, scene, rng in part]
+        replies = pipe.understand([qa.question for *_, qa in asked], [image for _, image, _ in asked], 16)
+        for (name, _, qa), reply in zip(asked, replies, strict=True):
+            right = language.answer_is_right("what", qa.answer, reply.text)
+            answers.append(Case(f"answers: {name}", qa.question, right, reply.text))
+    found = evaluate.score(new) | evaluate.score(answers)
+    del found["all"]
+    painted, _ = evaluate.paint(pipe, old, progress=False)
+    answered, _ = evaluate.answer(pipe, old, progress=False)
+    found["pictures: old families"] = evaluate.score(painted)["all"]
+    found["answers: old kinds"] = evaluate.score(answered)["all"]
+    return found
+
+
+def told(scene: scenes.Scene, rng: random.Random) -> language.QA:
+    """A question whose answer is the new word."""
+    new = (TEAL, DIAMOND)
+    return rng.choice([qa for qa in questions(scene, rng) if any(word in qa.answer for word in new)])
+
+
+if __name__ == "__main__":
+    main()
