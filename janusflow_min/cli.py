@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import train
+from .commands import bench, torchumm, train
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -441,7 +441,6 @@ def _finite(text: str) -> float:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run` to its function."""
     from . import __version__
-    from .commands import bench, torchumm
 
     parser = _Parser(
         prog=PROG,
