@@ -127,6 +127,9 @@ class Pipeline:
             raise ValueError(f"cfg_weight must be a finite number, got {cfg_weight}")
         # Without the generation tag: t_emb takes its place.
         encoded = [self.processor.generation_prompt(text)[0][:-1] for text in prompts]
+        image_tokens = 1 + self.model.num_image_tokens  # t_emb in front
+        longest = max(map(len, encoded)) + image_tokens
+        self._check_length(longest, f"the longest prompt and {image_tokens} image tokens")
         count = len(prompts) * parallel_size
         noise, seeds = self._noise(count, seed, latents)
         final = []
@@ -186,7 +189,6 @@ class Pipeline:
         model, device = self.model, self.model.device
         image_tokens = 1 + model.num_image_tokens  # t_emb in front
         longest = max(map(len, prompts))
-        self._check_length(longest + image_tokens, f"the longest prompt and {image_tokens} image tokens")
         # Distinct prompts, then BOS alone for the unconditional rows: left-padded, computed once.
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         rows = [*distinct, distinct[0][:1]]
@@ -392,12 +394,11 @@ class _Pace:
     and an interrupt is obeyed, without ever letting the GPU wait."""
 
     def __init__(self, bar: tqdm, device: torch.device):
-        self.bar, self.events = bar, [] if device.type == "cuda" else None
+        self.bar, self.device, self.events = bar, device, []
 
     def __call__(self, step: int, z: Tensor) -> None:
-        if self.events is not None:
-            self.events.append(torch.cuda.Event())
-            self.events[-1].record()
+        if self.device.type == "cuda":
+            self.events.append(torch.cuda.current_stream(self.device).record_event())
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
         self.bar.update()

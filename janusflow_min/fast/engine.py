@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -160,6 +161,10 @@ class Engine:
 
         return call
 
+    def here(self) -> AbstractContextManager:
+        """Streams, graphs and kernels belong to the current card, which need not be the model's."""
+        return torch.cuda.device(self.model.device) if self.graphs else nullcontext()
+
     def buffer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, device=self.model.device, dtype=dtype or self.model.dtype)
 
@@ -191,15 +196,18 @@ class Engine:
         index = {ids: i for i, ids in enumerate(distinct)}
         chosen = [index[tuple(p)] for p in prompts for _ in range(parallel_size)]
         guided = cfg_weight != 1.0
-        painting = self.shape(
-            Painting, len(chosen), guided, _up(max(map(len, distinct)), PROMPT_STEP), upstream_rounding
-        )
-        painting.read([*distinct, distinct[0][:1]], chosen + [len(distinct)] * (len(chosen) if guided else 0))
+        limit = self.model.config.llm.max_position_embeddings
+        prompt = min(limit, _up(max(map(len, distinct)), PROMPT_STEP))
+        with self.here():
+            painting = self.shape(Painting, len(chosen), guided, prompt, upstream_rounding)
+            unconditional = [len(distinct)] * (len(chosen) if guided else 0)
+            painting.read([*distinct, distinct[0][:1]], chosen + unconditional)
 
         def evaluate(z: Tensor, timestep: Tensor) -> Tensor:
             painting.latents.copy_(z)
             painting.timestep.copy_(timestep)
-            painting.step()
+            with self.here():
+                painting.step()
             v = painting.v.to(z.dtype)
             return guide(*v.chunk(2), cfg_weight) if guided else v
 
@@ -214,6 +222,10 @@ class Engine:
         upstream_rounding: bool,
     ) -> list[list[int]]:
         """As `pipeline.decode`, from the processor's batch; `choose` None is greedy."""
+        with self.here():
+            return self._decode(batch, max_new_tokens, eos_id, choose, upstream_rounding)
+
+    def _decode(self, batch, max_new_tokens, eos_id, choose, upstream_rounding) -> list[list[int]]:
         lengths = batch.attention_mask.sum(1)
         rows, longest = len(lengths), int(lengths.max())
         room = min(self.model.config.llm.max_position_embeddings, _up(longest + max_new_tokens, CACHE_STEP))
@@ -418,12 +430,15 @@ class Answering:
 
 
 def make(model: JanusFlow, compile: bool = False) -> Engine | None:
-    """The engine for a model, or None where the plain path is the only one: no NVIDIA GPU, fp32, no Triton."""
+    """The engine for a model, or None where the plain path is the only one: no NVIDIA GPU of Ampere's generation or
+    later, fp32, heads too wide for flash attention, no Triton."""
     if (
         model.device.type != "cuda"
         or torch.version.cuda is None
         or model.dtype not in (torch.bfloat16, torch.float16)
     ):
+        return None
+    if torch.cuda.get_device_capability(model.device) < (8, 0) or model.config.llm.head_dim > 256:
         return None
     try:
         from . import kernels
