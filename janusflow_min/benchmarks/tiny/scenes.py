@@ -106,11 +106,9 @@ class Scene:
 
 # ---- what is held out of training --------------------------------------------------------------------------
 #
-# Whole combinations, so that a right answer on them is not remembered. No scene of the training split holds:
+# Whole combinations, so that a right answer on them is not remembered, while each of their parts occurs in other
+# company: else training would teach that it cannot be. No scene of the training split holds:
 
-HELD_OUT_COLOUR_SHAPE = frozenset(  # an object of this colour and shape: 4 of 48
-    {("blue", "star"), ("yellow", "ring"), ("pink", "square"), ("green", "triangle")}
-)
 HELD_OUT_SINGLE = frozenset(  # nothing but an object of this size and shape on this background: 6 of 36
     {
         ("small", "star", "white"),
@@ -121,12 +119,13 @@ HELD_OUT_SINGLE = frozenset(  # nothing but an object of this size and shape on 
         ("large", "ring", "cream"),
     }
 )
-HELD_OUT_PAIR = frozenset(
-    {frozenset(("circle", "cross")), frozenset(("star", "triangle"))}
-)  # both shapes: 2 of 15
-HELD_OUT_COUNT = frozenset(
-    {(2, "ring"), (3, "square"), (4, "star")}
-)  # exactly so many of this shape: 3 of 18
+HELD_OUT_COUNT = frozenset(  # nothing but so many objects, all of this colour and shape: 32 of 192
+    (count, colour, shape)
+    for count in range(1, MAX_OBJECTS + 1)
+    for i, colour in enumerate(COLOURS)
+    for j, shape in enumerate(SHAPES)
+    if (count + i + j) % 6 == 0
+)
 
 
 def _digest(*words: str) -> int:
@@ -137,12 +136,11 @@ def _digest(*words: str) -> int:
 def _held_out_relations() -> frozenset[tuple[str, str, str]]:
     """Triples (A, relation, B), 10 of 60, and their mirror images (B, opposite relation, A).
 
-    Five along each axis, at most one of a pair's four, none of a held-out pair.
+    Five along each axis, at most one of a pair's four.
     """
     options = [
         (_digest(a, relation, b), a, relation, b)
         for pair in combinations(SHAPES, 2)
-        if frozenset(pair) not in HELD_OUT_PAIR
         for a, b in (pair, pair[::-1])
         for relation in ("left of", "above")
     ]
@@ -170,32 +168,23 @@ def _held_out_bindings() -> frozenset[tuple[Kind, Kind]]:
 HELD_OUT_RELATION = _held_out_relations()  # A in this relation to B (by GenEval's rule)
 HELD_OUT_BINDING = _held_out_bindings()  # one object of the first kind and one of the second
 
-HELD_OUT_RULE = {  # the rule that the held-out scenes of a family break, each family its own
+HELD_OUT_RULE = {  # the rule that the held-out scenes of a family break
     "single_object": "size_shape_background",
-    "two_object": "shape_pair",
-    "counting": "count_shape",
+    "two_object": "binding",  # both objects of one colour
+    "counting": "count_colour_shape",
     "colors": "colour_shape",
     "position": "relation",
-    "color_attr": "binding",
+    "color_attr": "binding",  # of two
 }
 
 
 def _kind_reasons(kinds: Sequence[Kind]) -> set[str]:
     """The rules that a scene breaks by its colours and shapes alone."""
     reasons = set()
-    for kind in kinds:
-        if kind in HELD_OUT_COLOUR_SHAPE:
-            reasons.add("colour_shape")
-    if len(kinds) > 1:
-        shapes = [shape for _, shape in kinds]
-        for shape in set(shapes):
-            if (shapes.count(shape), shape) in HELD_OUT_COUNT:
-                reasons.add("count_shape")
-        for couple in combinations(kinds, 2):
-            if couple in HELD_OUT_BINDING:
-                reasons.add("binding")
-            if frozenset((couple[0][1], couple[1][1])) in HELD_OUT_PAIR:
-                reasons.add("shape_pair")
+    if len(set(kinds)) == 1 and (len(kinds), *kinds[0]) in HELD_OUT_COUNT:
+        reasons.add("colour_shape" if len(kinds) == 1 else "count_colour_shape")
+    if any(couple in HELD_OUT_BINDING for couple in combinations(kinds, 2)):
+        reasons.add("binding")
     return reasons
 
 
@@ -260,12 +249,12 @@ def clear_relation(a: Object, b: Object) -> str | None:
 
 _COLOURS, _BACKGROUNDS = tuple(COLOURS), tuple(BACKGROUNDS)
 _ORDERED_HELD_OUT = {  # sorted, so that a seed picks the same element in every process
-    "size_shape_background": sorted(HELD_OUT_SINGLE),
-    "shape_pair": sorted(tuple(sorted(pair)) for pair in HELD_OUT_PAIR),
-    "count_shape": sorted(HELD_OUT_COUNT),
-    "colour_shape": sorted(HELD_OUT_COLOUR_SHAPE),
-    "relation": sorted(HELD_OUT_RELATION),
-    "binding": sorted((one, two) for one, two in HELD_OUT_BINDING if one[0] != two[0]),
+    "single_object": sorted(HELD_OUT_SINGLE),
+    "two_object": sorted((one, two) for one, two in HELD_OUT_BINDING if one[0] == two[0]),
+    "counting": sorted(kind for kind in HELD_OUT_COUNT if kind[0] > 1),
+    "colors": sorted(kind[1:] for kind in HELD_OUT_COUNT if kind[0] == 1),
+    "position": sorted(HELD_OUT_RELATION),
+    "color_attr": sorted((one, two) for one, two in HELD_OUT_BINDING if one[0] != two[0]),
 }
 
 
@@ -342,7 +331,7 @@ def _draw(rng: random.Random, family: str, rule: str | None) -> Scene | None:
     None where the kinds of object break another rule: known before they are placed, which takes the longest.
     """
     background, relation = _pick(rng, _BACKGROUNDS), None
-    held_out = _pick(rng, _ORDERED_HELD_OUT[rule]) if rule else None
+    held_out = _pick(rng, _ORDERED_HELD_OUT[family]) if rule else None
     if family in ("single_object", "colors"):
         size, shape, colour = (
             _pick(rng, ("small", "large", "medium")),
@@ -357,8 +346,12 @@ def _draw(rng: random.Random, family: str, rule: str | None) -> Scene | None:
             colour, shape = held_out
         kinds, radii = [(colour, shape)], [_between(rng, *SIZES.get(size, MEDIUM))]
     elif family == "counting":
-        count, shape = held_out or (2 + int(3 * rng.random()), _pick(rng, SHAPES))
-        colour, one_colour = _pick(rng, _COLOURS), rng.random() < 0.85
+        count, colour, shape = held_out or (
+            2 + int(3 * rng.random()),
+            _pick(rng, _COLOURS),
+            _pick(rng, SHAPES),
+        )
+        one_colour = held_out or rng.random() < 0.85
         kinds = [(colour if one_colour else _pick(rng, _COLOURS), shape) for _ in range(count)]
         low, high = (16.0, 26.0) if count == 2 else (13.0, 19.0)
         radius = _between(rng, low, high)
@@ -371,16 +364,14 @@ def _draw(rng: random.Random, family: str, rule: str | None) -> Scene | None:
         shapes, colours = _two_shapes(rng), (_pick(rng, _COLOURS), _pick(rng, _COLOURS))
         if family == "color_attr":
             colours = _two_colours(rng)
-            if held_out:
-                (colour, shape), (colour2, shape2) = held_out
-                shapes, colours = (shape, shape2), (colour, colour2)
-        elif family == "position":
+        if family == "position":
             relation = _pick(rng, RELATIONS)
             if held_out:
                 shape, relation, shape2 = held_out
                 shapes = (shape, shape2)
-        elif held_out:  # two_object
-            shapes = held_out if rng.random() < 0.5 else held_out[::-1]
+        elif held_out:
+            (colour, shape), (colour2, shape2) = held_out
+            shapes, colours = (shape, shape2), (colour, colour2)
         kinds = list(zip(colours, shapes, strict=True))
         radii = [_between(rng, 16.0, 26.0), _between(rng, 16.0, 26.0)]
     if _kind_reasons(kinds) - {rule}:
