@@ -38,5 +38,8 @@ def train(args: argparse.Namespace) -> int:
     from ..training.config import load_config
     from ..training.loop import Trainer
 
-    print(Trainer(load_config(args.config, args.set), args.fresh, not args.quiet).run())
+    trainer = Trainer(load_config(args.config, args.set), args.fresh, not args.quiet)
+    folder = trainer.run()
+    if trainer.rank == 0:
+        print(folder)
     return 0

@@ -265,7 +265,9 @@ class Trainer:
             save(Pipeline(clean, self.processor, self.vae), target, overwrite=True)
             self.report.plot()
             self.tell(f"exported to {target}")
-        state.barrier()
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
         return target
 
     def note_bad(self, rows: list[BadRow]) -> None:
