@@ -39,6 +39,11 @@ CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left
 CELL_MARGIN = 5.0  # px; a centre nearer than this to a line of the 3x3 grid is not asked for
 ORDER_MARGIN = 8.0  # px; objects whose centres differ by less in x are not put in order
 KINDS = ("what", "color", "count", "where", "yes_no", "describe")
+NAMED_WHOLE = (
+    "single_object",
+    "two_object",
+    "counting",
+)  # held-out captions say more than their family's form
 RELATIVE = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
 
 _COLOURS = tuple(COLOURS)
@@ -79,19 +84,18 @@ def caption(scene: Scene, family: str, rng: random.Random, style: str = "train")
     objects = scene.objects
     if style == "plain" or rng.random() < 0.55:
         coloured = family in ("colors", "color_attr")
-        held_out = style == "plain" and held_out_reasons(scene)  # never in training, and slow to ask
+        # Training has none, so it need not ask, which is slow.
+        held_out = style == "plain" and family in NAMED_WHOLE and bool(held_out_reasons(scene))
         if family == "position":
             a, b = objects
             relation = clear_relation(a, b)
             if relation is None:
                 raise ValueError("expected two objects in a clear relation")
             return f"a photo of {_noun(1, a.shape)} {relation} {_noun(1, b.shape)}"
-        if family == "single_object" and held_out:
+        if held_out and family == "single_object":
             noun = _noun(1, objects[0].shape, None, size_word(objects[0].radius))
             return f"a photo of {noun} on a {scene.background} background"
-        if family in ("two_object", "counting") and held_out:
-            coloured = True
-        return f"a photo of {_join(_nouns(objects, coloured))}"
+        return f"a photo of {_join(_nouns(objects, coloured or held_out))}"
     where = f" on a {scene.background} background" if rng.random() < 0.5 else ""
     coloured = family in ("colors", "color_attr") or rng.random() < 0.6
     if len(objects) == 1:
