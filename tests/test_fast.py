@@ -203,9 +203,10 @@ def gpu_pipe(request, parity_dir) -> jf.Pipeline:
 @pytest.mark.gpu
 @pytest.mark.parametrize("weight", [1.0, 2.0])
 def test_painting_on_a_gpu(gpu_pipe, weight):
-    """Stops: a graph that replays the inputs it was captured with."""
+    """Stops: a graph that replays the inputs it was captured with. One step: over several the trained default turns
+    bfloat16's 1 % into 4 to 11 %, on the plain path just as on the fast one."""
     for parallel in (1, 3, 1):
-        options = dict(parallel_size=parallel, cfg_weight=weight, num_inference_steps=4, progress=False)
+        options = dict(parallel_size=parallel, cfg_weight=weight, num_inference_steps=1, progress=False)
         for seed in (0, 1):
             ours = gpu_pipe.generate(PROMPTS[:: 1 - 2 * seed], seed=seed, **options).latents
             gpu_pipe.fast = False
