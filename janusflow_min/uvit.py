@@ -65,7 +65,8 @@ class ConvNextBlock(nn.Module):
         self.cond_embeds_mapper = nn.Linear(config.hidden_size, 2 * channels, bias=config.bias)
 
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
-        y = self.depthwise(x).permute(0, 2, 3, 1)  # (B, h, w, C)
+        # Contiguous, or the products would copy their weights for every row of pixels.
+        y = self.depthwise(x).permute(0, 2, 3, 1).contiguous()  # (B, h, w, C)
         y = self.channelwise_linear_1(self.norm(y))
         y = self.channelwise_linear_2(self.channelwise_norm(F.gelu(y)))
         x = x + y.permute(0, 3, 1, 2)  # (B, C, h, w)
