@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import statistics
 import sys
@@ -28,14 +27,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from compare_reference import helper, save_random
 from PIL import Image
 
 import janusflow_min as jf
-from janusflow_min.checkpoint import save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
 from janusflow_min.model import JanusFlow
 from janusflow_min.pipeline import TINY, Pipeline
@@ -163,21 +161,7 @@ def make_checkpoint(args: argparse.Namespace, folder: Path) -> Path:
     log(f"writing {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     config = JanusFlowConfig() if args.size == "official" else small_config()
-    generator = torch.Generator(args.device).manual_seed(0)
-    with torch.device("meta"):
-        model = JanusFlow(config)
-    state = {}
-    for name, p in model.state_dict().items():
-        scale = 1.0 if p.ndim < 2 else p[0].numel() ** -0.5
-        noise = torch.randn(p.shape, generator=generator, device=args.device) * scale
-        state[name] = (1 + 0.1 * noise if "norm" in name and p.ndim == 1 else noise).bfloat16().cpu()
-    model.load_state_dict(state, assign=True)
-    if args.janus_root is not None:  # the reference wants its pooling head too
-        theirs = helper().build(config.to_dict(), args.janus_root).state_dict()
-        model.extra_tensors = {
-            n: torch.zeros(p.shape, dtype=torch.bfloat16) for n, p in theirs.items() if ".attn_pool." in n
-        }
-    save_model(model, folder)
+    save_random(config, folder, args.device, 0, args.janus_root)
     for path in TINY.glob("*.json"):
         if path.name in ("config.json", "recipe.json"):
             continue
@@ -297,15 +281,6 @@ def distance(pipe: Pipeline, folder: Path, args: argparse.Namespace) -> float:
 
 
 # The reference -----------------------------------------------------------------------
-
-
-def helper() -> ModuleType:
-    """`tests/reference.py`, which is no part of the package."""
-    path = Path(__file__).resolve().parents[1] / "tests" / "reference.py"
-    spec = importlib.util.spec_from_file_location("reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @torch.inference_mode()

@@ -23,7 +23,6 @@ the speed is below --scaling times that of one GPU and ratio below --ratio, the 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -32,10 +31,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from compare_reference import helper, save_random, tiny_config
 
 from janusflow_min.benchmarks import geneval
 from janusflow_min.benchmarks.runner import (
@@ -204,19 +203,14 @@ def collect(args: argparse.Namespace, name: str, ranks: int) -> dict[str, Any]:
 
 def prepare(args: argparse.Namespace) -> None:
     """Checkpoint with VAE and processor files, and prompts in GenEval's format."""
-    compare = module("compare_reference", ROOT / "scripts" / "compare_reference.py")
     from diffusers import AutoencoderKL
 
     from janusflow_min.config import JanusFlowConfig
 
     folder = args.work / "model"
     folder.mkdir()
-    config = compare.tiny_config() if args.tiny else JanusFlowConfig()
-    # Without the reference there is nobody to say which tensors it has that we do not build.
-    empty = SimpleNamespace(build=lambda *_: SimpleNamespace(state_dict=dict))
-    witness = compare.helper() if args.janus_root is not None else empty
-    options = SimpleNamespace(device=args.device, seed=args.seed, janus_root=args.janus_root)
-    compare.save_random(config, folder, witness, options)
+    config = tiny_config() if args.tiny else JanusFlowConfig()
+    save_random(config, folder, args.device, args.seed, args.janus_root)
     for file in (ROOT / "tests" / "fixtures" / "parity" / "tiny").glob("*.json"):
         if file.name not in ("config.json", "expected.json"):
             shutil.copy(file, folder)
@@ -301,10 +295,10 @@ def reference(args: argparse.Namespace) -> None:
     from janusflow_min.pipeline import to_uint8
     from janusflow_min.processor import Processor
 
-    helper = module("reference", ROOT / "tests" / "reference.py")
+    witness = helper()
     folder = args.work / "model"
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = helper.load(folder, args.janus_root, dtype, args.device)
+    model = witness.load(folder, args.janus_root, dtype, args.device)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device, dtype).eval()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     processor = Processor.from_folder(folder, config["language_config"]["vocab_size"])
@@ -320,7 +314,7 @@ def reference(args: argparse.Namespace) -> None:
         ids = processor.generation_prompt(prompt.prompt)[0]
         torch.manual_seed(args.seed + k)
         noise = torch.randn((IMAGES, 4, side, side))
-        z = helper.paint(model, ids, noise, GUIDANCE, args.steps, pad_id)["z"][-1]
+        z = witness.paint(model, ids, noise, GUIDANCE, args.steps, pad_id)["z"][-1]
         pixels = vae.decode(z / vae.config.scaling_factor).sample
         for i, image in enumerate(to_uint8(pixels)):
             Image.fromarray(image).save(out / f"{k:05d}_{i}.png")
@@ -333,15 +327,6 @@ def reference(args: argparse.Namespace) -> None:
         "seconds_per_prompt": counted,
     }
     (args.work / "reference.json").write_text(json.dumps(result), encoding="utf-8")
-
-
-def module(name: str, path: Path) -> ModuleType:
-    """A file that is no part of the package."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded  # dataclasses look their module up
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 def change(path: Path, **values: Any) -> None:

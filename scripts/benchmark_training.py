@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import itertools
 import json
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from compare_reference import helper
 from torch import Tensor
 
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
@@ -182,12 +182,8 @@ class Benchmark:
 
     def reference(self, compiled: bool):
         """The published model in a plain loop: fp32 weights, autocast, fused AdamW."""
-        path = Path(__file__).resolve().parents[1] / "tests" / "reference.py"
-        spec = importlib.util.spec_from_file_location("reference", path)
-        helper = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(helper)
         torch.manual_seed(0)
-        model = helper.build(self.sizes.to_dict(), self.args.janus_root).to(self.device)
+        model = helper().build(self.sizes.to_dict(), self.args.janus_root).to(self.device)
         with torch.no_grad():
             for p in model.parameters():
                 p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(1.0)

@@ -114,7 +114,7 @@ def main() -> int:
             folder = (options.work or Path(scratch)) / "random"
             folder.mkdir(parents=True, exist_ok=True)
             config = tiny_config() if options.tiny else JanusFlowConfig()
-            save_random(config, folder, reference, options)
+            save_random(config, folder, options.device, options.seed, options.janus_root)
             log(f"random weights written to {folder}")
         runs = evaluate(folder, reference, options, log)
     table = compare(runs, options.device)
@@ -190,13 +190,16 @@ def tiny_config() -> JanusFlowConfig:
 
 
 @torch.no_grad()
-def save_random(config: JanusFlowConfig, folder: Path, reference: ModuleType, options: Options) -> None:
+def save_random(
+    config: JanusFlowConfig, folder: Path, device: str, seed: int, janus_root: Path | None
+) -> None:
     """A bf16 checkpoint: matrices of gain 1 (queries and keys 1.5, so that attention is far from uniform),
-    norms about 1, biases and response norms not 0. Drawn on the device: other devices draw other weights."""
-    generator = torch.Generator(options.device).manual_seed(options.seed)
+    norms about 1, biases and response norms not 0. Drawn on the device: other devices draw other weights. With
+    `janus_root` also the tensors that the reference has and we do not build."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(name: str, shape: torch.Size) -> Tensor:
-        noise = torch.randn(shape, generator=generator, device=options.device)
+        noise = torch.randn(shape, generator=generator, device=device)
         if name.endswith("bias") or "channelwise_norm" in name:
             noise = noise * 0.1
         elif len(shape) == 1:
@@ -209,7 +212,7 @@ def save_random(config: JanusFlowConfig, folder: Path, reference: ModuleType, op
     with torch.device("meta"):
         model = JanusFlow(config)
     model.load_state_dict({name: draw(name, p.shape) for name, p in model.state_dict().items()}, assign=True)
-    theirs = reference.build(config.to_dict(), options.janus_root).state_dict()
+    theirs = {} if janus_root is None else helper().build(config.to_dict(), janus_root).state_dict()
     model.extra_tensors = {name: draw(name, p.shape) for name, p in theirs.items() if ".attn_pool." in name}
     save_model(model, folder)
 
