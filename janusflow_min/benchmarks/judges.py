@@ -258,6 +258,9 @@ def judge_all(
                 text = chat.ask(question.messages())
             except TryAgain as error:
                 reason = str(error)
+            except BaseException:
+                stop.set()  # here, not where the result is read: the other threads would go on asking until then
+                raise
             else:
                 values = parse(text)
                 if values is not None:
