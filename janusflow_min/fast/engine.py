@@ -5,9 +5,8 @@
 It keeps no mathematics of its own: UViT, SigLIP, aligners and the flow are the plain modules, the LLM's blocks are
 `ops.py` (or its kernels) over the same weights, and tests hold both paths to the same recordings.
 
-- Painting: a prompt's keys and values are computed once and kept left-aligned; every layer's kernel puts them right in
-  front of the image's, in one buffer that all layers share. Rows of different lengths start at different slots, so
-  there is no mask, and the unconditional rows carry BOS alone. One step of the flow is one graph.
+- Painting: a prompt's keys and values are computed once; the attention reads them first and then the image's own, so
+  there is no mask, nothing is copied, and the unconditional rows carry BOS alone. One step of the flow is one graph.
 - Answering: rows are aligned at their first token, so again no mask. Prompt and step are a graph each; the step
   picks its token itself, and the host looks in only every `LOOK` tokens.
 
@@ -168,23 +167,32 @@ class Engine:
     def buffer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, device=self.model.device, dtype=dtype or self.model.dtype)
 
-    def blocks(self, x: Tensor, position, slot, cache, attend, tables, prefix=None) -> Tensor:
+    def blocks(self, x: Tensor, mix: Callable[[int, Tensor], Tensor]) -> Tensor:
         """All blocks over x (R, T, D) -> (R·T, D), before the final norm.
 
-        position, slot (R,) of each row's first token; cache(i) -> layer i's keys and values; attend(q, keys, values);
-        prefix(i) as `ops.rope_store` wants it.
+        mix(i, qkv): layer i's attention, from (R, T, (H + 2G)·d) to (R·T, H·d).
         """
         ops, (rows, tokens, _) = self.ops, x.shape
         x = x.reshape(rows * tokens, -1).clone()  # the blocks add to it in place
         for i, layer in enumerate(self.layers):
-            keys, values = cache(i)
             qkv = ops.norm_linear(x, layer.norm1, self.eps, layer.qkv).view(rows, tokens, -1)
-            q = ops.rope_store(
-                qkv, *tables, position, slot, keys, values, self.heads, None if prefix is None else prefix(i)
-            )
-            x = ops.linear_add(attend(q, keys, values).view(rows * tokens, -1), layer.out, x)
+            x = ops.linear_add(mix(i, qkv), layer.out, x)
             x = ops.linear_add(ops.norm_mlp(x, layer.norm2, self.eps, layer.gate_up), layer.down, x)
         return x
+
+    def cached(self, cache: Tensor, position: Tensor, tables, attend: Callable | None = None):
+        """A `mix` that puts keys and values into cache (2, layers, R, C, G, d) from each row's position on.
+
+        attend(q, keys, values); without it the tokens are the rows' first and see each other.
+        """
+        ops, attend = self.ops, attend or self.ops.attend
+
+        def mix(i: int, qkv: Tensor) -> Tensor:
+            keys, values = cache[:, i]
+            q = ops.rope_store(qkv, *tables, position, keys, values, self.heads)
+            return attend(q, keys, values)
+
+        return mix
 
     # What the pipeline calls -----------------------------------------------------------------------
 
@@ -251,23 +259,13 @@ class Painting:
     def __init__(self, engine: Engine, images: int, guided: bool, prompt: int, upstream_rounding: bool):
         self.engine, model = engine, engine.model
         self.rows, self.image_tokens = images * (2 if guided else 1), 1 + model.num_image_tokens
-        self.prompt, self.slots, self.copies = prompt, prompt + self.image_tokens, 2 if guided else 1
-        self.tables = engine.tables[upstream_rounding]
-        layers, whole = len(engine.layers), torch.int32
+        self.copies = 2 if guided else 1
+        self.tables, whole = engine.tables[upstream_rounding], torch.int32
         # Distinct prompts, at most one an image, and BOS alone.
         self.ids = engine.buffer(images + 1, prompt, dtype=torch.long)
-        self.prefix = engine.buffer(2, layers, images + 1, prompt, *engine.cache_shape)
-        self.prefix_start = torch.arange(images + 2, device=model.device, dtype=whole) * prompt
-        self.prefix_used = torch.full((images + 1,), prompt, device=model.device, dtype=whole)
+        self.prefix = engine.buffer(2, len(engine.layers), images + 1, prompt, *engine.cache_shape)
         self.zero = engine.buffer(images + 1, dtype=whole)
-        # One layer's keys and values at a time.
-        self.keys, self.values = engine.buffer(2, self.rows, self.slots, *engine.cache_shape)
-        self.source, self.length, self.used, self.position = (
-            engine.buffer(self.rows, dtype=whole) for _ in range(4)
-        )
-        self.start = engine.buffer(self.rows + 1, dtype=whole)
-        self.slot = torch.full((self.rows,), prompt, device=model.device, dtype=whole)
-        self.cumulative = torch.arange(self.rows + 1, device=model.device, dtype=whole) * self.image_tokens
+        self.source, self.length, self.position = (engine.buffer(self.rows, dtype=whole) for _ in range(3))
         self.latents = engine.buffer(images, *model.latent_shape)
         if engine.graphs:
             self.latents = self.latents.contiguous(memory_format=torch.channels_last)
@@ -284,39 +282,27 @@ class Painting:
         for i, prompt in enumerate(prompts):
             ids[i, : len(prompt)] = torch.tensor(prompt)
         length = torch.tensor([len(prompts[i]) for i in source], dtype=torch.int32)
-        begin = torch.arange(self.rows + 1, dtype=torch.int32) * self.slots
-        begin[:-1] += self.prompt - length
         self.ids.copy_(ids)
         self.source.copy_(torch.tensor(source, dtype=torch.int32))
         self.length.copy_(length)
         self.position.copy_(length[: self.rows // self.copies].repeat(self.copies))
-        self.used.copy_(length + self.image_tokens)
-        self.start.copy_(begin)
         self.read_prompts()
 
     def _read(self) -> None:
         engine = self.engine
-
-        def attend(q, keys, values):
-            return engine.ops.attend(q, keys, values, self.prefix_start, self.prefix_used, self.prefix_start)
-
         x = engine.model.llm.embed_tokens(self.ids)
-        engine.blocks(x, self.zero, self.zero, lambda i: self.prefix[:, i], attend, self.tables)
+        engine.blocks(x, engine.cached(self.prefix, self.zero, self.tables))
 
     def _step(self) -> None:
         engine, model = self.engine, self.engine.model
         x, t_emb, skip = engine.encode_latents(self.latents, self.timestep)
         tokens = torch.cat([t_emb[:, None], x], dim=1).repeat(self.copies, 1, 1)  # (R, 1 + N, D)
 
-        def attend(q, keys, values):
-            return engine.ops.attend(q, keys, values, self.start, self.used, self.cumulative)
+        def mix(i: int, qkv: Tensor) -> Tensor:
+            prefix = (*self.prefix[:, i], self.source, self.length)
+            return engine.ops.attend_image(qkv, *self.tables, self.position, engine.heads, prefix)
 
-        def prefix(i):
-            return *self.prefix[:, i], self.source, self.length
-
-        x = engine.blocks(
-            tokens, self.position, self.slot, lambda i: (self.keys, self.values), attend, self.tables, prefix
-        )
+        x = engine.blocks(tokens, mix)
         x = x.view(self.rows, self.image_tokens, -1)[:, 1:].flatten(0, 1)
         hidden = engine.ops.rms_norm(x, model.llm.norm.weight, engine.eps).view(self.rows, -1, x.shape[-1])
         skip = torch.cat([skip] * self.copies)  # keeps the order in memory
@@ -344,13 +330,10 @@ class Answering:
 
     def __init__(self, engine: Engine, rows: int, tokens: int, slots: int, upstream_rounding: bool):
         self.engine, model = engine, engine.model
-        self.tables, device, whole = engine.tables[upstream_rounding], model.device, torch.int32
+        self.tables, whole = engine.tables[upstream_rounding], torch.int32
         self.embeds = engine.buffer(rows, tokens, model.config.llm.hidden_size)
         self.cache = engine.buffer(2, len(engine.layers), rows, slots, *engine.cache_shape)
         self.length, self.zero = engine.buffer(rows, dtype=whole), engine.buffer(rows, dtype=whole)
-        self.prompt_start = torch.arange(rows + 1, device=device, dtype=whole) * slots
-        self.prompt_used = torch.full((rows,), tokens, device=device, dtype=whole)
-        self.cumulative = torch.arange(rows + 1, device=device, dtype=whole) * tokens
         self.logits = engine.buffer(rows, model.config.llm.vocab_size, dtype=torch.float32)
         self.ids, self.count = engine.buffer(rows, dtype=torch.long), engine.buffer(1, dtype=torch.long)
         self.tokens = engine.buffer(rows, slots, dtype=torch.long)
@@ -389,14 +372,7 @@ class Answering:
         self.count.zero_()
 
     def _prompt(self) -> None:
-        def attend(q, keys, values):
-            return self.engine.ops.attend(
-                q, keys, values, self.prompt_start, self.prompt_used, self.cumulative
-            )
-
-        x = self.engine.blocks(
-            self.embeds, self.zero, self.zero, lambda i: self.cache[:, i], attend, self.tables
-        )
+        x = self.engine.blocks(self.embeds, self.engine.cached(self.cache, self.zero, self.tables))
         x = x.view(*self.embeds.shape)
         last = torch.arange(len(x), device=x.device), self.length.long() - 1
         self._logits(x[last])
@@ -408,7 +384,7 @@ class Answering:
             return self.engine.ops.attend_one(q[:, 0], keys, values, self.length)
 
         x = self.engine.model.llm.embed_tokens(self.ids)[:, None]
-        x = self.engine.blocks(x, self.length, self.length, lambda i: self.cache[:, i], attend, self.tables)
+        x = self.engine.blocks(x, self.engine.cached(self.cache, self.length, self.tables, attend))
         self._logits(x)
         self.length += 1
 
@@ -431,14 +407,14 @@ class Answering:
 
 def make(model: JanusFlow, compile: bool = False) -> Engine | None:
     """The engine for a model, or None where the plain path is the only one: no NVIDIA GPU of Ampere's generation or
-    later, fp32, heads too wide for flash attention, no Triton."""
+    later, fp32, heads too wide for the attention kernel, no Triton."""
     if (
         model.device.type != "cuda"
         or torch.version.cuda is None
         or model.dtype not in (torch.bfloat16, torch.float16)
     ):
         return None
-    if torch.cuda.get_device_capability(model.device) < (8, 0) or model.config.llm.head_dim > 256:
+    if torch.cuda.get_device_capability(model.device) < (8, 0) or model.config.llm.head_dim > 128:
         return None
     try:
         from . import kernels

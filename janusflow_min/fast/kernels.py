@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The building blocks of `ops.py` as GPU kernels: Triton, and torch's own flash attention. Same names, same meaning.
+"""The building blocks of `ops.py` as GPU kernels in Triton. Same names, same meaning.
 
 What they save: every intermediate is read and written once; nothing is masked, concatenated or made contiguous; one
 row's products with the weights (decoding) run at the bandwidth of the memory, norm and activation included.
@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ops import attend as attend  # torch chooses its own kernel
 from .ops import linear
 from .ops import linear_add as linear_add_rows
 
 CHUNK = 128  # keys that one program of the decoding attention reads
+BLOCKS = (128, 64, 32, 8, 3)  # of `attend_image`
 
 
 @triton.jit
@@ -55,84 +57,172 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
+def _turn(first, second, cos, sin):
+    """Rotate the two halves of heads, rounding every operation as the plain path does."""
+    ty = first.dtype
+    x, y, c, s = first.to(tl.float32), second.to(tl.float32), cos.to(tl.float32), sin.to(tl.float32)
+    turned = (x * c).to(ty).to(tl.float32) - (y * s).to(ty).to(tl.float32)
+    other = (y * c).to(ty).to(tl.float32) + (x * s).to(ty).to(tl.float32)
+    return turned.to(ty), other.to(ty)
+
+
+@triton.jit
 def _rope_store(
-    qkv, cos, sin, position, slot, q_out, keys, values,
-    prefix_keys, prefix_values, source, length,
-    tokens, slots, prefix_slots,
+    qkv, cos, sin, position, q_out, keys, values, tokens, slots,
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
     HB: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr,
 ):  # fmt: skip
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    j = tl.arange(0, DB)[None, :]  # half a head
-    g = tl.arange(0, GB)[:, None]
-    inside = (g < G) & (j < HALF)
-    into = tl.load(slot + row)
-    if c >= tokens:  # copy one entry of the prefix
-        n, i = tl.load(length + row), c - tokens
-        if i < n:
-            read = (tl.load(source + row).to(tl.int64) * prefix_slots + i) * G * 2 * HALF + g * 2 * HALF + j
-            write = (row * slots + into - n + i) * G * 2 * HALF + g * 2 * HALF + j
-            tl.store(keys + write, tl.load(prefix_keys + read, mask=inside), mask=inside)
-            tl.store(keys + write + HALF, tl.load(prefix_keys + read + HALF, mask=inside), mask=inside)
-            tl.store(values + write, tl.load(prefix_values + read, mask=inside), mask=inside)
-            tl.store(values + write + HALF, tl.load(prefix_values + read + HALF, mask=inside), mask=inside)
-    else:
-        where = tl.load(position + row) + c
-        co = tl.load(cos + where * HALF + j, mask=j < HALF, other=0.0).to(tl.float32)
-        si = tl.load(sin + where * HALF + j, mask=j < HALF, other=0.0).to(tl.float32)
-        base = qkv + (row * tokens + c) * (H + 2 * G) * 2 * HALF
-        # queries
-        h = tl.arange(0, HB)[:, None]
-        mask = (h < H) & (j < HALF)
-        a = tl.load(base + h * 2 * HALF + j, mask=mask, other=0.0)
-        b = tl.load(base + h * 2 * HALF + HALF + j, mask=mask, other=0.0)
-        x, y = a.to(tl.float32), b.to(tl.float32)
-        first = (x * co).to(a.dtype).to(tl.float32) - (y * si).to(a.dtype).to(tl.float32)
-        second = (y * co).to(a.dtype).to(tl.float32) + (x * si).to(a.dtype).to(tl.float32)
-        to = q_out + (row * tokens + c) * H * 2 * HALF + h * 2 * HALF + j
-        tl.store(to, first, mask=mask)
-        tl.store(to + HALF, second, mask=mask)
-        # keys and values
-        a = tl.load(base + (H + g) * 2 * HALF + j, mask=inside, other=0.0)
-        b = tl.load(base + (H + g) * 2 * HALF + HALF + j, mask=inside, other=0.0)
-        x, y = a.to(tl.float32), b.to(tl.float32)
-        first = (x * co).to(a.dtype).to(tl.float32) - (y * si).to(a.dtype).to(tl.float32)
-        second = (y * co).to(a.dtype).to(tl.float32) + (x * si).to(a.dtype).to(tl.float32)
-        write = (row * slots + into + c) * G * 2 * HALF + g * 2 * HALF + j
-        tl.store(keys + write, first, mask=inside)
-        tl.store(keys + write + HALF, second, mask=inside)
-        a = tl.load(base + (H + G + g) * 2 * HALF + j, mask=inside, other=0.0)
-        b = tl.load(base + (H + G + g) * 2 * HALF + HALF + j, mask=inside, other=0.0)
-        tl.store(values + write, a, mask=inside)
-        tl.store(values + write + HALF, b, mask=inside)
+    j, h, g = tl.arange(0, DB)[None, :], tl.arange(0, HB)[:, None], tl.arange(0, GB)[:, None]
+    where = tl.load(position + row) + c
+    co = tl.load(cos + where * HALF + j, mask=j < HALF, other=0.0)
+    si = tl.load(sin + where * HALF + j, mask=j < HALF, other=0.0)
+    base = qkv + (row * tokens + c) * (H + 2 * G) * 2 * HALF
+    # queries
+    mask, at = (h < H) & (j < HALF), h * 2 * HALF + j
+    a = tl.load(base + at, mask=mask, other=0.0)
+    b = tl.load(base + HALF + at, mask=mask, other=0.0)
+    a, b = _turn(a, b, co, si)
+    to = q_out + (row * tokens + c) * H * 2 * HALF + at
+    tl.store(to, a, mask=mask)
+    tl.store(to + HALF, b, mask=mask)
+    # keys and values
+    mask, at = (g < G) & (j < HALF), g * 2 * HALF + j
+    to = (row * slots + where) * G * 2 * HALF + at
+    base += H * 2 * HALF
+    a = tl.load(base + at, mask=mask, other=0.0)
+    b = tl.load(base + HALF + at, mask=mask, other=0.0)
+    a, b = _turn(a, b, co, si)
+    tl.store(keys + to, a, mask=mask)
+    tl.store(keys + to + HALF, b, mask=mask)
+    base += G * 2 * HALF
+    tl.store(values + to, tl.load(base + at, mask=mask, other=0.0), mask=mask)
+    tl.store(values + to + HALF, tl.load(base + HALF + at, mask=mask, other=0.0), mask=mask)
 
 
-def rope_store(qkv, cos, sin, position, slot, keys, values, heads, prefix=None) -> Tensor:
+def rope_store(qkv, cos, sin, position, keys, values, heads) -> Tensor:
     rows, tokens, _ = qkv.shape
     _, slots, groups, dim = keys.shape
     q = qkv.new_empty(rows, tokens, heads, dim)
-    # Unused pointers without a prefix: any tensor will do.
-    prefix_keys, prefix_values, source, length = (keys, values, slot, slot) if prefix is None else prefix
-    extra = 0 if prefix is None else prefix_keys.shape[1]
-    _rope_store[(rows, tokens + extra)](
-        qkv, cos, sin, position, slot, q, keys, values, prefix_keys, prefix_values, source, length,
-        tokens, slots, prefix_keys.shape[1], H=heads, G=groups, HALF=dim // 2,
+    _rope_store[(rows, tokens)](
+        qkv, cos, sin, position, q, keys, values, tokens, slots, H=heads, G=groups, HALF=dim // 2,
         HB=triton.next_power_of_2(heads), GB=triton.next_power_of_2(groups), DB=triton.next_power_of_2(dim // 2),
         num_warps=4,
     )  # fmt: skip
     return q
 
 
-def attend(
-    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, used: Tensor, cumulative: Tensor
-) -> Tensor:
-    """Flash attention over rows of different lengths."""
-    rows, tokens, heads, dim = q.shape
-    out = torch.ops.aten._flash_attention_forward(
-        q.view(-1, heads, dim), keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:]),
-        cumulative, start, tokens, keys.shape[1], 0.0, True, False, seqused_k=used,
-    )[0]  # fmt: skip
-    return out.view(rows, tokens, heads * dim)
+@triton.jit
+def _turn_keys(
+    qkv, cos, sin, position, tokens,
+    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr,
+):  # fmt: skip
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    j, g = tl.arange(0, DB)[None, :], tl.arange(0, GB)[:, None]
+    mask = (g < G) & (j < HALF)
+    where = tl.load(position + row) + c
+    co = tl.load(cos + where * HALF + j, mask=j < HALF, other=0.0)
+    si = tl.load(sin + where * HALF + j, mask=j < HALF, other=0.0)
+    at = qkv + ((row * tokens + c) * (H + 2 * G) + H + g) * 2 * HALF + j
+    a = tl.load(at, mask=mask, other=0.0)
+    b = tl.load(at + HALF, mask=mask, other=0.0)
+    a, b = _turn(a, b, co, si)
+    tl.store(at, a, mask=mask)
+    tl.store(at + HALF, b, mask=mask)
+
+
+@triton.jit
+def _attend_block(
+    q1, q2, keys, values, stride, first, count, last, scale, best, total, sums,
+    HALF: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys first to first + BN of one head, of which query i sees those before count and up to last[i]."""
+    e, j, w = first + tl.arange(0, BN), tl.arange(0, DB), tl.arange(0, VB)
+    at_k = keys + e[None, :] * stride + j[:, None]  # (DB, BN)
+    at_v = values + e[:, None] * stride + w[None, :]  # (BN, VB)
+    if MASKED or HALF != DB:
+        mask_k, mask_v = (
+            (e[None, :] < count) & (j[:, None] < HALF),
+            (e[:, None] < count) & (w[None, :] < 2 * HALF),
+        )
+        k1 = tl.load(at_k, mask=mask_k, other=0.0)
+        k2 = tl.load(at_k + HALF, mask=mask_k, other=0.0)
+        v = tl.load(at_v, mask=mask_v, other=0.0)
+    else:
+        k1, k2, v = tl.load(at_k), tl.load(at_k + HALF), tl.load(at_v)
+    score = tl.dot(q2, k2, tl.dot(q1, k1)) * scale  # (BM, BN), in powers of 2
+    if MASKED:
+        score = tl.where((e[None, :] < count) & (e[None, :] <= last[:, None]), score, -1e30)
+    new = tl.maximum(best, tl.max(score, 1))
+    p, old = tl.exp2(score - new[:, None]), tl.exp2(best - new)
+    total = total * old + tl.sum(p, 1)
+    sums = tl.dot(p.to(v.dtype), v, sums * old[:, None])
+    return new, total, sums
+
+
+@triton.jit
+def _attend_image(
+    qkv, cos, sin, position, prefix_keys, prefix_values, source, length, out, tokens, prefix_slots, scale,
+    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PN: tl.constexpr,
+):  # fmt: skip
+    m, h, row = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group, stride = h // (H // G), (H + 2 * G) * 2 * HALF
+    i, j, w = m * BM + tl.arange(0, BM), tl.arange(0, DB), tl.arange(0, VB)
+    mask = (i[:, None] < tokens) & (j[None, :] < HALF)
+    base = qkv + row * tokens * stride
+    at = base + i[:, None] * stride + h * 2 * HALF + j[None, :]
+    where = (tl.load(position + row) + i)[:, None] * HALF + j[None, :]
+    q1, q2 = _turn(
+        tl.load(at, mask=mask, other=0.0), tl.load(at + HALF, mask=mask, other=0.0),
+        tl.load(cos + where, mask=mask, other=0.0), tl.load(sin + where, mask=mask, other=0.0),
+    )  # fmt: skip
+    best = tl.full([BM], -1e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    sums = tl.zeros([BM, VB], tl.float32)
+    # the prompt, seen whole
+    n = tl.load(length + row)
+    begin = (tl.load(source + row).to(tl.int64) * prefix_slots * G + group) * 2 * HALF
+    for s in range(0, n, PN):
+        best, total, sums = _attend_block(
+            q1, q2, prefix_keys + begin, prefix_values + begin, G * 2 * HALF, s, n, i + n, scale,
+            best, total, sums, HALF, DB, VB, PN, True,
+        )  # fmt: skip
+    # the image, up to the query
+    keys = base + (H + group) * 2 * HALF
+    values = keys + G * 2 * HALF
+    full = m * BM // BN * BN
+    for s in range(0, full, BN):
+        best, total, sums = _attend_block(
+            q1, q2, keys, values, stride, s, tokens, i, scale, best, total, sums, HALF, DB, VB, BN, False
+        )
+    for s in range(full, tl.minimum(tokens, m * BM + BM), BN):
+        best, total, sums = _attend_block(
+            q1, q2, keys, values, stride, s, tokens, i, scale, best, total, sums, HALF, DB, VB, BN, True
+        )
+    to = out + ((row * tokens + i[:, None]) * H + h) * 2 * HALF + w[None, :]
+    tl.store(to, sums / total[:, None], mask=(i[:, None] < tokens) & (w[None, :] < 2 * HALF))
+
+
+def attend_image(qkv, cos, sin, position, heads, prefix, blocks=None) -> Tensor:
+    """Flash attention straight from the products: only the keys are written back, turned; queries are turned on the
+    way. blocks: (queries, keys, keys of the prompt, warps, stages) instead of those measured to be best on an H100."""
+    prefix_keys, prefix_values, source, length = prefix
+    (rows, tokens, _), (_, slots, groups, dim) = qkv.shape, prefix_keys.shape
+    half = triton.next_power_of_2(dim // 2)
+    _turn_keys[(rows, tokens)](
+        qkv, cos, sin, position, tokens, H=heads, G=groups, HALF=dim // 2,
+        GB=triton.next_power_of_2(groups), DB=half, num_warps=4,
+    )  # fmt: skip
+    out = qkv.new_empty(rows * tokens, heads * dim)
+    queries, width, prompt, warps, stages = blocks or BLOCKS
+    _attend_image[(triton.cdiv(tokens, queries), heads, rows)](
+        qkv, cos, sin, position, prefix_keys, prefix_values, source, length, out, tokens, slots,
+        dim**-0.5 * 1.4426950408889634,
+        H=heads, G=groups, HALF=dim // 2, DB=max(16, half), VB=max(16, triton.next_power_of_2(dim)),
+        BM=queries, BN=width, PN=prompt, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit

@@ -46,66 +46,77 @@ def norm_mlp(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
     return silu_mul(linear(rms_norm(x, norm, eps), gate_up))
 
 
+def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+    """Turn queries or keys (R, T, H, d); position (R,) of each row's first token."""
+    where = position[:, None] + torch.arange(x.shape[1], device=x.device)  # (R, T)
+    c, s = cos[where][:, :, None], sin[where][:, :, None]  # (R, T, 1, d/2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+
+
 def rope_store(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
     position: Tensor,
-    slot: Tensor,
     keys: Tensor,
     values: Tensor,
     heads: int,
-    prefix: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Turn queries and keys, put keys and values into the cache, return the queries (R, T, H, d).
 
-    qkv (R, T, (H + 2G)·d); cos, sin (positions, d/2); position, slot (R,) of each row's first token; keys, values
-    (R, C, G, d). prefix = keys (P, L, G, d), values, source (R,), length (R,): in front of its slot, row r also
-    gets the first length[r] entries of prefix row source[r].
+    qkv (R, T, (H + 2G)·d); cos, sin (positions, d/2); position (R,) of each row's first token, in the cache too;
+    keys, values (R, C, G, d).
     """
     rows, tokens, _ = qkv.shape
-    groups, half = keys.shape[2], cos.shape[1]
-    q, k, v = qkv.unflatten(2, (heads + 2 * groups, 2 * half)).split([heads, groups, groups], dim=2)
-    steps = torch.arange(tokens, device=qkv.device)
-    where = position[:, None] + steps  # (R, T)
-    c, s = cos[where][:, :, None], sin[where][:, :, None]  # (R, T, 1, d/2)
-
-    def turn(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * c - second * s, second * c + first * s], dim=-1)
-
-    into = (slot[:, None] + steps, torch.arange(rows, device=qkv.device)[:, None])
-    keys[into[1], into[0]], values[into[1], into[0]] = turn(k), v
-    if prefix is not None:
-        prefix_keys, prefix_values, source, length = prefix
-        for r in range(rows):
-            n, end, row = int(length[r]), int(slot[r]), int(source[r])
-            keys[r, end - n : end], values[r, end - n : end] = prefix_keys[row, :n], prefix_values[row, :n]
-    return turn(q)
+    q, k, v = qkv.unflatten(2, (-1, keys.shape[3])).split([heads, keys.shape[2], keys.shape[2]], dim=2)
+    row = torch.arange(rows, device=qkv.device)[:, None]
+    into = position[:, None] + torch.arange(tokens, device=qkv.device)
+    keys[row, into], values[row, into] = turn(k, cos, sin, position), v
+    return turn(q, cos, sin, position)
 
 
-def attend(
-    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, used: Tensor, cumulative: Tensor
+def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of T tokens a row, which lie in the first T slots: q (R, T, H, d), keys, values (R, C, G, d)
+    -> (R·T, H·d)."""
+    tokens, heads = q.shape[1:3]
+    k, v = (x[:, :tokens].transpose(1, 2) for x in (keys, values))
+    gqa = heads != k.shape[1]
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=gqa)
+    return y.transpose(1, 2).reshape(-1, heads * q.shape[3])
+
+
+def attend_image(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    heads: int,
+    prefix: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """Causal attention of each row's T last tokens to its used[r] keys from a start slot on.
+    """Turn queries and keys; then causal attention of each row's tokens among themselves and to all of its prompt.
 
-    q (R, T, H, d), keys, values (R, C, G, d) -> (R, T, H·d). start (R + 1,): r·C plus the slot, then R·C; used
-    (R,); cumulative (R + 1,): 0, T, 2T, …; all int32, as flash attention wants them.
+    qkv (R, T, (H + 2G)·d), which may be overwritten; position (R,) of each row's first token. prefix = keys
+    (P, L, G, d), turned, values, source (R,), length (R,): row r continues the first length[r] tokens of prompt
+    source[r]. -> (R·T, H·d)
     """
-    rows, tokens, heads, _ = q.shape
-    slots = torch.arange(keys.shape[1], device=q.device)
-    first = start[:-1] - keys.shape[1] * torch.arange(rows, device=q.device)
-    last = (
-        (first + used)[:, None] - tokens + torch.arange(tokens, device=q.device)
-    )  # (R, T): slot of each query
-    mask = (slots >= first[:, None, None]) & (slots <= last[:, :, None])  # (R, T, C)
-    mask |= slots == last[:, :, None]
-    k, v = (x.transpose(1, 2).repeat_interleave(heads // keys.shape[2], 1) for x in (keys, values))
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None])
-    return y.transpose(1, 2).flatten(2)
+    prefix_keys, prefix_values, source, length = prefix
+    (rows, tokens, _), (_, slots, groups, dim) = qkv.shape, prefix_keys.shape
+    q, k, v = qkv.unflatten(2, (-1, dim)).split([heads, groups, groups], dim=2)
+    k = torch.cat([prefix_keys[source], turn(k, cos, sin, position)], dim=1)  # (R, L + T, G, d)
+    v = torch.cat([prefix_values[source], v], dim=1)
+    mask = torch.ones(rows, tokens, slots + tokens, dtype=torch.bool, device=qkv.device).tril(slots)
+    mask[:, :, :slots] = (torch.arange(slots, device=qkv.device) < length[:, None])[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (turn(q, cos, sin, position), k, v))
+    gqa = heads != groups
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=gqa)
+    return y.transpose(1, 2).reshape(rows * tokens, -1)
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
     """Attention of one token a row, which lies in slot length[r], to slots 0 to length[r]: (R, H, d) -> (R, H·d)."""
-    start = keys.shape[1] * torch.arange(len(q) + 1, device=q.device)
-    return attend(q[:, None], keys, values, start, length + 1, start)[:, 0]
+    mask = torch.arange(keys.shape[1], device=q.device) <= length[:, None]  # (R, C)
+    k, v = (x.transpose(1, 2) for x in (keys, values))
+    gqa = q.shape[1] != keys.shape[2]
+    y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], enable_gqa=gqa)
+    return y.flatten(1)
