@@ -57,11 +57,11 @@ class Recipe:
     prompt_length: int = 31  # tokens, padded on the left
     conversation_length: int = 192  # tokens, padded on the right
     families: tuple[tuple[str, int], ...] = (
-        ("single_object", 8),
-        ("two_object", 14),
-        ("counting", 20),
-        ("colors", 8),
-        ("position", 18),
+        ("single_object", 10),
+        ("two_object", 18),
+        ("counting", 24),
+        ("colors", 6),
+        ("position", 14),
         ("color_attr", 22),
         ("mixed", 10),
     )
