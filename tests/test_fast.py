@@ -166,7 +166,8 @@ def check_kernels(device: str, dtype: torch.dtype, bound: float, names: list[str
 
 
 INTERPRETED = [
-    "rms_norm", "silu_mul", "linear_add", "norm_linear", "norm_mlp", "rope_store", "attend_image", "attend_one"
+    "rms_norm", "silu_mul", "linear_add", "norm_linear", "norm_mlp", "rope_store", "attend", "attend_image",
+    "attend_one",
 ]  # fmt: skip
 
 

@@ -7,6 +7,8 @@ row's products with the weights (decoding) run at the bandwidth of the memory, n
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,8 @@ from .ops import linear
 from .ops import linear_add as linear_add_rows
 
 CHUNK = 128  # keys that one program of the decoding attention reads
-BLOCKS = (64, 32, 32, 4, 3)  # of `attend_image`, measured on an H100
+# Of `attend_image`, measured on an H100: queries, keys, keys of the prompt, warps, stages.
+BLOCKS = (64, 32, 32, 4, 3)
 
 
 @triton.jit
@@ -68,6 +71,15 @@ def _turn(first, second, cos, sin):
 
 
 @triton.jit
+def _turn_heads(read, write, cos, sin, mask, HALF: tl.constexpr):
+    """Turn heads on their way from one place to another, which may be the same."""
+    first, second = tl.load(read, mask=mask, other=0.0), tl.load(read + HALF, mask=mask, other=0.0)
+    first, second = _turn(first, second, cos, sin)
+    tl.store(write, first, mask=mask)
+    tl.store(write + HALF, second, mask=mask)
+
+
+@triton.jit
 def _rope_store(
     qkv, cos, sin, position, q_out, keys, values, tokens, slots,
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
@@ -80,22 +92,13 @@ def _rope_store(
     si = tl.load(sin + where * HALF + j, mask=j < HALF, other=0.0)
     base = qkv + (row * tokens + c) * (H + 2 * G) * 2 * HALF
     # queries
-    mask, at = (h < H) & (j < HALF), h * 2 * HALF + j
-    a = tl.load(base + at, mask=mask, other=0.0)
-    b = tl.load(base + HALF + at, mask=mask, other=0.0)
-    a, b = _turn(a, b, co, si)
-    to = q_out + (row * tokens + c) * H * 2 * HALF + at
-    tl.store(to, a, mask=mask)
-    tl.store(to + HALF, b, mask=mask)
+    at = h * 2 * HALF + j
+    _turn_heads(base + at, q_out + (row * tokens + c) * H * 2 * HALF + at, co, si, (h < H) & (j < HALF), HALF)
     # keys and values
     mask, at = (g < G) & (j < HALF), g * 2 * HALF + j
     to = (row * slots + where) * G * 2 * HALF + at
     base += H * 2 * HALF
-    a = tl.load(base + at, mask=mask, other=0.0)
-    b = tl.load(base + HALF + at, mask=mask, other=0.0)
-    a, b = _turn(a, b, co, si)
-    tl.store(keys + to, a, mask=mask)
-    tl.store(keys + to + HALF, b, mask=mask)
+    _turn_heads(base + at, keys + to, co, si, mask, HALF)
     base += G * 2 * HALF
     tl.store(values + to, tl.load(base + at, mask=mask, other=0.0), mask=mask)
     tl.store(values + to + HALF, tl.load(base + HALF + at, mask=mask, other=0.0), mask=mask)
@@ -114,7 +117,7 @@ def rope_store(qkv, cos, sin, position, keys, values, heads) -> Tensor:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """torch's flash attention; not cuDNN's, with which one question's logits were 5 % off the plain path's."""
+    """torch's flash attention, never cuDNN's, which torch may prefer: `docs/speed.md` says what is known of it."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return attend_any(q, keys, values)
 
@@ -131,11 +134,7 @@ def _turn_keys(
     co = tl.load(cos + where * HALF + j, mask=j < HALF, other=0.0)
     si = tl.load(sin + where * HALF + j, mask=j < HALF, other=0.0)
     at = qkv + ((row * tokens + c) * (H + 2 * G) + H + g) * 2 * HALF + j
-    a = tl.load(at, mask=mask, other=0.0)
-    b = tl.load(at + HALF, mask=mask, other=0.0)
-    a, b = _turn(a, b, co, si)
-    tl.store(at, a, mask=mask)
-    tl.store(at + HALF, b, mask=mask)
+    _turn_heads(at, at, co, si, mask, HALF)
 
 
 @triton.jit
@@ -211,9 +210,9 @@ def _attend_image(
     tl.store(to, sums / total[:, None], mask=(i[:, None] < tokens) & (w[None, :] < 2 * HALF))
 
 
-def attend_image(qkv, cos, sin, position, heads, prefix, blocks=None) -> Tensor:
+def attend_image(qkv, cos, sin, position, heads, prefix) -> Tensor:
     """Flash attention straight from the products: only the keys are written back, turned; queries are turned on the
-    way. blocks: (queries, keys, keys of the prompt, warps, stages) instead of those measured to be best on an H100."""
+    way."""
     prefix_keys, prefix_values, source, length = prefix
     (rows, tokens, _), (_, slots, groups, dim) = qkv.shape, prefix_keys.shape
     half = triton.next_power_of_2(dim // 2)
@@ -222,10 +221,10 @@ def attend_image(qkv, cos, sin, position, heads, prefix, blocks=None) -> Tensor:
         GB=triton.next_power_of_2(groups), DB=half, num_warps=4,
     )  # fmt: skip
     out = qkv.new_empty(rows * tokens, heads * dim)
-    queries, width, prompt, warps, stages = blocks or BLOCKS
+    queries, width, prompt, warps, stages = BLOCKS
     _attend_image[(triton.cdiv(tokens, queries), heads, rows)](
         qkv, cos, sin, position, prefix_keys, prefix_values, source, length, out, tokens, slots,
-        dim**-0.5 * 1.4426950408889634,
+        dim**-0.5 / math.log(2),
         H=heads, G=groups, HALF=dim // 2, DB=max(16, half), VB=max(16, triton.next_power_of_2(dim)),
         BM=queries, BN=width, PN=prompt, num_warps=warps, num_stages=stages,
     )  # fmt: skip

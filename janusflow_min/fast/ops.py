@@ -76,14 +76,18 @@ def rope_store(
     return turn(q, cos, sin, position)
 
 
+def attention(q: Tensor, keys: Tensor, values: Tensor, **options) -> Tensor:
+    """torch's: q (R, T, H, d), keys, values (R, S, G, d) -> (R·T, H·d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, keys, values))
+    y = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+    return y.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention of T tokens a row, which lie in the first T slots: q (R, T, H, d), keys, values (R, C, G, d)
     -> (R·T, H·d)."""
-    tokens, heads = q.shape[1:3]
-    k, v = (x[:, :tokens].transpose(1, 2) for x in (keys, values))
-    gqa = heads != k.shape[1]
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=gqa)
-    return y.transpose(1, 2).reshape(-1, heads * q.shape[3])
+    tokens = q.shape[1]
+    return attention(q, keys[:, :tokens], values[:, :tokens], is_causal=True)
 
 
 def attend_image(
@@ -107,16 +111,10 @@ def attend_image(
     v = torch.cat([prefix_values[source], v], dim=1)
     mask = torch.ones(rows, tokens, slots + tokens, dtype=torch.bool, device=qkv.device).tril(slots)
     mask[:, :, :slots] = (torch.arange(slots, device=qkv.device) < length[:, None])[:, None]
-    q, k, v = (x.transpose(1, 2) for x in (turn(q, cos, sin, position), k, v))
-    gqa = heads != groups
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=gqa)
-    return y.transpose(1, 2).reshape(rows * tokens, -1)
+    return attention(turn(q, cos, sin, position), k, v, attn_mask=mask[:, None])
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
     """Attention of one token a row, which lies in slot length[r], to slots 0 to length[r]: (R, H, d) -> (R, H·d)."""
     mask = torch.arange(keys.shape[1], device=q.device) <= length[:, None]  # (R, C)
-    k, v = (x.transpose(1, 2) for x in (keys, values))
-    gqa = q.shape[1] != keys.shape[2]
-    y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], enable_gqa=gqa)
-    return y.flatten(1)
+    return attention(q[:, None], keys, values, attn_mask=mask[:, None, None])
