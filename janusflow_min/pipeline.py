@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 TINY = Path(__file__).parent / "assets" / "tiny"
 DEFAULT_QUESTION = "Describe the image."
 ONE_IMAGE = (str, os.PathLike, Image.Image, np.ndarray)
-VAE_IMAGES = 5  # decoded at once on a GPU
+VAE_IMAGES = 8  # decoded at once on a GPU
 MAX_IMAGES = 16  # painted at once; more would not be faster, only larger
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

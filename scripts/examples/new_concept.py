@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--work", type=Path, default=Path("runs/new_concept"), help="folder for all results")
     parser.add_argument("--pictures", type=int, default=1200, help="new ones, and as many old ones")
-    parser.add_argument("--vae-steps", type=int, default=150, help="of the VAE's decoder")
+    parser.add_argument("--vae-steps", type=int, default=300, help="of the VAE's decoder")
     parser.add_argument("--cases", type=int, default=16, help="judged pictures and answers of each new kind")
     parser.add_argument("--old-cases", type=int, default=5, help="of each of the six old families and kinds")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="of the training run")
