@@ -15,11 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor  # Hopper's own copies; Triton 3.4 on
-except ImportError:
-    TensorDescriptor = None
-
 from .ops import attend as attend_any
 from .ops import linear
 from .ops import linear_add as linear_add_rows
@@ -122,7 +117,8 @@ def rope_store(qkv, cos, sin, position, keys, values, heads) -> Tensor:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """torch's flash attention, never cuDNN's, which torch may prefer: `docs/speed.md` says what is known of it."""
+    """torch's flash attention, never cuDNN's, which torch may prefer: it is no more precise, and training with it met
+    gradients of NaN (`scripts/train_tiny.py`)."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return attend_any(q, keys, values)
 
@@ -296,48 +292,6 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tenso
 
 
 @triton.jit
-def _linear_gated(
-    x, weight, out, count, width, dim, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr
-):  # fmt: skip
-    down, across = tl.cdiv(count, BM), width // BN
-    # One turn each; without the loop, Triton 3.6 has the tensor cores wait for every product (a quarter slower).
-    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
-        # Programs that run together share rows and columns, which then lie in the L2 cache.
-        top = tile // (GROUP * across) * GROUP
-        high = tl.minimum(down - top, GROUP)
-        m, n = (top + tile % (GROUP * across) % high) * BM, tile % (GROUP * across) // high * BN
-        gate, up = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
-        for k in range(0, dim, BK):
-            a = x.load([m, k])
-            gate = tl.dot(a, tl.trans(weight.load([n, k])), gate)
-            up = tl.dot(a, tl.trans(weight.load([width + n, k])), up)
-        ty = out.dtype
-        gate = gate.to(ty).to(tl.float32)
-        act = (gate * tl.sigmoid(gate)).to(ty).to(tl.float32)
-        out.store([m, n], (act * up.to(ty).to(tl.float32)).to(ty))
-
-
-def _worth_fusing(x: Tensor, gate_up: Tensor) -> bool:
-    """Where it was measured to be faster than cuBLAS and `silu_mul`: on Hopper, with many rows."""
-    if TensorDescriptor is None or not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
-        return False
-    return len(x) >= 4096 and gate_up.shape[0] % 256 == 0 and x.shape[1] % 64 == 0
-
-
-def linear_gated(x: Tensor, gate_up: Tensor) -> Tensor:
-    """The product and its gate in one: gate and up, twice as wide as the result, are never written to memory."""
-    (rows, dim), width = x.shape, gate_up.shape[0] // 2
-    block, step = 128, 64
-    out = x.new_empty(rows, width)
-    _linear_gated[(triton.cdiv(rows, block) * (width // block),)](
-        TensorDescriptor.from_tensor(x, [block, step]), TensorDescriptor.from_tensor(gate_up, [block, step]),
-        TensorDescriptor.from_tensor(out, [block, block]), rows, width, dim,
-        BM=block, BN=block, BK=step, GROUP=8, num_warps=8, num_stages=4,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
 def _gemv(
     x, weight, norm, residual, out, dim, count, eps,
     NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -396,5 +350,4 @@ def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
 def norm_mlp(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
     if len(x) == 1:
         return gemv(x, gate_up, norm, eps, gated=True)
-    x = rms_norm(x, norm, eps)
-    return linear_gated(x, gate_up) if _worth_fusing(x, gate_up) else silu_mul(linear(x, gate_up))
+    return silu_mul(linear(rms_norm(x, norm, eps), gate_up))

@@ -37,18 +37,13 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     return residual.addmm_(x, weight.t()) if x.is_cuda else residual + F.linear(x, weight)
 
 
-def linear_gated(x: Tensor, gate_up: Tensor) -> Tensor:
-    """(M, D) by gate over up (2F, D) -> SiLU(gate) · up (M, F)."""
-    return silu_mul(linear(x, gate_up))
-
-
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
     return linear(rms_norm(x, norm, eps), weight)
 
 
 def norm_mlp(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
     """The MLP up to its down projection: (M, D), gate_up (2F, D) -> (M, F)."""
-    return linear_gated(rms_norm(x, norm, eps), gate_up)
+    return silu_mul(linear(rms_norm(x, norm, eps), gate_up))
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:

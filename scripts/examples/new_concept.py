@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Teach the default model a colour and a shape that it has never seen, and measure what it learned and what it kept.
 
-    python scripts/examples/new_concept.py --work runs/new_concept     # all of it, about ten minutes on two cores
+    python scripts/examples/new_concept.py --work runs/new_concept     # all of it, about twenty minutes on two cores
 
 Stages: `data` (pictures, captions and questions with teal things and bars, as many of the old world for replay, two
 manifests), `vae` (its decoder learns teal), `before` (the default is judged), `train` (`janusflow-min train
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/new_concept"), help="folder for all results")
     parser.add_argument("--pictures", type=int, default=1200, help="new ones, and as many old ones")
     parser.add_argument("--vae-steps", type=int, default=300, help="of the VAE's decoder")
-    parser.add_argument("--cases", type=int, default=16, help="judged pictures and answers of each new kind")
+    parser.add_argument("--cases", type=int, default=20, help="judged pictures and answers of each new kind")
     parser.add_argument("--old-cases", type=int, default=5, help="of each of the six old families and kinds")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="of the training run")
     args = parser.parse_args()
