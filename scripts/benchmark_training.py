@@ -6,10 +6,11 @@
     torchrun --nproc-per-node 2 scripts/benchmark_training.py         # FSDP2 against one GPU: speed, equal losses
     python scripts/benchmark_training.py --size small                 # a smoke test, on the CPU too
 
-A step is 8 rows of 32 prompt tokens, t_emb and the image's tokens, none of them hidden, with fp32 master weights,
-bf16 compute, AdamW and clipping. Model FLOPs: 6 per parameter of the LLM's blocks and token, and causal attention
-(6 · layers · hidden · length per token); the rest of the model is not counted. They are set against the card's own
-rate for 8192 x 8192 matrices in bf16, measured first. Ours runs through `training.step.Learner`, as the trainer does.
+A step is, on each GPU, 8 rows (--rows) of 32 prompt tokens, t_emb and the image's tokens, none of them hidden, with
+fp32 master weights, bf16 compute, AdamW and clipping. Model FLOPs: 6 per parameter of the LLM's blocks and token, and
+causal attention (6 · layers · hidden · length per token); the rest of the model is not counted. They are set against
+the card's own rate for 8192 x 8192 matrices in bf16, measured first. Ours runs through `training.step.Learner`, as the
+trainer does.
 The reference (its needs: see `scripts/compare_reference.py`) gets the plain loop that its users write: autocast,
 fused AdamW, no clipping; its loss is the flow's alone, so ours is also measured without alignment.
 """
@@ -38,7 +39,7 @@ from janusflow_min.training.config import Config, LoraConfig, ObjectiveConfig, O
 from janusflow_min.training.objective import MixedBatch
 from janusflow_min.training.step import Learner
 
-ROWS, PROMPT = 8, 32
+PROMPT = 32
 SMALL = JanusFlowConfig(
     llm=LlamaConfig(1000, 128, 352, 7, 4),
     siglip=SiglipConfig(image_size=128, patch_size=16, width=64, layers=4, heads=4),
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--only", help="measure the rows whose name holds this")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each row, after --warmup")
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=8, help="of a step, on each GPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
@@ -68,7 +70,8 @@ def main() -> None:
 
 class Benchmark:
     def __init__(self, args: argparse.Namespace):
-        self.args, self.sizes = args, JanusFlowConfig() if args.size == "official" else SMALL
+        self.args, self.rows = args, args.rows
+        self.sizes = JanusFlowConfig() if args.size == "official" else SMALL
         self.device = torch.device(args.device)
         if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -88,7 +91,7 @@ class Benchmark:
             "torch": torch.__version__,
             "size": args.size,
             "dtype": args.dtype,
-            "tokens_per_step_and_gpu": ROWS * self.length,
+            "tokens_per_step_and_gpu": self.rows * self.length,
             "flops_per_token": self.flops,
             "matrix_tflops": self.peak / 1e12,
         }
@@ -127,7 +130,7 @@ class Benchmark:
 
         def step(i: int) -> Tensor:
             sums, _ = learner.step(i, [batches[i % 4]])
-            return sums[0] / ROWS
+            return sums[0] / self.rows
 
         return step
 
@@ -137,13 +140,13 @@ class Benchmark:
         alignment: float,
         average: float,
         lora: int = 0,
-        rows: int = ROWS,
+        rows: int | None = None,
         parallel: str = "none",
         world: int = 1,
     ) -> Learner:
         config = Config(
             data=(SourceConfig("generation", manifest="none"),),
-            batch=rows,
+            batch=rows or self.rows,
             compile=compiled,
             gradient_checkpointing=lora > 0,
             objective=ObjectiveConfig(alignment_weight=alignment),
@@ -158,8 +161,9 @@ class Benchmark:
         with torch.device(self.device):
             return JanusFlow(self.sizes)
 
-    def batch(self, seed: int, rows: int = ROWS) -> MixedBatch:
+    def batch(self, seed: int, rows: int | None = None) -> MixedBatch:
         """Rows of random prompts and pictures' latents; row r of a global batch depends on `seed` and r alone."""
+        rows = rows or self.rows
         vocabulary, side = self.sizes.llm.vocab_size, self.sizes.siglip.image_size
         ids = torch.zeros(rows, self.length, dtype=torch.int64)
         places = torch.zeros(rows, self.length, dtype=torch.bool)
@@ -220,7 +224,7 @@ class Benchmark:
         """FSDP2 on all ranks, then the same global batches on rank 0 alone, in micro-batches."""
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         rank, world = dist.get_rank(), dist.get_world_size()
-        compiled, total = self.args.compile, ROWS * world
+        compiled, total = self.args.compile, self.rows * world
         learner = self.learner(compiled, 0.0, 0.0, rows=total, parallel="fsdp", world=world)
         whole = [self.batch(i, total) for i in range(4)]
         mine = [part(batch, range(rank, total, world), self.length) for batch in whole]
@@ -228,7 +232,7 @@ class Benchmark:
         def sharded(i: int) -> Tensor:
             return learner.step(i, [mine[i % 4]])[0][0] / total
 
-        together = self.measured(sharded, ROWS * world)
+        together = self.measured(sharded, self.rows * world)
         del learner, sharded
         release()
         report = None
@@ -259,9 +263,9 @@ class Benchmark:
 
     # Measuring -----------------------------------------------------------------------
 
-    def measured(self, step, rows: int = ROWS) -> dict:
+    def measured(self, step, rows: int | None = None) -> dict:
         """Median time of a step after warm-up; memory and losses over all of them."""
-        cuda = self.device.type == "cuda"
+        rows, cuda = rows or self.rows, self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         losses, marks = [], []
@@ -272,7 +276,7 @@ class Benchmark:
                 losses.append(step(i))
         times = self.seconds(marks)
         seconds, tokens = statistics.median(times), rows * self.length
-        rate = tokens / seconds * self.flops / (rows / ROWS)  # of one GPU
+        rate = tokens / seconds * self.flops / (rows / self.rows)  # of one GPU
         return {
             "ms": 1e3 * seconds,
             "slowest_ms": 1e3 * max(times),

@@ -2,9 +2,9 @@
 """AdamW without weight decay over fp32 master weights, with clipping and a moving average, in one pass over memory.
 
 The weights that compute may be bfloat16: then each has an fp32 master copy here, which alone accumulates. One
-elementwise function updates moments, master, average and computing weight; on CUDA it is compiled into one kernel, so
-that every tensor is read and written once. Sharded weights (DTensor) are updated shard by shard. A step whose
-gradient is not finite changes nothing.
+elementwise function, `update`, steps moments, master, average and computing weight; on a GPU one kernel does the same
+to all tensors (`multi_tensor.py`), so that each is read and written once. Sharded weights (DTensor) are updated shard
+by shard. A step whose gradient is not finite changes nothing.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from .config import OptimizerConfig
 
 
 def update(
-    weight: Tensor | None,
     master: Tensor,
     grad: Tensor,
     m: Tensor,
     v: Tensor,
     average: Tensor | None,
+    weight: Tensor | None,
+    rate: float,
     numbers: Tensor,
-    beta1: float,
-    beta2: float,
+    factor: float,
+    corrections: tuple[float, float],
+    blend: float,
+    betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One tensor's step, in place; weight is None where the master itself computes, average where there is none.
+    """One tensor's step, in place; average is None where there is none, weight where the master itself computes.
 
-    numbers (6,): learning rate, factor of the gradient, 1 - beta1^k, 1 - beta2^k, share of the new weight in the
-    average, 1 where the gradient is finite.
+    The learning rate is rate · factor; numbers (2,): factor of the gradient, and 1 where it is finite; corrections:
+    1 - beta^k; blend: share of the new weight in the average.
     """
-    rate, scale, correct1, correct2, blend, good = numbers.unbind()
+    scale, good = numbers
     g = torch.where(good > 0, grad.float() * scale, 0.0)
-    m_new = torch.where(good > 0, torch.lerp(g, m, beta1), m)
-    v_new = torch.where(good > 0, torch.lerp(g * g, v, beta2), v)
-    new = master - rate * good * (m_new / correct1) / ((v_new / correct2).sqrt() + eps)
-    m.copy_(m_new)
-    v.copy_(v_new)
-    master.copy_(new)
+    m.copy_(torch.where(good > 0, torch.lerp(m, g, 1 - betas[0]), m))
+    v.copy_(torch.where(good > 0, torch.lerp(v, g * g, 1 - betas[1]), v))
+    master -= rate * factor * good * (m / corrections[0]) / ((v / corrections[1]).sqrt() + eps)
     if average is not None:
-        average.copy_(torch.lerp(average, new, blend * good))
+        average.lerp_(master, blend * good)
     if weight is not None:
-        weight.copy_(new)
+        weight.copy_(master)
 
 
 class AdamW:
@@ -60,10 +60,11 @@ class AdamW:
         config: OptimizerConfig,
         steps: int,
         dtype: torch.dtype = torch.float32,
-        compiled: bool = False,
+        kernel: bool = False,
     ):
         """named: fp32 parameters, which become `dtype` here; rates: learning rate of each; steps: of the whole run,
-        for the cosine. In fp32 a parameter is its own master."""
+        for the cosine; kernel: update all tensors in one launch (needs triton). In fp32 a parameter is its own
+        master."""
         self.total, self.config = steps, config
         self.params = dict(named)
         self.rates = {name: rates[name] for name in self.params}
@@ -75,7 +76,7 @@ class AdamW:
         self.v = {name: torch.zeros_like(p) for name, p in self.master.items()}
         self.average = {n: p.clone() for n, p in self.master.items()} if config.average else {}
         self.sums: dict[str, Tensor] = {}  # fp32 gradients of earlier micro-batches
-        self.update = torch.compile(update, dynamic=True) if compiled else update
+        self.kernel = kernel
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds; loading writes into these tensors, then `load` spreads them."""
@@ -104,8 +105,8 @@ class AdamW:
         """Before another micro-batch: add the gradients to the sums, in fp32."""
         for name, p in self.params.items():
             if p.grad is not None:
-                grad = p.grad.detach()
-                self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad.float()
+                added = self.sums[name].add_(p.grad) if name in self.sums else p.grad.float()
+                self.sums[name] = added
                 p.grad = None
 
     @torch.no_grad()
@@ -114,7 +115,7 @@ class AdamW:
         if self.sums:
             self.accumulate()
             return self.sums
-        return {name: p.grad.detach() for name, p in self.params.items() if p.grad is not None}
+        return {name: p.grad for name, p in self.params.items() if p.grad is not None}
 
     @torch.no_grad()
     def step(self, index: int, gradients: Mapping[str, Tensor]) -> Tensor:
@@ -122,24 +123,24 @@ class AdamW:
         c = self.config
         names = list(gradients)
         norm = self.norm([gradients[name] for name in names])
-        good = torch.isfinite(norm).float()
-        scale = (c.clip / (norm + 1e-6)).clamp(max=1.0)
-        b1, b2 = c.betas
-        k, blend = index + 1, 1 - c.average if c.average else 0.0
-        factor = rate_factor(c, index, self.total)
-        common = [1 - b1**k, 1 - b2**k, blend]
-        tensors: dict[float, Tensor] = {}  # by learning rate
-        for rate in set(self.rates.values()):
-            rest = torch.tensor([rate * factor, *common]).to(norm.device, non_blocking=True)
-            tensors[rate] = torch.stack([rest[0], scale, rest[1], rest[2], rest[3], good])
+        numbers = torch.stack([(c.clip / (norm + 1e-6)).clamp(max=1.0), torch.isfinite(norm).float()])
+        factor, blend = rate_factor(c, index, self.total), 1 - c.average if c.average else 0.0
+        corrections = (1 - c.betas[0] ** (index + 1), 1 - c.betas[1] ** (index + 1))
+        tensors = []
         for name in names:
-            weight = self.params[name].detach() if self.params[name].dtype != torch.float32 else None
-            parts = (weight, self.master[name], gradients[name], self.m[name], self.v[name])
-            # .data: the compiler would tell apart views of differently shaped tensors, and compile for each.
-            flat = [
-                None if x is None else local(x).reshape(-1).data for x in (*parts, self.average.get(name))
-            ]
-            self.update(*flat, tensors[self.rates[name]], b1, b2, c.eps)
+            weight = self.params[name] if self.params[name].dtype != torch.float32 else None
+            grad, average = gradients[name].contiguous(), self.average.get(name)
+            parts = (self.master[name], grad, self.m[name], self.v[name], average, weight)
+            tensors.append([None if x is None else local(x) for x in parts])
+        rates = [self.rates[name] for name in names]
+        settings = (numbers, factor, corrections, blend, c.betas, c.eps)
+        if self.kernel:
+            from .multi_tensor import update_all
+
+            update_all(tensors, rates, *settings)
+        else:
+            for parts, rate in zip(tensors, rates, strict=True):
+                update(*parts, rate, *settings)
         self.zero()
         return norm
 

@@ -3,12 +3,13 @@
 
 `ddp` here is one sum of the gradients over the ranks after the last micro-batch (a step's micro-batches differ in
 the parameters they use, which DistributedDataParallel cannot accumulate over); `fsdp` is FSDP2's `fully_shard` of
-every block and of the rest, computing in bf16 over fp32 shards. Paper section 4.1.
+a few blocks at a time and of the rest, computing in bf16 over fp32 shards. Paper section 4.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .objective import AlignmentHead, Losses, MixedBatch, Objective, by_time
 from .optimizer import AdamW
 
 BINS = 4  # of t, in the metrics
+UNIT = 2**28  # parameters that FSDP2 gathers at once, at least: 0.5 GiB in bf16
 KIND_PARTS = {  # field of a batch: what it alone makes use of
     "und_pixels": ("model.siglip.", "model.und_"),
     "t": ("model.uvit_", "model.gen_", "head."),
@@ -69,13 +71,13 @@ class Learner:
         prepare_blocks(model, config.gradient_checkpointing, config.compile)
         if sharded:
             policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-            for block in model.llm.layers:
-                fully_shard(block, mp_policy=policy)
+            for unit in units(model.llm.layers):
+                fully_shard(unit, mp_policy=policy)
             fully_shard(self.objective, mp_policy=policy)
             dtype = torch.float32  # of the shards
         trained = ((name, p) for name, p in self.objective.named_parameters() if rates[name])
-        on_gpu = device.type == "cuda"
-        self.optimizer = AdamW(trained, rates, config.optimizer, config.steps, dtype, compiled=on_gpu)
+        kernel = device.type == "cuda" and find_spec("triton") is not None
+        self.optimizer = AdamW(trained, rates, config.optimizer, config.steps, dtype, kernel)
 
     def step(
         self,
@@ -180,6 +182,19 @@ def prepare_blocks(model: JanusFlow, checkpointing: bool, compiled: bool) -> Non
         fast = torch.compile(plain) if compiled else plain
         again = checkpointing and block in list(model.llm.layers)
         block.forward = training_forward(plain, fast, again)
+
+
+def units(blocks: Iterable[nn.Module]) -> list[list[nn.Module]]:
+    """Consecutive blocks, which FSDP2 gathers and frees together: few and large, for between GPUs of one host a
+    gathering takes less time than the host needs to start it."""
+    found, size = [[]], 0
+    for block in blocks:
+        if size >= UNIT:
+            found.append([])
+            size = 0
+        found[-1].append(block)
+        size += sum(p.numel() for p in block.parameters())
+    return found
 
 
 def training_forward(plain: Callable, fast: Callable, again: bool) -> Callable:
