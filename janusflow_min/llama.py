@@ -124,7 +124,7 @@ class Attention(nn.Module):
             k, v = cache.write(self.layer, k, v)  # (B, G, S, d)
         if self.repeats > 1:
             k, v = k.repeat_interleave(self.repeats, dim=1), v.repeat_interleave(self.repeats, dim=1)
-        causal = mask is None and length > 1
+        causal = mask is None and (cache is None or length > 1)  # compiled for any length: no symbol
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 

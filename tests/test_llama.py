@@ -310,3 +310,24 @@ def test_rotary_tables_are_float32_until_the_end():
 def test_nothing_but_weights_is_stored(llama):
     """Stops: rotary buffers, which a meta device would lose and `.to(bfloat16)` would round."""
     assert list(llama.buffers()) == []
+
+
+# torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_compiles_whole_and_once_for_all_lengths(llama, masked):
+    """Stops: training that breaks the graph where a length is a symbol, and compiles until the compiler gives up."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter, block = CompileCounter(), llama.layers[0]
+    compiled = torch.compile(block.forward, backend=counter, fullgraph=True, dynamic=True)
+    for rows, length in ((2, 7), (3, 9), (5, 20)):
+        x = torch.randn(rows, length, llama.config.hidden_size)
+        rope = rope_table(torch.arange(length)[None], llama.config.head_dim, 1e4, torch.float32)
+        seen = torch.ones(rows, length, dtype=torch.bool) if masked else None
+        mask = visible(length, 0, seen, x.device)
+        assert_close(compiled(x, rope, mask, None), block(x, rope, mask, None), **TOLERANCE)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()

@@ -414,7 +414,7 @@ def test_adamw_is_torchs(dtype):
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch for CUDA")
-@pytest.mark.parametrize("dtype", ["float32", "float16"])  # the interpreter does not round to bfloat16 as GPUs do
+@pytest.mark.parametrize("dtype", ["float32", "float16"])  # interpreted bfloat16 is not rounded
 def test_adamw_in_one_launch_is_torchs_interpreted(dtype):
     """Stops: a kernel that updates another tensor's part or beyond a tensor's end, found without a GPU."""
     here = Path(__file__).resolve().parent
