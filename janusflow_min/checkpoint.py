@@ -11,12 +11,7 @@ and written back.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import threading
-import uuid
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,14 +58,35 @@ def _swap(name: str, table: Iterable[tuple[str, str]]) -> str:
     return new + name[len(old) :]
 
 
+def read_tensors(
+    files: Mapping[Path, list[str]], device: torch.device | str, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of each file, with their names, one after another.
+
+    Copies: safetensors' own tensors are a mapping of the file, which would keep its pages in memory, and would
+    change, or end the process, with the file. ValueError for whole numbers. `fast/loading.py` has it faster for GPUs.
+    """
+    for path, names in files.items():
+        with open_weights(path) as f:
+            for name in names:
+                yield name, check_float(path, name, f.get_tensor(name)).to(device, dtype, copy=True)
+
+
+def check_float(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{path}: {name} holds {tensor.dtype}; weights must be of a float type")
+    return tensor
+
+
 def load_model(
     folder: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     parts: Parts = "all",
     progress: bool = True,
+    read: Callable[..., Iterator[tuple[str, Tensor]]] = read_tensors,
 ) -> JanusFlow:
-    """Build the model of a checkpoint folder and fill it.
+    """Build the model of a checkpoint folder and fill it. read: another reader, called as `read_tensors` is.
 
     Raises FileNotFoundError for missing files, ValueError for broken ones and for keys that do not fit.
     """
@@ -82,70 +98,18 @@ def load_model(
     files = weight_files(folder)
     check_keys(folder, files, {to_official(k): tuple(v.shape) for k, v in whole.state_dict().items()})
 
-    wanted = set(model.state_dict())
-    state: dict[str, Tensor] = {}
-    extra: dict[str, Tensor] = {}
-    read = _Reader(device, dtype)
-    jobs = []
-    for path, names in files.items():
-        for name in names:
-            pooling = name.startswith(POOLING_HEAD)
-            ours = name if pooling else from_official(name)
-            if (parts == "all") if pooling else (ours in wanted):
-                jobs.append((extra if pooling else state, ours, path, name))
-    with (
-        tqdm(
-            total=len(jobs), desc="Loading weights", unit="tensor", disable=not progress, leave=False
-        ) as bar,
-        ThreadPoolExecutor(read.threads) as pool,
-    ):
-        results = pool.map(lambda job: read(job[2], job[3], job[0] is extra), jobs)
-        for (target, ours, _, _), tensor in zip(jobs, results, strict=True):
-            target[ours] = tensor
-            bar.update()
-    model.load_state_dict(state, strict=True, assign=True)
+    wanted = {to_official(name) for name in model.state_dict()}
+    chosen = {path: [name for name in names if name in wanted] for path, names in files.items()}
+    tensors = read(chosen, device, dtype)
+    bar = tqdm(tensors, "Loading weights", len(wanted), unit="tensor", disable=not progress, leave=False)
+    model.load_state_dict({from_official(name): x for name, x in bar}, strict=True, assign=True)
     left = [k for k, p in model.state_dict().items() if p.is_meta]
     assert not left, f"still on the meta device: {left}"
-    model.extra_tensors = extra  # official names; kept for save_model
+    pooling = {path: [n for n in names if n.startswith(POOLING_HEAD)] for path, names in files.items()}
+    model.extra_tensors = (
+        dict(read_tensors(pooling, "cpu", dtype)) if parts == "all" else {}
+    )  # for save_model
     return model.eval().requires_grad_(False)
-
-
-class _Reader:
-    """Reads one tensor of a file, in any thread, to its device and dtype.
-
-    To a GPU through pinned memory, one piece a thread, so that reading and copying run side by side. On the CPU
-    one thread, and a copy: the tensors of safetensors are a mapping of the file, which would keep its pages in
-    memory, and would change, or end the process, with the file.
-    """
-
-    def __init__(self, device: torch.device | str, dtype: torch.dtype):
-        self.device, self.dtype = torch.device(device), dtype
-        self.threads = 8 if self.device.type == "cuda" else 1
-        self.local = threading.local()
-
-    def __call__(self, path: Path, name: str, keep_on_cpu: bool) -> Tensor:
-        with open_weights(path) as f:
-            tensor = f.get_tensor(name)
-            if not tensor.is_floating_point():
-                raise ValueError(f"{path}: {name} holds {tensor.dtype}; weights must be of a float type")
-            if keep_on_cpu or self.device.type != "cuda":
-                return tensor.to("cpu" if keep_on_cpu else self.device, self.dtype, copy=True)
-            return self.through_pinned(tensor).to(self.dtype)
-
-    def through_pinned(self, tensor: Tensor) -> Tensor:
-        if not hasattr(self.local, "piece"):
-            self.local.piece = torch.empty(2**24, dtype=torch.uint8, pin_memory=True)
-            self.local.stream = torch.cuda.Stream(self.device)
-        result = torch.empty_like(tensor, device=self.device)
-        source, target = (x.view(-1).view(torch.uint8) for x in (tensor, result))
-        with torch.cuda.stream(self.local.stream):
-            for start in range(0, len(source), len(self.local.piece)):
-                part = source[start : start + len(self.local.piece)]
-                piece = self.local.piece[: len(part)]
-                piece.numpy()[:] = part.numpy()  # one thread each, unlike torch's copy
-                target[start : start + len(part)].copy_(piece, non_blocking=True)
-                self.local.stream.synchronize()
-        return result
 
 
 def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None = None) -> None:
@@ -242,31 +206,3 @@ def check_keys(folder: Path, files: dict[Path, list[str]], expected: dict[str, t
 
 def _listing(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-@contextmanager
-def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block ends well and vanishes if not.
-
-    FileExistsError where something is there already, unless `overwrite`; then the old folder goes last.
-    """
-    target = Path(os.path.abspath(target))
-    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target} exists already and is not an empty folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    temporary, old = (target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("writing", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            os.rename(target, old)
-        os.rename(temporary, target)
-    finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        for path in (temporary, old):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.exists():
-                path.unlink()

@@ -167,22 +167,3 @@ def place_images(embeds: Tensor, images: Tensor, images_seq_mask: Tensor) -> Ten
     index = images_seq_mask.flatten().cumsum(0).sub(1).clamp(min=0)
     chosen = images.to(embeds.dtype).flatten(0, 1).index_select(0, index).view_as(embeds)
     return torch.where(images_seq_mask[..., None], chosen, embeds)
-
-
-@torch.no_grad()
-def init_weights(model: JanusFlow, generator: torch.Generator | None = None, std: float = 0.02) -> JanusFlow:
-    """Random weights to start training from: normal(0, std) matrices, unit norms, zero biases; residual outputs
-    scaled down with depth as in GPT-2. `generator` is a CPU generator: the same seed gives the same weights."""
-    layers = model.config.llm.num_hidden_layers
-    for name, p in model.named_parameters():
-        if name.endswith("bias") or "channelwise_norm" in name:
-            p.zero_()
-        elif p.ndim == 1:
-            p.fill_(1.0)
-        else:
-            small = p.ndim == 2 or "embed" in name or "unpatch_conv" in name
-            scale = std if small else p[0].numel() ** -0.5  # other convolutions: 1/sqrt(fan-in)
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                scale = std / (2 * layers) ** 0.5
-            p.copy_(torch.randn(p.shape, generator=generator) * scale)
-    return model

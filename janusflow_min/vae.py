@@ -7,7 +7,6 @@ Legend: B batch, C h w latent, H W pixels.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import torch
@@ -82,22 +81,13 @@ def load_vae(folder: str | Path, device: torch.device, dtype: torch.dtype) -> VA
     if not any(folder.glob("diffusion_pytorch_model*")):
         raise FileNotFoundError(f"{folder} has no diffusion_pytorch_model.safetensors")
     from diffusers import AutoencoderKL
-    from diffusers.utils import logging
 
     if (autoencoder := _build(AutoencoderKL, folder, device, dtype)) is not None:
         return VAE(autoencoder)
     try:
-        with _quiet(logging):
-            autoencoder, info = AutoencoderKL.from_pretrained(
-                str(folder),
-                torch_dtype=dtype,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
-    except (
-        Exception
-    ) as error:  # diffusers and safetensors raise many kinds; all mean that the folder is not usable
+        options = dict(torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False)
+        autoencoder, info = AutoencoderKL.from_pretrained(str(folder), output_loading_info=True, **options)
+    except Exception as error:  # of many kinds, and all mean that the folder is not usable
         raise ValueError(f"the VAE in {folder} cannot be loaded: {error}") from error
     problems = [f"{kind.removesuffix('_keys')}: {keys}" for kind, keys in info.items() if keys]
     if problems:
@@ -117,14 +107,3 @@ def _build(kind: type, folder: Path, device: torch.device, dtype: torch.dtype) -
     except Exception:
         return None
     return autoencoder
-
-
-@contextlib.contextmanager
-def _quiet(logging):
-    """diffusers warns about what the check after it reports."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

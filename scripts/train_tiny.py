@@ -34,10 +34,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from janusflow_min.benchmarks.tiny import language, scenes
-from janusflow_min.checkpoint import load_model, new_folder, save_model
+from janusflow_min.checkpoint import load_model, save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
+from janusflow_min.files import new_folder
 from janusflow_min.flow import sample_time
-from janusflow_min.model import JanusFlow, init_weights
+from janusflow_min.model import JanusFlow
 from janusflow_min.processor import SYSTEM_PROMPT, Processor
 from janusflow_min.training.data import conversation_example
 from janusflow_min.training.objective import IGNORE, AlignmentHead, generation_loss, understanding_loss
@@ -333,6 +334,25 @@ def learning_rate(recipe: Recipe, step: int, elapsed: float) -> float:
     """Warm-up over steps, then constant, then linear to zero over the last share of the time."""
     left = max(0.0, 1.0 - elapsed / recipe.seconds)
     return recipe.lr * min(1.0, (step + 1) / recipe.warmup, left / recipe.decay)
+
+
+@torch.no_grad()
+def init_weights(model: JanusFlow, generator: torch.Generator | None = None, std: float = 0.02) -> JanusFlow:
+    """Random weights to start training from: normal(0, std) matrices, unit norms, zero biases; residual outputs
+    scaled down with depth as in GPT-2. `generator` is a CPU generator: the same seed gives the same weights."""
+    layers = model.config.llm.num_hidden_layers
+    for name, p in model.named_parameters():
+        if name.endswith("bias") or "channelwise_norm" in name:
+            p.zero_()
+        elif p.ndim == 1:
+            p.fill_(1.0)
+        else:
+            small = p.ndim == 2 or "embed" in name or "unpatch_conv" in name
+            scale = std if small else p[0].numel() ** -0.5  # other convolutions: 1/sqrt(fan-in)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                scale = std / (2 * layers) ** 0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    return model
 
 
 def train_model(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Weights in and out: the table of prefixes, strict loading, exact saving, folders that appear whole or not at all."""
+"""Weights in and out: the table of prefixes, strict loading, exact saving."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from janusflow_min.checkpoint import (
     WEIGHTS,
     from_official,
     load_model,
-    new_folder,
     save_model,
     to_official,
 )
@@ -138,12 +137,8 @@ def test_parts_read_and_hold_no_more_than_they_need(folder, tensors, monkeypatch
     """Stops: memory and time for the half that is not wanted, its pooling head included."""
     if sharded:
         write_shards(folder, tensors)
-    read, original = [], checkpoint._Reader.__call__
-    monkeypatch.setattr(
-        checkpoint._Reader,
-        "__call__",
-        lambda self, path, name, keep: read.append(name) or original(self, path, name, keep),
-    )
+    read, original = [], checkpoint.check_float
+    monkeypatch.setattr(checkpoint, "check_float", lambda *a: read.append(a[1]) or original(*a))
     model = load(folder, parts=parts)
     unwanted = {
         "generation": ("vision_und_", "beg_of_und_embed", "language_model.lm_head."),
@@ -383,92 +378,6 @@ def test_a_checkpoint_may_be_saved_over_itself(parity_dir, tmp_path, tensors):
     own = jf.load(target, device="cpu", progress=False)
     jf.save(own, target, overwrite=True)
     assert same(official(own.model), tensors) and same(load_file(target / WEIGHTS), tensors)
-
-
-# Folders --------------------------------------------------------------------------------------------------------
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_new_folder_appears_when_it_is_whole(tmp_path):
-    """Stops: a target that others see while it is being written."""
-    target = tmp_path / "a" / "b"
-    with new_folder(target) as temporary:
-        (temporary / "file").write_text("new")
-        assert not target.exists() and temporary.parent == target.parent
-    assert names(target) == ["file"] and names(target.parent) == ["b"]
-
-
-def test_an_empty_folder_may_be_filled(tmp_path):
-    """Stops: a refusal of the folder that the caller has just made."""
-    with new_folder(tmp_path / "made") as first:
-        first.joinpath("x").touch()
-    (tmp_path / "empty").mkdir()
-    with new_folder(tmp_path / "empty") as temporary:
-        (temporary / "file").touch()
-    assert names(tmp_path) == ["empty", "made"] and names(tmp_path / "empty") == ["file"]
-
-
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_there_is_kept_unless_overwritten(tmp_path, kind):
-    """Stops: the user's data lost, or the refusal after minutes of writing."""
-    target = tmp_path / "target"
-    if kind == "file":
-        target.write_text("old")
-    else:
-        target.mkdir()
-        (target / "old").touch()
-    with pytest.raises(FileExistsError, match="target exists already"), new_folder(target):
-        raise AssertionError("entered")
-    assert names(tmp_path) == ["target"]
-    with new_folder(target, overwrite=True) as temporary:
-        (temporary / "new").touch()
-        assert target.exists()
-    assert names(tmp_path) == ["target"] and names(target) == ["new"]
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("there", [False, True])
-def test_an_interrupted_folder_vanishes_and_the_old_one_stays(tmp_path, error, there):
-    """Stops: leftovers after Ctrl-C."""
-    target = tmp_path / "target"
-    if there:
-        target.mkdir()
-        (target / "old").touch()
-    with pytest.raises(error), new_folder(target, overwrite=True) as temporary:
-        (temporary / "half").touch()
-        raise error("stopped")
-    assert names(tmp_path) == (["target"] if there else [])
-    assert not there or names(target) == ["old"]
-
-
-def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
-    """Stops: neither the old folder nor the new one after a failure between two renames."""
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").touch()
-    rename = checkpoint.os.rename
-
-    def stubborn(source, destination):
-        if ".writing-" in str(source):
-            raise PermissionError("busy")
-        rename(source, destination)
-
-    monkeypatch.setattr(checkpoint.os, "rename", stubborn)
-    with pytest.raises(PermissionError, match="busy"), new_folder(target, overwrite=True):
-        pass
-    assert names(tmp_path) == ["target"] and names(target) == ["old"]
-
-
-def test_a_relative_target_stays_where_it_was_meant(tmp_path, monkeypatch):
-    """Stops: a folder written elsewhere because the block changes the working directory."""
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with new_folder("target"):
-        monkeypatch.chdir(tmp_path / "elsewhere")
-    assert names(tmp_path) == ["elsewhere", "target"]
 
 
 # The hub --------------------------------------------------------------------------------------------------------

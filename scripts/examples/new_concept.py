@@ -33,7 +33,7 @@ import janusflow_min as jf
 from janusflow_min.benchmarks.tiny import evaluate, language, reader, scenes
 from janusflow_min.benchmarks.tiny.evaluate import Case
 from janusflow_min.benchmarks.tiny.language import Item, Spec
-from janusflow_min.checkpoint import new_folder
+from janusflow_min.files import new_folder
 from janusflow_min.pipeline import TINY, to_uint8
 from janusflow_min.training.config import load_config
 from janusflow_min.training.loop import Trainer
