@@ -105,10 +105,10 @@ def load_model(
     model.load_state_dict({from_official(name): x for name, x in bar}, strict=True, assign=True)
     left = [k for k, p in model.state_dict().items() if p.is_meta]
     assert not left, f"still on the meta device: {left}"
-    pooling = {path: [n for n in names if n.startswith(POOLING_HEAD)] for path, names in files.items()}
-    model.extra_tensors = (
-        dict(read_tensors(pooling, "cpu", dtype)) if parts == "all" else {}
-    )  # for save_model
+    model.extra_tensors = {}  # official names; kept for save_model
+    if parts == "all":
+        pooling = {path: [n for n in names if n.startswith(POOLING_HEAD)] for path, names in files.items()}
+        model.extra_tensors = dict(read_tensors(pooling, "cpu", dtype))
     return model.eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ Legend: B batch, C h w latent, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -81,12 +82,16 @@ def load_vae(folder: str | Path, device: torch.device, dtype: torch.dtype) -> VA
     if not any(folder.glob("diffusion_pytorch_model*")):
         raise FileNotFoundError(f"{folder} has no diffusion_pytorch_model.safetensors")
     from diffusers import AutoencoderKL
+    from diffusers.utils import logging
 
     if (autoencoder := _build(AutoencoderKL, folder, device, dtype)) is not None:
         return VAE(autoencoder)
     try:
         options = dict(torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False)
-        autoencoder, info = AutoencoderKL.from_pretrained(str(folder), output_loading_info=True, **options)
+        with _quiet(logging):
+            autoencoder, info = AutoencoderKL.from_pretrained(
+                str(folder), output_loading_info=True, **options
+            )
     except Exception as error:  # of many kinds, and all mean that the folder is not usable
         raise ValueError(f"the VAE in {folder} cannot be loaded: {error}") from error
     problems = [f"{kind.removesuffix('_keys')}: {keys}" for kind, keys in info.items() if keys]
@@ -107,3 +112,14 @@ def _build(kind: type, folder: Path, device: torch.device, dtype: torch.dtype) -
     except Exception:
         return None
     return autoencoder
+
+
+@contextlib.contextmanager
+def _quiet(logging):
+    """diffusers warns about what the check after it reports."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -8,6 +8,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,3 +46,20 @@ def expected(parity_dir: Path) -> dict:
 def recorded(parity_dir: Path) -> dict[str, Tensor]:
     """Recorded tensors."""
     return load_file(parity_dir / "expected.safetensors")
+
+
+@pytest.fixture
+def interpret(request) -> Callable[[str], None]:
+    """Runs Python code that may import torch and the test's own module, in a process where Triton's kernels are
+    interpreted: no GPU is needed."""
+    if find_spec("triton") is None:
+        pytest.skip("needs triton, which comes with torch for CUDA")
+    here = [str(request.path.parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+
+    def run(code: str) -> None:
+        env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(here)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    return run

@@ -6,12 +6,6 @@ That it matches the reference's recordings is in `test_parity.py`, which runs bo
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -171,22 +165,9 @@ INTERPRETED = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which comes with torch for CUDA"
-)
-def test_kernels_compute_what_ops_say_interpreted():
+def test_kernels_compute_what_ops_say_interpreted(interpret):
     """Stops: a kernel that reads or writes elsewhere, found without a GPU."""
-    here = Path(__file__).resolve().parent
-    code = f"import torch, test_fast; test_fast.check_kernels('cpu', torch.float32, 1e-6, {INTERPRETED})"
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    interpret(f"import torch, test_fast; test_fast.check_kernels('cpu', torch.float32, 1e-6, {INTERPRETED})")
 
 
 @pytest.mark.gpu

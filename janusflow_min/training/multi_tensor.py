@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .optimizer import Step
+
 BLOCK = 2048  # elements of one program
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 COLUMNS = tl.constexpr(7)  # of the table: elements, then where master, gradient, m, v, average and weight lie
@@ -67,19 +69,16 @@ def _part(cell, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def update_all(
     tensors: Sequence[Sequence[Tensor | None]],
     rates: Sequence[float],
-    numbers: Tensor,
-    factor: float,
-    corrections: tuple[float, float],
-    blend: float,
-    betas: tuple[float, float],
-    eps: float,
+    step: Step,
 ) -> None:
     """One step of every tensor, in place.
 
     tensors: for each master, gradient, m, v, average and weight (None where there is none), contiguous, on one
-    device; rates: the learning rate of each, to be multiplied with `factor`; numbers (2,): factor of the gradients,
-    and 1 where they are finite; corrections: 1 - beta^k; blend: share of the new weight in the average.
+    device; rates: the learning rate of each.
     """
+    device = step.numbers.device
+    shares = (1 - beta for beta in step.betas)
+    scalars = [float(x) for x in (step.factor, *step.corrections, step.blend, *shares, step.eps)]
     groups: dict[tuple, list[int]] = {}
     rows = [[parts[0].numel(), *(0 if x is None else x.data_ptr() for x in parts)] for parts in tensors]
     for k, (row, parts) in enumerate(zip(rows, tensors, strict=True)):
@@ -87,16 +86,16 @@ def update_all(
         aligned = not any(number % 16 for number in row)  # then four elements are read at once
         groups.setdefault((parts[1].dtype, parts[4] is not None, weight, aligned), []).append(k)
     for (grad, average, weight, aligned), members in groups.items():
-        chunks = chunks_of(tuple(rows[k][0] for k in members), numbers.device)
+        chunks = chunks_of(tuple(rows[k][0] for k in members), device)
         if not len(chunks):
             continue
-        table = to_device(np.array([rows[k] for k in members], np.int64), numbers.device)
+        table = to_device(np.array([rows[k] for k in members], np.int64), device)
         _update[(len(chunks),)](
             table,
-            to_device(np.array([rates[k] for k in members], np.float32), numbers.device),
+            to_device(np.array([rates[k] for k in members], np.float32), device),
             chunks,
-            numbers,
-            *(float(x) for x in (factor, *corrections, blend, 1 - betas[0], 1 - betas[1], eps)),
+            step.numbers,
+            *scalars,
             GRAD=TYPES[grad],
             AVERAGE=average,
             WEIGHT=TYPES.get(weight),

@@ -11,12 +11,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .config import OptimizerConfig
+
+
+class Step(NamedTuple):
+    """What a step's update of every tensor has in common."""
+
+    numbers: Tensor  # (2,) on the device: factor of the gradients, and 1 where they are finite
+    factor: float  # of the learning rates
+    corrections: tuple[float, float]  # 1 - beta^k
+    blend: float  # share of the new weight in the average
+    betas: tuple[float, float]
+    eps: float
 
 
 def update(
@@ -27,25 +39,17 @@ def update(
     average: Tensor | None,
     weight: Tensor | None,
     rate: float,
-    numbers: Tensor,
-    factor: float,
-    corrections: tuple[float, float],
-    blend: float,
-    betas: tuple[float, float],
-    eps: float,
+    step: Step,
 ) -> None:
-    """One tensor's step, in place; average is None where there is none, weight where the master itself computes.
-
-    The learning rate is rate · factor; numbers (2,): factor of the gradient, and 1 where it is finite; corrections:
-    1 - beta^k; blend: share of the new weight in the average.
-    """
-    scale, good = numbers
+    """One tensor's step, in place; average is None where there is none, weight where the master itself computes."""
+    scale, good = step.numbers
     g = torch.where(good > 0, grad.float() * scale, 0.0)
-    m.copy_(torch.where(good > 0, torch.lerp(m, g, 1 - betas[0]), m))
-    v.copy_(torch.where(good > 0, torch.lerp(v, g * g, 1 - betas[1]), v))
-    master -= rate * factor * good * (m / corrections[0]) / ((v / corrections[1]).sqrt() + eps)
+    m.copy_(torch.where(good > 0, torch.lerp(m, g, 1 - step.betas[0]), m))
+    v.copy_(torch.where(good > 0, torch.lerp(v, g * g, 1 - step.betas[1]), v))
+    denominator = (v / step.corrections[1]).sqrt() + step.eps
+    master -= rate * step.factor * good * (m / step.corrections[0]) / denominator
     if average is not None:
-        average.lerp_(master, blend * good)
+        average.lerp_(master, step.blend * good)
     if weight is not None:
         weight.copy_(master)
 
@@ -133,14 +137,14 @@ class AdamW:
             parts = (self.master[name], grad, self.m[name], self.v[name], average, weight)
             tensors.append([None if x is None else local(x) for x in parts])
         rates = [self.rates[name] for name in names]
-        settings = (numbers, factor, corrections, blend, c.betas, c.eps)
+        common = Step(numbers, factor, corrections, blend, c.betas, c.eps)
         if self.kernel:
             from .multi_tensor import update_all
 
-            update_all(tensors, rates, *settings)
+            update_all(tensors, rates, common)
         else:
             for parts, rate in zip(tensors, rates, strict=True):
-                update(*parts, rate, *settings)
+                update(*parts, rate, common)
         self.zero()
         return norm
 

@@ -413,21 +413,10 @@ def test_adamw_is_torchs(dtype):
     check_adamw(dtype)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch for CUDA")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])  # interpreted bfloat16 is not rounded
-def test_adamw_in_one_launch_is_torchs_interpreted(dtype):
+def test_adamw_in_one_launch_is_torchs_interpreted(interpret, dtype):
     """Stops: a kernel that updates another tensor's part or beyond a tensor's end, found without a GPU."""
-    here = Path(__file__).resolve().parent
-    code = f"import torch, test_runs; test_runs.check_adamw(torch.{dtype}, kernel=True)"
-    path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    interpret(f"import torch, test_runs; test_runs.check_adamw(torch.{dtype}, kernel=True)")
 
 
 @pytest.mark.gpu
