@@ -24,26 +24,27 @@ def read_tensors(
     if torch.device(device).type != "cuda":
         yield from checkpoint.read_tensors(files, device, dtype)
         return
-    local = threading.local()
+    # All threads copy on the caller's stream: memory that one has freed is then another's only after it was read.
+    stream, local = torch.cuda.current_stream(device), threading.local()
 
     def read(job: tuple[Path, str]) -> tuple[str, Tensor]:
         path, name = job
         if not hasattr(local, "piece"):
             local.piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
-            local.stream = torch.cuda.Stream(device)
-        with open_weights(path) as f:
+            local.copied = torch.cuda.Event()
+        with open_weights(path) as f, torch.cuda.stream(stream):
             return name, copied(check_float(path, name, f.get_tensor(name))).to(dtype)
 
     def copied(tensor: Tensor) -> Tensor:
         result = torch.empty_like(tensor, device=device)
         source, target = (x.view(-1).view(torch.uint8) for x in (tensor, result))
-        with torch.cuda.stream(local.stream):
-            for start in range(0, len(source), PIECE):
-                part = source[start : start + PIECE]
-                piece = local.piece[: len(part)]
-                piece.numpy()[:] = part.numpy()  # one thread each, unlike torch's copy
-                target[start : start + len(part)].copy_(piece, non_blocking=True)
-                local.stream.synchronize()
+        for start in range(0, len(source), PIECE):
+            part = source[start : start + PIECE]
+            piece = local.piece[: len(part)]
+            local.copied.synchronize()  # the piece is free again
+            piece.numpy()[:] = part.numpy()  # one thread each, unlike torch's copy
+            target[start : start + len(part)].copy_(piece, non_blocking=True)
+            local.copied.record(stream)
         return result
 
     with ThreadPoolExecutor(THREADS) as pool:

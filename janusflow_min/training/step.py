@@ -175,6 +175,8 @@ def prepare_blocks(model: JanusFlow, checkpointing: bool, compiled: bool) -> Non
     """Recompute each LLM block in the backward pass, compile all blocks: in training only, sampling stays as it is."""
     blocks: list[nn.Module] = [*model.llm.layers]
     if compiled:
+        # Of each block one for a fixed length, one for any, the same for a single row, all again for FSDP2's views.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         blocks += [*model.siglip.blocks, *model.uvit_encoder.mid_block.res_blocks]
         blocks += model.uvit_decoder.mid_block.res_blocks
     for block in blocks:
