@@ -11,7 +11,7 @@ and written back.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,12 +64,12 @@ def read_tensors(
     """The named tensors of each file, with their names, one after another.
 
     Copies: safetensors' own tensors are a mapping of the file, which would keep its pages in memory, and would
-    change, or end the process, with the file. ValueError for whole numbers. `fast/loading.py` has it faster for GPUs.
+    change, or end the process, with the file. A GPU converts them itself. ValueError for whole numbers.
     """
     for path, names in files.items():
         with open_weights(path) as f:
             for name in names:
-                yield name, check_float(path, name, f.get_tensor(name)).to(device, dtype, copy=True)
+                yield name, check_float(path, name, f.get_tensor(name)).to(device).to(dtype, copy=True)
 
 
 def check_float(path: Path, name: str, tensor: Tensor) -> Tensor:
@@ -84,9 +84,8 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     parts: Parts = "all",
     progress: bool = True,
-    read: Callable[..., Iterator[tuple[str, Tensor]]] = read_tensors,
 ) -> JanusFlow:
-    """Build the model of a checkpoint folder and fill it. read: another reader, called as `read_tensors` is.
+    """Build the model of a checkpoint folder and fill it.
 
     Raises FileNotFoundError for missing files, ValueError for broken ones and for keys that do not fit.
     """
@@ -100,7 +99,7 @@ def load_model(
 
     wanted = {to_official(name) for name in model.state_dict()}
     chosen = {path: [name for name in names if name in wanted] for path, names in files.items()}
-    tensors = read(chosen, device, dtype)
+    tensors = read_tensors(chosen, device, dtype)
     bar = tqdm(tensors, "Loading weights", len(wanted), unit="tensor", disable=not progress, leave=False)
     model.load_state_dict({from_official(name): x for name, x in bar}, strict=True, assign=True)
     left = [k for k, p in model.state_dict().items() if p.is_meta]
@@ -115,8 +114,10 @@ def load_model(
 def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None = None) -> None:
     """Write config.json and the weights into an existing folder, under official names.
 
-    max_shard_size in bytes: None writes one `model.safetensors`, else shards and their index.
+    One `model.safetensors`; where the weights have more than max_shard_size bytes, shards and their index.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     folder = Path(folder)
     if model.parts != "all":
         raise ValueError(f'only {model.parts!r} was loaded; load with parts="all" to save a whole checkpoint')
@@ -124,29 +125,15 @@ def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None 
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {to_official(k): v.detach().contiguous() for k, v in model.state_dict().items()}
     tensors |= getattr(model, "extra_tensors", {})
-    if max_shard_size is None:
-        _write(tensors, folder / WEIGHTS)
-        return
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_size:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write(shard, folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # newer safetensors leave it readable by its owner alone
+    total = sum(t.nbytes for t in tensors.values())
+    limit = total if max_shard_size is None else max_shard_size
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # newer safetensors leave it readable by its owner alone
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:

@@ -85,16 +85,12 @@ class KVCache:
 
     def select(self, rows: Tensor, capacity: int) -> KVCache:
         """A new cache with the given rows (indices (B',), repeats allowed) and room for `capacity` tokens."""
-        new = object.__new__(KVCache)
+        new, end = object.__new__(KVCache), self.length
         layers, _, groups, _, d = self.keys.shape
-        shape = (layers, len(rows), groups, capacity, d)
-        new.keys, new.values, new.length = (
-            self.keys.new_zeros(shape),
-            self.values.new_zeros(shape),
-            self.length,
-        )
-        new.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
-        new.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
+        new.keys = self.keys.new_zeros(layers, len(rows), groups, capacity, d)
+        new.values, new.length = torch.zeros_like(new.keys), end
+        new.keys[:, :, :, :end] = self.keys[:, rows, :, :end]
+        new.values[:, :, :, :end] = self.values[:, rows, :, :end]
         return new
 
 
@@ -103,10 +99,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.repeats = config.num_attention_heads // config.num_key_value_heads
-        q_dim, kv_dim = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        )
+        q_dim = config.num_attention_heads * config.head_dim
+        kv_dim = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)

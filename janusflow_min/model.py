@@ -125,20 +125,12 @@ class JanusFlow(nn.Module):
         latents = latents.to(self.dtype)
         x, t_emb, skip = self.encode_latents(latents, timestep)
         tokens = torch.cat([t_emb[:, None], x], dim=1)  # (B, 1 + N, D)
-        prompt_rows = (
-            cache.keys.shape[1]
-            if cache is not None
-            else len(latents)
-            if text_embeds is None
-            else len(text_embeds)
-        )
-        copies = prompt_rows // len(latents)
-        if copies > 1:
-            tokens, skip, t_emb = (
-                tokens.repeat(copies, 1, 1),
-                skip.repeat(copies, 1, 1, 1),
-                t_emb.repeat(copies, 1),
-            )
+        rows = len(latents) if text_embeds is None else len(text_embeds)
+        if cache is not None:
+            rows = cache.keys.shape[1]
+        if (copies := rows // len(latents)) > 1:
+            tokens, t_emb = tokens.repeat(copies, 1, 1), t_emb.repeat(copies, 1)
+            skip = skip.repeat(copies, 1, 1, 1)
         if text_embeds is not None:
             tokens = torch.cat([text_embeds, tokens], dim=1)
         out = self.llm(tokens, position_ids, attention_mask, cache, tap, upstream_rounding)

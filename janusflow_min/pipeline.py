@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from .checkpoint import load_model, save_model
 from .config import read_json
-from .fast.loading import read_tensors
 from .files import new_folder
 from .flow import euler, guide
 from .model import PARTS, JanusFlow, Parts
@@ -516,7 +515,7 @@ def load(
     if parts != "understanding":  # before the weights, which take long
         inside = folder / "vae"
         where = inside if vae_path is None and inside.is_dir() else resolve(vae_path or HUB_ID, vae=True)
-    model = load_model(folder, device, dtype, parts, progress, read_tensors)
+    model = load_model(folder, device, dtype, parts, progress)
     processor = Processor.from_folder(folder, model.config.llm.vocab_size)
     check_fit(folder, model, processor)
     vae = None

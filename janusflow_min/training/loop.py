@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..checkpoint import load_model
-from ..fast.loading import read_tensors
 from ..model import JanusFlow
 from ..pipeline import Pipeline, check_fit, pick_device, pick_dtype, resolve, save
 from ..processor import Processor
@@ -53,9 +52,7 @@ class Trainer:
         self.checkpoints = self.folder / "checkpoints"
         self.tell(f"reading {config.model}")
         self.source = resolve(config.model)
-        self.model = load_model(
-            self.source, self.device, torch.float32, progress=self.shown, read=read_tensors
-        )
+        self.model = load_model(self.source, self.device, torch.float32, progress=self.shown)
         self.processor = Processor.from_folder(self.source, self.model.config.llm.vocab_size)
         check_fit(self.source, self.model, self.processor)
         inside = self.source / "vae"

@@ -176,7 +176,7 @@ def prepare_blocks(model: JanusFlow, checkpointing: bool, compiled: bool) -> Non
     blocks: list[nn.Module] = [*model.llm.layers]
     if compiled:
         # Of each block one for a fixed length, one for any, the same for a single row, all again for FSDP2's views.
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.cache_size_limit = max(32, torch._dynamo.config.cache_size_limit)
         blocks += [*model.siglip.blocks, *model.uvit_encoder.mid_block.res_blocks]
         blocks += model.uvit_decoder.mid_block.res_blocks
     for block in blocks:
