@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from ..images import contact_sheet, save_png
 from ..pipeline import Pipeline
 from ..processor import Processor
@@ -81,10 +83,15 @@ class Report:
             axes = figure.add_subplot(2, 3, k, title=key, xlabel="step")
             points = [(row["step"], row[key]) for row in steps if row.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), linewidth=0.8, label="training")
+                x, y = np.array(points).T
+                axes.plot(x, y, linewidth=0.8, label="training")
+                if (width := len(y) // 40) > 1 and key != "lr":
+                    mean = np.convolve(y, np.full(width, 1 / width), "valid")
+                    axes.plot(x[width - 1 :], mean, label=f"its mean over {width} steps")
             points = [(row["step"], row[key]) for row in shown if row.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label="validation")
+            if axes.lines:
                 axes.legend()
         FigureCanvasAgg(figure).print_png(str(self.folder / "curves.png"))
 

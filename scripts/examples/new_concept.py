@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Teach the default model a colour and a shape that it has never seen, and measure what it learned and what it kept.
 
-    python scripts/examples/new_concept.py --work runs/new_concept     # all of it, about twenty minutes on two cores
+    python scripts/examples/new_concept.py --work runs/new_concept     # all of it, about half an hour on two cores
 
 Stages: `data` (pictures, captions and questions with teal things and bars, as many of the old world for replay, two
 manifests), `vae` (its decoder learns teal), `before` (the default is judged), `train` (`janusflow-min train
@@ -48,10 +48,10 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--work", type=Path, default=Path("runs/new_concept"), help="folder for all results")
-    parser.add_argument("--pictures", type=int, default=1200, help="new ones, and as many old ones")
-    parser.add_argument("--vae-steps", type=int, default=300, help="of the VAE's decoder")
+    parser.add_argument("--pictures", type=int, default=4000, help="new ones, and as many old ones")
+    parser.add_argument("--vae-steps", type=int, default=600, help="of the VAE's decoder")
     parser.add_argument("--cases", type=int, default=20, help="judged pictures and answers of each new kind")
-    parser.add_argument("--old-cases", type=int, default=5, help="of each of the six old families and kinds")
+    parser.add_argument("--old-cases", type=int, default=20, help="of each of the six old families and kinds")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="of the training run")
     args = parser.parse_args()
     data, began = args.work / "data", time.monotonic()
@@ -185,7 +185,7 @@ def pixels(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(path), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
 
 
-def teach_vae(data: Path, folder: Path, steps: int, batch: int = 6, lr: float = 1e-3) -> None:
+def teach_vae(data: Path, folder: Path, steps: int, batch: int = 4, lr: float = 5e-4) -> None:
     """Train the decoder of the default's VAE on new and old pictures, half and half: L1 + 3 · MSE."""
     vae = load_vae(TINY, torch.device("cpu"), torch.float32)
     files = [sorted(data.glob(f"{name}-*.png")) for name in ("new", "replay")]
