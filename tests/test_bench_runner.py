@@ -116,6 +116,25 @@ def test_a_file_is_no_run_folder(tmp_path):
         RunFolder(tmp_path / "run")
 
 
+@pytest.mark.parametrize("out", ["outputs/new/tiny", "./here", "~/mine", ".", "../beside/run"])
+def test_a_run_may_be_named_in_any_way(tmp_path, monkeypatch, capsys, out):
+    """Stops: files under OUT/OUT, a folder called ~, and a report that looks where `score` did not write."""
+    here = tmp_path / "cwd"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = ["bench", "tiny", "generate", "--device", "cpu", "--cases", "1"]
+    assert cli.main([*run, "--num-inference-steps", "1", "--out", out, "--quiet"]) == 0
+    assert "all 6 files are there" in capsys.readouterr().out
+    assert cli.main(["bench", "tiny", "score", "--out", out, "--quiet"]) == 0
+    assert cli.main(["bench", "tiny", "report", "--out", out, "--quiet"]) == 0
+    root = Path(out).expanduser().resolve()
+    for name in ("manifest.json", "score.json", "cases.json", "report.json", "report.md"):
+        assert list(tmp_path.rglob(name)) == [root / name]
+    assert {path.parent for path in tmp_path.rglob("0000?.*")} == {root / "images", root / "answers"}
+    assert len(list((root / "images").iterdir())) == 6
+
+
 # Painting -----------------------------------------------------------------------
 
 

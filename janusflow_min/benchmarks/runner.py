@@ -114,10 +114,13 @@ def shard(items: Sequence[T], rank: int, world: int) -> list[T]:
 
 
 class RunFolder:
-    """A run's folder: `images/` for scorers, everything else beside it."""
+    """A run's folder: `images/` for scorers, everything else beside it.
+
+    root: may be relative or begin with `~`; kept absolute, so that a path inside it means one thing.
+    """
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.abspath(Path(root).expanduser()))
         if self.root.exists() and not self.root.is_dir():
             raise NotADirectoryError(f"{self.root} is a file, not a folder")
         self.images = self.root / "images"
@@ -128,7 +131,8 @@ class RunFolder:
     def writing(self, path: str | Path) -> Iterator[Path]:
         """A temporary path in `.work/` with the suffix of `path`, renamed to it when the block ends well.
 
-        path: absolute, or relative to the run's folder; on the same file system, or the rename fails.
+        path: absolute, or relative to the run's folder (not to the current one); on the same file system, or the
+        rename fails.
         """
         path = self.root / path
         self.work.mkdir(parents=True, exist_ok=True)

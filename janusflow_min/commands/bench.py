@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from .. import benchmarks
@@ -99,6 +100,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
     if option.kind is bool:
         parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, **common)
         return
-    common |= {"type": option.kind, "required": option.required}
+    kind = (lambda text: Path(text).expanduser()) if option.kind is Path else option.kind
+    common |= {"type": kind, "required": option.required}
     common |= {"choices": option.choices} if option.choices else {"metavar": option.kind.__name__.upper()}
     parser.add_argument(option.flag, action="append" if option.many else "store", **common)
