@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The repository itself: what CI runs."""
+"""The repository itself: what CI runs and what a release holds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+
+import janusflow_min
 
 ROOT = Path(__file__).parents[1]
 PYTHON = """#!/bin/sh
@@ -79,3 +84,63 @@ def test_tools_have_one_version():
     """Stops: ruff or mypy that differ between the CI and a contributor's machine."""
     dev = re.search(r"^dev = (.*)$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert dev and re.search(r'"ruff==[\d.]+"', dev[1]) and re.search(r'"mypy==[\d.]+"', dev[1])
+
+
+# What is shipped
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, set[str]]:
+    """The names in an sdist and a wheel that are built from the tracked files, and the wheel's metadata."""
+    pytest.importorskip("setuptools", minversion="77")
+    checkout = tmp_path_factory.mktemp("built") / "checkout"
+    for name in tracked():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, checkout / name)
+    code = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    [sdist], [wheel] = (checkout / "dist").glob("*.tar.gz"), (checkout / "dist").glob("*.whl")
+    with tarfile.open(sdist) as tar:
+        names = {member.name.partition("/")[2] for member in tar if member.isfile()}
+    with zipfile.ZipFile(wheel) as archive:
+        inside = set(archive.namelist())
+        [metadata] = [name for name in inside if name.endswith("METADATA")]
+        return {
+            "sdist": names,
+            "wheel": inside,
+            "metadata": set(archive.read(metadata).decode().splitlines()),
+        }
+
+
+def tracked() -> list[str]:
+    """Every file of the repository, relative to its root; outside a checkout of git, every file that lies there."""
+    git = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(git, capture_output=True, text=True) if (ROOT / ".git").exists() else None
+    if done is None or done.returncode != 0:
+        pytest.skip("needs a checkout and git")
+    return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_the_sdist_holds_every_file(built):
+    """Stops: an sdist with half of the tests, without their fixtures or without the scripts."""
+    hidden = {".gitignore", ".pre-commit-config.yaml"}
+    wanted = {name for name in tracked() if name not in hidden and not name.startswith(".github/")}
+    assert wanted - built["sdist"] == set()
+
+
+def test_the_wheel_holds_the_package_and_no_more(built):
+    """Stops: a wheel without the default model, the configurations or the marker of types; tests installed."""
+    package = {name for name in tracked() if name.startswith("janusflow_min/")}
+    inside = {name for name in built["wheel"] if ".dist-info/" not in name}
+    assert inside == package and "janusflow_min/py.typed" in inside
+    assert any(name.endswith("licenses/LICENSE") for name in built["wheel"])
+
+
+def test_the_metadata_says_what_a_visitor_looks_for(built):
+    """Stops: a licence in a form that indexes no longer read, a second place for the version, no classifiers."""
+    assert {"License-Expression: MIT", f"Version: {janusflow_min.__version__}"} <= built["metadata"]
+    assert {"Requires-Python: >=3.10", "Classifier: Typing :: Typed"} <= built["metadata"]
+    assert any(line.startswith("Keywords: ") for line in built["metadata"])
