@@ -9,8 +9,8 @@
 A step is, on each GPU, 8 rows (--rows) of 32 prompt tokens, t_emb and the image's tokens, none of them hidden, with
 fp32 master weights, bf16 compute, AdamW and clipping. Model FLOPs: 6 per parameter of the LLM's blocks and token, and
 causal attention (6 · layers · hidden · length per token); the rest of the model is not counted. They are set against
-the card's own rate for 8192 x 8192 matrices in bf16, measured first. Ours runs through `training.step.Learner`, as the
-trainer does.
+the card's own rate for 8192 x 8192 matrices in bf16, measured first. Ours runs through `training.step.TrainStep`, as
+the trainer does.
 The reference (its needs: see `scripts/compare_reference.py`) gets the plain loop that its users write: autocast,
 fused AdamW, no clipping; its loss is the flow's alone, so ours is also measured without alignment.
 """
@@ -36,8 +36,8 @@ from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UVi
 from janusflow_min.flow import flow_loss, interpolate
 from janusflow_min.model import JanusFlow
 from janusflow_min.training.config import Config, LoraConfig, ObjectiveConfig, OptimizerConfig, SourceConfig
-from janusflow_min.training.objective import MixedBatch
-from janusflow_min.training.step import Learner
+from janusflow_min.training.losses import MixedBatch
+from janusflow_min.training.step import TrainStep
 
 PROMPT = 32
 SMALL = JanusFlowConfig(
@@ -125,7 +125,7 @@ class Benchmark:
 
     def ours(self, compiled: bool, alignment: float, average: float, lora: int = 0):
         """A function that makes step i, and returns its loss on the device."""
-        learner = self.learner(compiled, alignment, average, lora)
+        learner = self.train_step(compiled, alignment, average, lora)
         batches = [self.batch(i) for i in range(4)]
 
         def step(i: int) -> Tensor:
@@ -143,17 +143,17 @@ class Benchmark:
         rows: int | None = None,
         parallel: str = "none",
         world: int = 1,
-    ) -> Learner:
+    ) -> TrainStep:
         config = Config(
             data=(SourceConfig("generation", manifest="none"),),
             batch=rows or self.rows,
             compile=compiled,
             gradient_checkpointing=lora > 0,
             objective=ObjectiveConfig(alignment_weight=alignment),
-            optimizer=OptimizerConfig(average=average, warmup=0),
+            optimizer=OptimizerConfig(ema_decay=average, warmup=0),
             lora=LoraConfig(rank=lora),
         )
-        return Learner(config, self.model(), self.device, self.dtype, parallel, world)
+        return TrainStep(config, self.model(), self.device, self.dtype, parallel, world)
 
     def model(self) -> JanusFlow:
         """torch's own initialisation, on the device; the same on every rank."""
@@ -225,7 +225,7 @@ class Benchmark:
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         rank, world = dist.get_rank(), dist.get_world_size()
         compiled, total = self.args.compile, self.rows * world
-        learner = self.learner(compiled, 0.0, 0.0, rows=total, parallel="fsdp", world=world)
+        learner = self.train_step(compiled, 0.0, 0.0, rows=total, parallel="fsdp", world=world)
         whole = [self.batch(i, total) for i in range(4)]
         mine = [part(batch, range(rank, total, world), self.length) for batch in whole]
 
@@ -239,7 +239,7 @@ class Benchmark:
         if rank == 0:
             alone = self.measured(self.ours(compiled, 0.0, 0.0))
             release()
-            learner = self.learner(compiled, 0.0, 0.0, rows=total)
+            learner = self.train_step(compiled, 0.0, 0.0, rows=total)
             halves = [[part(b, range(r, total, world), self.length) for r in range(world)] for b in whole]
             losses = [
                 float(learner.step(i, halves[i % 4])[0][0] / total) for i in range(len(together["losses"]))

@@ -9,7 +9,7 @@ Stages, each skipped when its result lies in --work already: `tokenizer` (a byte
 sentences), `data` (scenes, captions, conversations, as integers), `vae`, `latents`, `model` (resumes from its
 newest checkpoint, optimizer included), `export` (the official layout, bfloat16).
 
-The objective is `janusflow_min.training.objective`, the paper's: flow matching with logit-normal time and 10 %
+The objective is `janusflow_min.training.losses`, the paper's: flow matching with logit-normal time and 10 %
 prompt dropping, cross-entropy on answers, alignment to SigLIP's features. Everything, SigLIP too, starts from
 random weights; the paper starts from pre-trained ones.
 """
@@ -41,7 +41,7 @@ from janusflow_min.flow import sample_time
 from janusflow_min.model import JanusFlow
 from janusflow_min.processor import SYSTEM_PROMPT, Processor
 from janusflow_min.training.data import conversation_example
-from janusflow_min.training.objective import IGNORE, AlignmentHead, generation_loss, understanding_loss
+from janusflow_min.training.losses import IGNORE, AlignmentHead, generation_loss, understanding_loss
 from janusflow_min.vae import VAE
 
 

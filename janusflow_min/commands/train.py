@@ -36,7 +36,7 @@ def add_parser(command: Any) -> None:
 def train(args: argparse.Namespace) -> int:
     """Run a configuration to its end."""
     from ..training.config import load_config
-    from ..training.loop import Trainer
+    from ..training.trainer import Trainer
 
     trainer = Trainer(load_config(args.config, args.set), args.fresh, not args.quiet)
     folder = trainer.run()

@@ -56,10 +56,10 @@ STAGES = {
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    drop: float = 0.1  # share of prompts hidden, for guidance (section 3.3)
-    time_mean: float = 0.0  # of the logit-normal (section 3.3; mean and deviation not stated there)
-    time_std: float = 1.0
-    tap: int = 6  # the block after which states are aligned, counted from 1 (section 3.4)
+    prompt_dropout: float = 0.1  # share of prompts hidden, for guidance (section 3.3)
+    logit_mean: float = 0.0  # of the logit-normal (section 3.3; mean and deviation not stated there)
+    logit_std: float = 1.0
+    alignment_layer: int = 6  # the block after which states are aligned, counted from 1 (section 3.4)
     alignment_weight: float = 1.0  # section 3.4: flow + alignment
     answer_weight: float = 1.0
     prompt_form: Literal["stage", "chat", "plain"] = "stage"  # plain: the prompt alone, as in pre-training
@@ -70,14 +70,14 @@ class OptimizerConfig:
     """AdamW without decay, clipped (the paper's table)."""
 
     lr: float | None = None  # of what the stage trains; None: the stage's
-    rates: dict[str, float] = field(default_factory=dict)  # by component; 0 freezes
+    lr_by_component: dict[str, float] = field(default_factory=dict)  # by component; 0 freezes
     betas: tuple[float, ...] = (0.9, 0.95)
     eps: float = 1e-8
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     warmup: int | None = None  # steps; None: the stage's
     schedule: Literal["constant", "cosine"] = "constant"
-    final: float = 0.0  # share of the rate that a cosine ends at
-    average: float = 0.99  # moving average, which is what gets exported; 0: none
+    min_lr_ratio: float = 0.0  # share of the rate that a cosine ends at
+    ema_decay: float = 0.99  # moving average, which is what gets exported; 0: none
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class LoaderConfig:
     on_bad_row: Literal["skip", "stop"] = "skip"
     max_tokens: int = 4096  # a longer sample is a bad row (the paper packs to 4,096)
     max_padding: float = 0.1  # of a micro-batch's tokens, at most
@@ -133,8 +133,8 @@ class ReportConfig:
     images: tuple[str, ...] = ()  # one for each question, "" for none
     validation: str = ""  # a manifest of any kinds
     validation_rows: int = 64
-    sampling_steps: int = 30
-    guidance: float = 2.0
+    num_inference_steps: int = 30
+    cfg_weight: float = 2.0
     tensorboard: bool = True  # where it is installed
 
 
@@ -151,7 +151,7 @@ class Config:
     micro_batch: int = 8  # samples of one forward pass, at most
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of computing; master weights are fp32
-    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # under torchrun; auto: ddp
+    parallel: Literal["auto", "none", "replicate", "fsdp"] = "auto"  # under torchrun; auto: replicate
     compile: bool = False
     gradient_checkpointing: bool = False
     on_nan: Literal["stop", "skip"] = "stop"
@@ -161,34 +161,39 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    reading: DataConfig = field(default_factory=DataConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
-        stage, o, rates = STAGES[self.stage], self.optimizer, self.optimizer.rates
-        above = {f"reading.{k}": getattr(self.reading, k) for k in ("max_tokens", "max_padding")}
+        stage, o, rates = STAGES[self.stage], self.optimizer, self.optimizer.lr_by_component
+        above = {f"loader.{k}": getattr(self.loader, k) for k in ("max_tokens", "max_padding")}
         above |= {k: getattr(self, k) for k in ("micro_batch", "save_every", "keep")}
         above |= {
             "report.log": self.report.log,
-            "optimizer.clip": o.clip,
-            "objective.tap": self.objective.tap,
+            "optimizer.max_grad_norm": o.max_grad_norm,
+            "objective.alignment_layer": self.objective.alignment_layer,
         }
         above |= {k: getattr(self, k) for k in ("steps", "batch") if getattr(self, k) is not None}
         for key, value in above.items():
             _check(value > 0, key, "above 0", value)
         for key, value in {
-            "optimizer.average": o.average,
-            "objective.drop": self.objective.drop,
-            "optimizer.final": o.final,
+            "optimizer.ema_decay": o.ema_decay,
+            "objective.prompt_dropout": self.objective.prompt_dropout,
+            "optimizer.min_lr_ratio": o.min_lr_ratio,
         }.items():
             _check(0 <= value <= 1, key, "from 0 to 1", value)
         _check(
             len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), "optimizer.betas", "two below 1", o.betas
         )
-        _check(o.average < 1, "optimizer.average", "below 1", o.average)
+        _check(o.ema_decay < 1, "optimizer.ema_decay", "below 1", o.ema_decay)
         for name, rate in rates.items():
-            _check(name in COMPONENTS, f"optimizer.rates.{name}", f"one of {', '.join(COMPONENTS)}", name)
-            _check(rate >= 0, f"optimizer.rates.{name}", "0 or above", rate)
+            _check(
+                name in COMPONENTS,
+                f"optimizer.lr_by_component.{name}",
+                f"one of {', '.join(COMPONENTS)}",
+                name,
+            )
+            _check(rate >= 0, f"optimizer.lr_by_component.{name}", "0 or above", rate)
         _check(len(self.data) > 0, "data", "at least one source ([[data]])", list(self.data))
         for i, source in enumerate(self.data):
             one = bool(source.manifest) != bool(source.dataset)
@@ -198,8 +203,8 @@ class Config:
         _check(all(given) or not any(given), "data.*.ratio", "given for every source or for none", given)
         images, questions = self.report.images, self.report.questions
         _check(len(images) in (0, len(questions)), "report.images", "one for each question", list(images))
-        if self.reading.cache:
-            _check(self.reading.crop == "fixed", "reading.crop", '"fixed" where there is a cache', "random")
+        if self.loader.cache:
+            _check(self.loader.crop == "fixed", "loader.crop", '"fixed" where there is a cache', "random")
         fixed = {"lr": stage.lr, "warmup": stage.warmup}
         fixed = {key: value for key, value in fixed.items() if getattr(o, key) is None}
         object.__setattr__(self, "optimizer", dataclasses.replace(o, **fixed))
@@ -210,13 +215,16 @@ class Config:
             chosen = dataclasses.replace(self.objective, prompt_form=stage.prompt_form)
             object.__setattr__(self, "objective", chosen)
         _check(
-            any(self.rate(name) for name in COMPONENTS), "optimizer.rates", "above 0 for one component", rates
+            any(self.rate(name) for name in COMPONENTS),
+            "optimizer.lr_by_component",
+            "above 0 for one component",
+            rates,
         )
 
     def rate(self, component: str) -> float:
         """The learning rate of a component; 0: it is frozen."""
         default = self.optimizer.lr if component in STAGES[self.stage].trains else 0.0
-        return self.optimizer.rates.get(component, default)
+        return self.optimizer.lr_by_component.get(component, default)
 
     def ratios(self, early: bool = False) -> list[float]:
         """The share of each source in the mix, in the first steps of the stage (`early`) or later."""
@@ -296,7 +304,7 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
     for key in ("model", "vae"):
         place(data, key)
     place(data.get("report"), "validation", must=True)
-    place(data.get("reading"), "cache", must=True)
+    place(data.get("loader"), "cache", must=True)
     report = data.get("report")
     if isinstance(report, dict) and isinstance(report.get("images"), list):
         report["images"] = [str(folder / x) if isinstance(x, str) and x else x for x in report["images"]]

@@ -33,7 +33,7 @@ from ..flow import sample_time
 from ..model import JanusFlow
 from ..processor import SYSTEM_PROMPT, Processor, open_image
 from .config import Config, SourceConfig
-from .objective import IGNORE, MixedBatch
+from .losses import IGNORE, MixedBatch
 
 
 def conversation_example(
@@ -335,7 +335,7 @@ class Reader:
     def __init__(self, config: Config, processor: Processor, model: JanusFlow, cache: Cache | None = None):
         self.config, self.processor, self.cache = config, processor, cache
         self.latent_shape, self.num_image_tokens = model.latent_shape, model.num_image_tokens
-        self.limit = min(config.reading.max_tokens, model.config.llm.max_position_embeddings)
+        self.limit = min(config.loader.max_tokens, model.config.llm.max_position_embeddings)
 
     def __call__(self, row: Mapping[str, Any], kind: str, dice: torch.Generator, drop: float) -> Sample:
         """Raises ValueError or OSError, which say what is wrong with the row."""
@@ -373,9 +373,9 @@ class Reader:
             prompt = processor.generation_prompt(row.get("text"))[0][:-1]  # t_emb takes the tag's place
         else:
             prompt = self._plain(row.get("text"))
-        side, fixed = processor.image_processor.image_size, self.config.reading.crop == "fixed"
+        side, fixed = processor.image_processor.image_size, self.config.loader.crop == "fixed"
         picture = square(decode(row.get("image")), side, None if fixed else dice)
-        t = sample_time(1, settings.time_mean, settings.time_std, dice)
+        t = sample_time(1, settings.logit_mean, settings.logit_std, dice)
         hidden = bool(torch.rand(1, generator=dice) < drop)
         noise = torch.randn(self.latent_shape, generator=dice)
         image_tokens = 1 + self.num_image_tokens
@@ -522,7 +522,7 @@ class Steps(torch.utils.data.Dataset):
         return self.pack(step, [self.sample(slot, bad) for slot in slots], bad)
 
     def pack(self, step: int, samples: Sequence[Sample], bad: list[BadRow]) -> StepData:
-        groups = bucket(samples, self.config.micro_batch, self.config.reading.max_padding)
+        groups = bucket(samples, self.config.micro_batch, self.config.loader.max_padding)
         batches = [collate(group, self.reader.processor) for group in groups]
         keys = [[s.key for s in group if s.kind == "generation"] for group in groups]
         tokens, places = sum(len(s.ids) for s in samples), sum(b.input_ids.numel() for b in batches)
@@ -536,13 +536,11 @@ class Steps(torch.utils.data.Dataset):
             try:
                 line, row = source(position + further)
                 dice = generator(self.config.seed, "sample", slot)
-                return self.reader(row, source.config.kind, dice, self.config.objective.drop)
+                return self.reader(row, source.config.kind, dice, self.config.objective.prompt_dropout)
             except (ValueError, OSError, KeyError, TypeError) as error:
                 bad.append(BadRow(source.name, line, f"{type(error).__name__}: {error}"))
-                if self.config.reading.on_bad_row == "stop":
+                if self.config.loader.on_bad_row == "stop":
                     break
         told = bad[-1]
-        what = (
-            "a bad row" if self.config.reading.on_bad_row == "stop" else "1,000 bad rows in a row, the last"
-        )
+        what = "a bad row" if self.config.loader.on_bad_row == "stop" else "1,000 bad rows in a row, the last"
         raise ValueError(f"{what}: {told.source}, line {told.line}: {told.reason}")

@@ -3,7 +3,7 @@
 
 The weights that compute may be bfloat16: then each has an fp32 master copy here, which alone accumulates. One
 elementwise function, `update`, steps moments, master, average and computing weight; on a GPU one kernel does the same
-to all tensors (`multi_tensor.py`), so that each is read and written once. Sharded weights (DTensor) are updated shard
+to all tensors (`fused_adamw.py`), so that each is read and written once. Sharded weights (DTensor) are updated shard
 by shard. A step whose gradient is not finite changes nothing.
 """
 
@@ -78,7 +78,7 @@ class AdamW:
                 p.data = p.data.to(dtype)
         self.m = {name: torch.zeros_like(p) for name, p in self.master.items()}
         self.v = {name: torch.zeros_like(p) for name, p in self.master.items()}
-        self.average = {n: p.clone() for n, p in self.master.items()} if config.average else {}
+        self.average = {n: p.clone() for n, p in self.master.items()} if config.ema_decay else {}
         self.sums: dict[str, Tensor] = {}  # fp32 gradients of earlier micro-batches
         self.kernel = kernel
 
@@ -127,8 +127,10 @@ class AdamW:
         c = self.config
         names = list(gradients)
         norm = self.norm([gradients[name] for name in names])
-        numbers = torch.stack([(c.clip / (norm + 1e-6)).clamp(max=1.0), torch.isfinite(norm).float()])
-        factor, blend = rate_factor(c, index, self.total), 1 - c.average if c.average else 0.0
+        numbers = torch.stack(
+            [(c.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.isfinite(norm).float()]
+        )
+        factor, blend = rate_factor(c, index, self.total), 1 - c.ema_decay if c.ema_decay else 0.0
         corrections = (1 - c.betas[0] ** (index + 1), 1 - c.betas[1] ** (index + 1))
         tensors = []
         for name in names:
@@ -139,7 +141,7 @@ class AdamW:
         rates = [self.rates[name] for name in names]
         common = Step(numbers, factor, corrections, blend, c.betas, c.eps)
         if self.kernel:
-            from .multi_tensor import update_all
+            from .fused_adamw import update_all
 
             update_all(tensors, rates, common)
         else:
@@ -175,4 +177,4 @@ def rate_factor(config: OptimizerConfig, index: int, total: int) -> float:
     if config.schedule == "constant":
         return 1.0
     share = min(1.0, (index - config.warmup) / max(1, total - config.warmup))
-    return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * share))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))

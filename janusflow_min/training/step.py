@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One training step, whole, on one page: `Learner.step`. Below it, how the model is made ready for it.
+"""One training step, whole, on one page: `TrainStep.step`. Below it, how the model is made ready for it.
 
-`ddp` here is one sum of the gradients over the ranks after the last micro-batch (a step's micro-batches differ in
+`replicate` here is one sum of the gradients over the ranks after the last micro-batch (a step's micro-batches differ in
 the parameters they use, which DistributedDataParallel cannot accumulate over); `fsdp` is FSDP2's `fully_shard` of
 a few blocks at a time and of the rest, computing in bf16 over fp32 shards. Paper section 4.1.
 """
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from ..model import JanusFlow
 from .config import Config
-from .objective import AlignmentHead, Losses, MixedBatch, Objective, by_time
+from .losses import AlignmentHead, JanusFlowLoss, Losses, MixedBatch, by_time
 from .optimizer import AdamW
 
 BINS = 4  # of t, in the metrics
@@ -32,8 +31,8 @@ KIND_PARTS = {  # field of a batch: what it alone makes use of
 }
 
 
-class Learner:
-    """Objective and optimizer of a configuration, on this rank's device."""
+class TrainStep:
+    """JanusFlowLoss and optimizer of a configuration, on this rank's device."""
 
     def __init__(
         self,
@@ -44,14 +43,17 @@ class Learner:
         parallel: str = "none",
         world: int = 1,
     ):
-        """model: fp32, on the device; it is changed in place. dtype: of computing. parallel: none, ddp or fsdp."""
+        """model: fp32, on the device; changed in place. dtype: of computing. parallel: none, replicate or fsdp."""
         self.config, self.device, self.parallel, self.world = config, device, parallel, world
         llm, settings, sharded = model.config.llm, config.objective, parallel == "fsdp"
         if sharded and config.lora.rank:
-            raise ValueError('lora.rank must be 0 with parallel = "fsdp"; LoRA fits one GPU, or use "ddp"')
-        if settings.tap > llm.num_hidden_layers:
             raise ValueError(
-                f"objective.tap must lie in 1 to {llm.num_hidden_layers}, the model's blocks, got {settings.tap}"
+                'lora.rank must be 0 with parallel = "fsdp"; LoRA fits one GPU, or use "replicate"'
+            )
+        if settings.alignment_layer > llm.num_hidden_layers:
+            raise ValueError(
+                f"objective.alignment_layer must be one of the model's blocks, 1 to {llm.num_hidden_layers}; "
+                f"got {settings.alignment_layer}"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -59,9 +61,9 @@ class Learner:
             if config.lora.rank:
                 add_lora(model, config)
         weights = settings.alignment_weight, settings.answer_weight
-        self.objective = Objective(model, head, settings.tap, *weights)
+        self.loss = JanusFlowLoss(model, head, settings.alignment_layer, *weights)
         rates = {}
-        for name, p in self.objective.named_parameters():
+        for name, p in self.loss.named_parameters():
             part = component(name)
             base = config.lora.rank and part == "llm" and "lora_" not in name
             rates[name] = 0.0 if base else config.rate(part)
@@ -70,12 +72,18 @@ class Learner:
                 p.data = p.data.to(dtype)
         prepare_blocks(model, config.gradient_checkpointing, config.compile)
         if sharded:
+            try:
+                from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+            except ImportError:
+                raise ImportError(
+                    f'parallel = "fsdp" needs torch 2.6 or newer, here is {torch.__version__}'
+                ) from None
             policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             for unit in units(model.llm.layers):
                 fully_shard(unit, mp_policy=policy)
-            fully_shard(self.objective, mp_policy=policy)
+            fully_shard(self.loss, mp_policy=policy)
             dtype = torch.float32  # of the shards
-        trained = ((name, p) for name, p in self.objective.named_parameters() if rates[name])
+        trained = ((name, p) for name, p in self.loss.named_parameters() if rates[name])
         kernel = device.type == "cuda" and find_spec("triton") is not None
         self.optimizer = AdamW(trained, rates, config.optimizer, config.steps, dtype, kernel)
 
@@ -92,13 +100,13 @@ class Learner:
         any rank was told to stop.
         """
         optimizer, sharded = self.optimizer, self.parallel == "fsdp"
-        count, signal, touch = self.agree(batches, signal)
+        count, signal, grad_for_unused = self.sync_ranks(batches, signal)
         sums = torch.zeros(6 + 2 * BINS, device=self.device)
         for i in range(count):
             real = float(i < len(batches))  # sharded ranks make equally many passes; the last may be idle
             if real:
                 batch = prepare(i, batches[i])
-            losses = self.objective(batch, touch)
+            losses = self.loss(batch, grad_for_unused)
             # Every sample weighs the same, wherever it is; FSDP takes the mean over ranks, not the sum.
             share = real / self.config.batch * (self.world if sharded else 1)
             (losses.total * share).backward()
@@ -106,14 +114,14 @@ class Learner:
                 optimizer.accumulate()
             sums += real * sums_of(losses, batch)
         gradients = optimizer.gradients()
-        if self.parallel == "ddp":
+        if self.parallel == "replicate":
             gradients = self.sum_over_ranks(gradients)
         norm = optimizer.step(index, gradients)
         if self.world > 1:
             dist.all_reduce(sums)
         return torch.cat([sums, norm[None]]), signal
 
-    def agree(self, batches: Sequence[MixedBatch], signal: int) -> tuple[int, int, tuple[str, ...]]:
+    def sync_ranks(self, batches: Sequence[MixedBatch], signal: int) -> tuple[int, int, tuple[str, ...]]:
         """How many passes to make, whether any rank was told to stop, and what must get a gradient in each pass."""
         if self.world == 1:
             return len(batches), signal, ()
@@ -165,7 +173,7 @@ def sums_of(losses: Losses, batch: MixedBatch) -> Tensor:
 
 
 def component(name: str) -> str:
-    """The component (`config.COMPONENTS`) of a parameter of `Objective`."""
+    """The component (`config.COMPONENTS`) of a parameter of `JanusFlowLoss`."""
     part = name.removeprefix("model.").split(".")[0]
     aligners = {"und_begin": "und_aligner", "head": "alignment_head"}
     return "gen_aligners" if part.startswith("gen_") else aligners.get(part, part)

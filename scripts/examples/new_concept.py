@@ -36,7 +36,7 @@ from janusflow_min.benchmarks.tiny.language import Item, Spec
 from janusflow_min.files import new_folder
 from janusflow_min.pipeline import TINY, to_uint8
 from janusflow_min.training.config import load_config
-from janusflow_min.training.loop import Trainer
+from janusflow_min.training.trainer import Trainer
 from janusflow_min.vae import load_vae
 
 TEAL, TEAL_RGB = "teal", (0, 150, 150)
@@ -71,7 +71,7 @@ def main() -> None:
         f"data.{i}.manifest={json.dumps(str((data / f'{name}.jsonl').absolute()))}"
         for i, name in enumerate(("new", "replay", "new", "replay"))
     ]
-    paths.append(f"reading.cache={json.dumps(str((args.work / 'cache').absolute()))}")
+    paths.append(f"loader.cache={json.dumps(str((args.work / 'cache').absolute()))}")
     paths.append(f"vae={json.dumps(str(vae.absolute()))}")
     config = load_config(toml, [*paths, f"output={json.dumps(str(args.work / 'run'))}", *args.set])
     trained = time.monotonic()

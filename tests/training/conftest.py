@@ -77,8 +77,8 @@ def settings_for(parity_dir, manifest) -> Callable[..., Config]:
             "save_every": 2,
             "data": [{"kind": kind, "manifest": str(manifest)} for kind in kinds],
             "optimizer": {"lr": 1e-3, "warmup": 2},
-            "objective": {"tap": 2},
-            "reading": {"workers": 0},
+            "objective": {"alignment_layer": 2},
+            "loader": {"workers": 0},
             "report": {"every": 0, "tensorboard": False},
         }
         for key, value in changes.items():

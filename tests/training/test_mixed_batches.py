@@ -17,10 +17,10 @@ from torch import Tensor
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
 from janusflow_min.training.data import Reader, collate, generator
-from janusflow_min.training.objective import (
+from janusflow_min.training.losses import (
     IGNORE,
     AlignmentHead,
-    Objective,
+    JanusFlowLoss,
     by_time,
     generation_loss,
     understanding_loss,
@@ -36,10 +36,10 @@ def processor(parity_dir) -> Processor:
 
 
 @pytest.fixture(scope="module")
-def objective(parity_dir) -> Objective:
+def objective(parity_dir) -> JanusFlowLoss:
     model = load_model(parity_dir, progress=False).requires_grad_(True)
     torch.manual_seed(0)
-    return Objective(model, AlignmentHead(64, 32), tap=TAP)
+    return JanusFlowLoss(model, AlignmentHead(64, 32), alignment_layer=TAP)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def samples(reader, manifest) -> dict[str, list]:
     return found | {"mixed": [found[kind][i] for i, kind in enumerate(KINDS[:3])] + found["text"][:1]}
 
 
-def plain(objective: Objective, sample, processor: Processor) -> Tensor:
+def plain(objective: JanusFlowLoss, sample, processor: Processor) -> Tensor:
     """One sample's loss."""
     model, head = objective.model, objective.head
     ids = torch.tensor(sample.ids)
@@ -109,13 +109,13 @@ def plain(objective: Objective, sample, processor: Processor) -> Tensor:
     return sum(terms) / len(terms)
 
 
-def gradients(objective: Objective, loss: Tensor) -> dict[str, Tensor | None]:
+def gradients(objective: JanusFlowLoss, loss: Tensor) -> dict[str, Tensor | None]:
     objective.zero_grad(set_to_none=True)
     loss.backward()
     return {name: None if p.grad is None else p.grad.clone() for name, p in objective.named_parameters()}
 
 
-def check(objective: Objective, samples: list, processor: Processor) -> None:
+def check(objective: JanusFlowLoss, samples: list, processor: Processor) -> None:
     """Loss and gradients of a batch are those of the plain formula."""
     total = objective(collate(samples, processor)).total
     expected = sum(plain(objective, sample, processor) for sample in samples)
@@ -154,7 +154,7 @@ def test_mutations_are_caught(objective, samples, processor, mutation, monkeypat
     batch = collate(samples[kind], processor)
     expected = sum(plain(objective, sample, processor).item() for sample in samples[kind])
     if mutation == "alignment layer":
-        monkeypatch.setattr(objective, "tap", TAP + 1)
+        monkeypatch.setattr(objective, "alignment_layer", TAP + 1)
     elif mutation == "sign of the velocity":
         object.__setattr__(batch, "noise", -batch.noise)
     elif mutation == "hidden prompt moves the image":
@@ -202,14 +202,14 @@ def draws(reader: Reader, manifest, count: int) -> tuple[Tensor, float]:
     """Times and the share of hidden prompts of many slots."""
     row = {"image": str(manifest.parent / "0.png"), "text": "a red cat"}
     made = [
-        reader(row, "generation", generator(0, "sample", i), reader.config.objective.drop)
+        reader(row, "generation", generator(0, "sample", i), reader.config.objective.prompt_dropout)
         for i in range(count)
     ]
     return torch.cat([s.t for s in made]), sum(s.start == 1 for s in made) / count
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"time_mean": 0.3}, {"time_std": 0.8}, {"drop": 0.2}, {"uniform": True}]
+    "change", [{}, {"logit_mean": 0.3}, {"logit_std": 0.8}, {"prompt_dropout": 0.2}, {"uniform": True}]
 )
 def test_times_and_hiding_are_the_papers(
     reader, manifest, change, settings, processor, objective, monkeypatch
@@ -220,7 +220,7 @@ def test_times_and_hiding_are_the_papers(
             "janusflow_min.training.data.sample_time", lambda n, m, s, g: torch.rand(n, generator=g)
         )
     elif change:
-        reader = Reader(settings(objective={"tap": 2, **change}), processor, objective.model)
+        reader = Reader(settings(objective={"alignment_layer": 2, **change}), processor, objective.model)
     count = 700
     t, hidden = draws(reader, manifest, count)
     logit = torch.log(t / (1 - t))

@@ -50,7 +50,14 @@ def test_defaults_are_the_papers():
     """Stops: another share of hidden prompts, time distribution, layer, weight, moment or average as the default."""
     config = read(Config, {"data": DATA})
     o = config.objective
-    assert (o.drop, o.time_mean, o.time_std, o.tap, o.alignment_weight, o.answer_weight) == (
+    assert (
+        o.prompt_dropout,
+        o.logit_mean,
+        o.logit_std,
+        o.alignment_layer,
+        o.alignment_weight,
+        o.answer_weight,
+    ) == (
         0.1,
         0,
         1,
@@ -59,8 +66,8 @@ def test_defaults_are_the_papers():
         1,
     )
     optimizer = config.optimizer
-    assert (optimizer.betas, optimizer.clip, optimizer.average) == ((0.9, 0.95), 1.0, 0.99)
-    assert optimizer.schedule == "constant" and config.reading.max_tokens == 4096
+    assert (optimizer.betas, optimizer.max_grad_norm, optimizer.ema_decay) == ((0.9, 0.95), 1.0, 0.99)
+    assert optimizer.schedule == "constant" and config.loader.max_tokens == 4096
 
 
 @pytest.mark.parametrize(
@@ -75,9 +82,12 @@ def test_defaults_are_the_papers():
         ({"stage": "third"}, ["stage", "adaptation", "third"]),
         ({"optimizer": {"lr": "high"}}, ["optimizer.lr", "number"]),
         ({"optimizer": {"lr": float("nan")}}, ["optimizer.lr", "number"]),
-        ({"optimizer": {"rates": {"llama": 1.0}}}, ["optimizer.rates.llama", "siglip"]),
-        ({"optimizer": {"rates": {"llm": -1.0}}}, ["optimizer.rates.llm", "0 or above"]),
-        ({"optimizer": {"rates": dict.fromkeys(COMPONENTS, 0)}}, ["optimizer.rates", "one component"]),
+        ({"optimizer": {"lr_by_component": {"llama": 1.0}}}, ["optimizer.lr_by_component.llama", "siglip"]),
+        ({"optimizer": {"lr_by_component": {"llm": -1.0}}}, ["optimizer.lr_by_component.llm", "0 or above"]),
+        (
+            {"optimizer": {"lr_by_component": dict.fromkeys(COMPONENTS, 0)}},
+            ["optimizer.lr_by_component", "one component"],
+        ),
         ({"optimizer": {"betas": [0.9]}}, ["optimizer.betas"]),
         ({"optimizer": 3}, ["optimizer", "table"]),
         ({"data": []}, ["data", "at least one source"]),
@@ -86,10 +96,10 @@ def test_defaults_are_the_papers():
         ({"data": [{"kind": "video", "manifest": "a"}]}, ["data.0.kind", "generation"]),
         ({"data": [*DATA, {**DATA[0], "ratio": 2}]}, ["data.*.ratio"]),
         ({"data": [{**DATA[0], "ratio": 0}]}, ["data.0.ratio", "above 0"]),
-        ({"reading": {"cache": "x"}}, ["reading.crop", "fixed"]),
-        ({"reading": {"on_bad_row": "ignore"}}, ["reading.on_bad_row", "skip, stop"]),
+        ({"loader": {"cache": "x"}}, ["loader.crop", "fixed"]),
+        ({"loader": {"on_bad_row": "ignore"}}, ["loader.on_bad_row", "skip, stop"]),
         ({"report": {"questions": ["a"], "images": ["b", "c"]}}, ["report.images"]),
-        ({"objective": {"drop": 1.5}}, ["objective.drop", "from 0 to 1"]),
+        ({"objective": {"prompt_dropout": 1.5}}, ["objective.prompt_dropout", "from 0 to 1"]),
     ],
 )
 def test_errors_name_the_key(change, words):

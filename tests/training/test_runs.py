@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -22,12 +21,12 @@ from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
 import janusflow_min as jf
+from janusflow_min.training import checkpoints
 from janusflow_min.training import data as training_data
-from janusflow_min.training import state
 from janusflow_min.training.config import Config, OptimizerConfig, read
-from janusflow_min.training.loop import Trainer
+from janusflow_min.training.metrics import Report, rows
 from janusflow_min.training.optimizer import AdamW, rate_factor
-from janusflow_min.training.report import Report, rows
+from janusflow_min.training.trainer import Trainer
 
 
 def train(config: Config, **options) -> Path:
@@ -72,7 +71,7 @@ def test_a_resumed_run_is_the_same_run(settings, undisturbed):
     expected, final = undisturbed
     assert metrics(config.output) == expected and len(expected) == 6
     assert same(weights(config.output), final)
-    left = state.found(Path(config.output) / "checkpoints")
+    left = checkpoints.found(Path(config.output) / "checkpoints")
     assert [path.name for path in left] == ["step-00000006", "step-00000004"]
 
 
@@ -94,7 +93,7 @@ def test_a_damaged_checkpoint_is_passed_over(settings, undisturbed, damage, caps
     """Stops: a run that goes on from half a file, or that cannot go on at all."""
     config = settings(steps=4, export_dtype="float32")
     train(config)
-    newest = state.found(Path(config.output) / "checkpoints")[0]
+    newest = checkpoints.found(Path(config.output) / "checkpoints")[0]
     file = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     content = bytearray(file.read_bytes())
     if damage == "cut short":
@@ -103,7 +102,7 @@ def test_a_damaged_checkpoint_is_passed_over(settings, undisturbed, damage, caps
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     else:
-        (newest / state.META).unlink()
+        (newest / checkpoints.META).unlink()
     Trainer(settings(export_dtype="float32")).run()
     told = capsys.readouterr().err
     assert "step-00000004 is damaged" in told and "going on from" in told and "step-00000002" in told
@@ -114,48 +113,79 @@ def test_no_whole_checkpoint_is_an_error(settings):
     """Stops: hours of training that silently start again from nothing."""
     config = settings(steps=2)
     train(config)
-    for path in state.found(Path(config.output) / "checkpoints"):
-        (path / state.META).write_text("{}")
+    for path in checkpoints.found(Path(config.output) / "checkpoints"):
+        (path / checkpoints.META).write_text("{}")
     with pytest.raises(ValueError, match="--fresh"):
         Trainer(config, progress=False)
 
 
-def child(config: Config, point: int | None) -> None:
-    """Train in a forked process; `point`: which call of the checkpoint's writing ends it."""
-    os.setpgrp()
-    if point is not None:
-        calls = iter(range(10**9))
+CHILD = """
+import json, os, shutil, signal, sys, torch
+torch.set_num_threads(1)
+from janusflow_min.training import checkpoints
+from janusflow_min.training.config import Config, read
+from janusflow_min.training.metrics import Report
+from janusflow_min.training.trainer import Trainer
 
-        def counted(function):
-            def call(*args, **options):
-                if next(calls) == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **options)
+config, point = json.loads(sys.argv[1]), int(sys.argv[2])
+calls = iter(range(10**9))
 
-            return call
+def counted(function):
+    def call(*args, **options):
+        if next(calls) == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return call
 
-        state.dcp.save, state.crc, state.sync_folder = map(
-            counted, (state.dcp.save, state.crc, state.sync_folder)
+for owner, name in ((checkpoints.dcp, "save"), (checkpoints, "crc"), (checkpoints, "sync_folder"), (os, "rename"),
+                    (shutil, "rmtree")):
+    setattr(owner, name, counted(getattr(owner, name)))
+Report.plot = lambda self: None
+print("ready", flush=True)
+sys.stdin.readline()
+Trainer(read(Config, config), progress=False).run()
+"""
+
+
+class Child:
+    """A training process that has imported everything and waits; `point`: which call of the checkpoint's writing
+    kills it, -1: none does."""
+
+    def __init__(self, config: Config, point: int):
+        command = [sys.executable, "-c", CHILD, json.dumps(config.to_dict()), str(point)]
+        path = os.pathsep.join([str(Path(jf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        os.rename, shutil.rmtree = counted(os.rename), counted(shutil.rmtree)
-    train(config)
-    os._exit(0)
+
+    def run(self, seconds: float | None = None) -> int:
+        """Let it train, and kill it after so many seconds; the exit code."""
+        assert self.process.stdout.readline() == "ready\n", self.process.stderr.read()
+        try:
+            _, errors = self.process.communicate("go\n", timeout=120 if seconds is None else seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            _, errors = self.process.communicate()
+        assert self.process.returncode in (0, -signal.SIGKILL), errors
+        return self.process.returncode
 
 
 def killed_runs(settings, kills: int, seed: int) -> tuple[Config, list[str]]:
     """Kill a run `kills` times, in turn at a random moment and within the writing of a checkpoint, then finish it."""
     config, rng, log = settings(export_dtype="float32"), random.Random(seed), []
-    fork = multiprocessing.get_context("fork")
-    for i in range(kills):
-        point = rng.randrange(1, 24) if i % 2 else None
-        process = fork.Process(target=child, args=(config, point))
-        process.start()
-        if point is None:
-            process.join(rng.uniform(0.05, 1.2))
-            process.kill()
-        process.join(60)
-        log.append(f"{point}: {process.exitcode}")
-        if process.exitcode == 0:  # it was done before its end came: the next kills need something to do
+    points = [rng.randrange(1, 24) if i % 2 else -1 for i in range(kills)]
+    children = [Child(config, points[0])]
+    for i, point in enumerate(points):
+        if i + 1 < kills:  # the next one starts up meanwhile
+            children.append(Child(config, points[i + 1]))
+        code = children[i].run(rng.uniform(0.05, 1.2) if point < 0 else None)
+        log.append(f"{point}: {code}")
+        if code == 0:  # it was done before its end came: the next kills need something to do
             shutil.rmtree(config.output)
     train(config)
     return config, log
@@ -183,7 +213,7 @@ def test_a_signal_saves_first(settings, undisturbed, which, monkeypatch):
     monkeypatch.setattr(Trainer, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    assert state.found(Path(config.output) / "checkpoints")[0].name == "step-00000004"
+    assert checkpoints.found(Path(config.output) / "checkpoints")[0].name == "step-00000004"
     monkeypatch.undo()
     train(config)
     assert metrics(config.output) == undisturbed[0] and same(weights(config.output), undisturbed[1])
@@ -226,7 +256,7 @@ def test_a_loss_that_is_not_a_number(settings, answer, monkeypatch):
     if answer == "stop":
         with pytest.raises(FloatingPointError, match=r"loss of step 3 is nan.*step-00000002"):
             train(config)
-        assert state.found(Path(config.output) / "checkpoints")[0].name == "step-00000002"
+        assert checkpoints.found(Path(config.output) / "checkpoints")[0].name == "step-00000002"
     else:
         train(config)
         assert [math.isnan(row["loss"]) for row in metrics(config.output)] == [i == 2 for i in range(6)]
@@ -246,16 +276,16 @@ class Dying(training_data.Reader):
 @pytest.mark.slow
 def test_a_worker_that_dies(settings, monkeypatch):
     """Stops: a run that hangs, or an error that does not say what died and what is kept."""
-    monkeypatch.setattr("janusflow_min.training.loop.Reader", Dying)
+    monkeypatch.setattr("janusflow_min.training.trainer.Reader", Dying)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    config = settings(reading={"workers": 1})
+    config = settings(loader={"workers": 1})
     with pytest.raises(RuntimeError, match=r"a data worker died .*checkpoint"):
         train(config)
 
 
 def test_workers_change_nothing(settings, undisturbed):
     """Stops: an order of rows that depends on which process reads them."""
-    config = settings(reading={"workers": 1}, export_dtype="float32")
+    config = settings(loader={"workers": 1}, export_dtype="float32")
     train(config)
     assert metrics(config.output) == undisturbed[0]
 
@@ -265,7 +295,9 @@ def test_workers_change_nothing(settings, undisturbed):
 
 def test_the_export_is_a_checkpoint(settings, parity_dir, manifest):
     """Stops: an export that jf.load cannot open, that lost what was not trained, or that is not the average."""
-    config = settings(optimizer={"lr": 1e-3, "warmup": 2, "rates": {"siglip": 0, "uvit_encoder": 0}})
+    config = settings(
+        optimizer={"lr": 1e-3, "warmup": 2, "lr_by_component": {"siglip": 0, "uvit_encoder": 0}}
+    )
     trainer = Trainer(config, progress=False)
     pipe = jf.load(trainer.run(), device="cpu", progress=False)
     before, after = load_file(parity_dir / "model.safetensors"), weights(config.output)
@@ -301,7 +333,7 @@ def test_lora_is_merged(settings, parity_dir):
         lora={"rank": 4, "alpha": 8.0},
         export_dtype="float32",
         gradient_checkpointing=True,
-        optimizer={"lr": 1e-2, "warmup": 0, "rates": rates, "average": 0.0},
+        optimizer={"lr": 1e-2, "warmup": 0, "lr_by_component": rates, "ema_decay": 0.0},
     )
     trainer = Trainer(config, progress=False)
     trained = [name for name in trainer.optimizer.params if not name.startswith("head.")]
@@ -335,7 +367,7 @@ def test_reports(settings, undisturbed, manifest, monkeypatch):
         "images": [str(manifest.parent / "0.png")],
         "validation": str(manifest),
         "validation_rows": 20,
-        "sampling_steps": 2,
+        "num_inference_steps": 2,
         "tensorboard": False,
     }
     config = settings(report=report)
@@ -354,20 +386,20 @@ def test_reports(settings, undisturbed, manifest, monkeypatch):
 def test_a_cache_changes_nothing(settings, tmp_path, monkeypatch):
     """Stops: cached latents or features that are others than those computed anew."""
     options = dict(
-        optimizer={"lr": 1e-3, "warmup": 2, "rates": {"siglip": 0}},
+        optimizer={"lr": 1e-3, "warmup": 2, "lr_by_component": {"siglip": 0}},
         data=[{"kind": "generation", "manifest": settings().data[0].manifest}],
         batch=4,
         micro_batch=1,
     )
-    plain = settings(**options, output=str(tmp_path / "plain"), reading={"crop": "fixed", "workers": 0})
+    plain = settings(**options, output=str(tmp_path / "plain"), loader={"crop": "fixed", "workers": 0})
     train(plain)
     cached = {"crop": "fixed", "workers": 0, "cache": str(tmp_path / "cache")}
-    once = settings(**options, output=str(tmp_path / "once"), reading=cached)
+    once = settings(**options, output=str(tmp_path / "once"), loader=cached)
     train(once)
     files = list((tmp_path / "cache").rglob("*.safetensors"))
     assert len(files) == 12
     monkeypatch.setattr("janusflow_min.vae.VAE.encode", lambda *args: pytest.fail("encoded again"))
-    twice = settings(**options, output=str(tmp_path / "twice"), reading=cached)
+    twice = settings(**options, output=str(tmp_path / "twice"), loader=cached)
     train(twice)
     assert metrics(plain.output) == metrics(once.output) == metrics(twice.output)
 
@@ -377,7 +409,7 @@ def test_a_cache_changes_nothing(settings, tmp_path, monkeypatch):
 
 def check_adamw(dtype: torch.dtype, kernel: bool = False, device: str = "cpu") -> None:
     """Ten steps as torch's AdamW makes them over fp32 copies; one gradient that is not finite between them."""
-    config = read(OptimizerConfig, {"lr": 1e-2, "warmup": 0, "average": 0.9, "clip": 0.5})
+    config = read(OptimizerConfig, {"lr": 1e-2, "warmup": 0, "ema_decay": 0.9, "max_grad_norm": 0.5})
     g = torch.Generator().manual_seed(0)
     shapes = ((5, 3), (7,), (70, 101), (1, 1, 1, 16), (4096,))
     start = [torch.randn(shape, generator=g).to(device) for shape in shapes]
@@ -429,7 +461,7 @@ def test_schedules(settings):
     """Stops: a warm-up that starts at zero or jumps, a cosine that ends elsewhere."""
     constant = settings(optimizer={"lr": 1.0, "warmup": 4}).optimizer
     assert [rate_factor(constant, i, 100) for i in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
-    cosine = settings(optimizer={"lr": 1.0, "warmup": 4, "schedule": "cosine", "final": 0.1}).optimizer
+    cosine = settings(optimizer={"lr": 1.0, "warmup": 4, "schedule": "cosine", "min_lr_ratio": 0.1}).optimizer
     factors = [rate_factor(cosine, i, 104) for i in (3, 4, 54, 104)]
     assert factors == pytest.approx([1, 1, 0.55, 0.1])
 
@@ -440,13 +472,13 @@ LAUNCH = """
 import json, sys, torch
 torch.set_num_threads(1)
 from janusflow_min.training.config import Config, read
-from janusflow_min.training.loop import Trainer
+from janusflow_min.training.trainer import Trainer
 Trainer(read(Config, json.load(open(sys.argv[1]))), progress=False).run()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
 def test_two_processes_learn_what_one_learns(settings, undisturbed, tmp_path, parallel):
     """Stops: gradients that are means where sums are needed, ranks that wait for each other, samples drawn twice;
     a checkpoint of two that one cannot go on from."""

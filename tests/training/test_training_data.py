@@ -189,7 +189,7 @@ def test_bad_rows_are_told_and_replaced(settings, processor, model, dirty):
 def test_a_bad_row_stops_the_run_when_asked(settings, processor, model, dirty):
     """Stops: on_bad_row = "stop" that goes on."""
     data = [{"kind": "text", "manifest": str(dirty)}]
-    config = settings(data=data, batch=12, reading={"workers": 0, "on_bad_row": "stop"})
+    config = settings(data=data, batch=12, loader={"workers": 0, "on_bad_row": "stop"})
     with pytest.raises(ValueError, match=r"dirty.jsonl, line 17: .*too long"):
         steps_of(config, processor, model)[0]
 

@@ -53,8 +53,8 @@ class Report:
             out = pipe.generate(
                 list(r.prompts),
                 parallel_size=1,
-                cfg_weight=r.guidance,
-                num_inference_steps=r.sampling_steps,
+                cfg_weight=r.cfg_weight,
+                num_inference_steps=r.num_inference_steps,
                 seed=0,
                 progress=False,
             )

@@ -32,13 +32,13 @@ from ..model import JanusFlow
 from ..pipeline import Pipeline, check_fit, pick_device, pick_dtype, resolve, save
 from ..processor import Processor
 from ..vae import HUB_ID, load_vae
-from . import state
+from . import checkpoints
 from .config import Config
 from .data import BadRow, Cache, Manifest, Reader, Source, Steps, generator, kind_of
-from .objective import MixedBatch
+from .losses import MixedBatch
+from .metrics import Report
 from .optimizer import rate_factor
-from .report import Report
-from .step import BINS, Learner, sums_of
+from .step import BINS, TrainStep, sums_of
 
 
 class Trainer:
@@ -59,8 +59,8 @@ class Trainer:
         where = inside if not config.vae and inside.is_dir() else resolve(config.vae or HUB_ID, vae=True)
         self.vae = load_vae(where, self.device, self.dtype)
         cache = None
-        if config.reading.cache:
-            cache = Cache(config.reading.cache, fingerprint(self.vae, self.model.siglip))
+        if config.loader.cache:
+            cache = Cache(config.loader.cache, fingerprint(self.vae, self.model.siglip))
         # Features only where they stay the same; outside its forward pass a sharded SigLIP is not whole.
         self.cache_features = cache is not None and not config.rate("siglip") and self.parallel != "fsdp"
         sources = [Source(s, config.seed, f"{i} {s.kind}") for i, s in enumerate(config.data)]
@@ -68,22 +68,22 @@ class Trainer:
             config, sources, Reader(config, self.processor, self.model, cache), self.rank, self.world
         )
         parts = self.model, self.device, self.dtype, self.parallel, self.world
-        self.learner = Learner(config, *parts)  # from here on the model may be sharded
-        self.optimizer = self.learner.optimizer
+        self.train_step = TrainStep(config, *parts)  # from here on the model may be sharded
+        self.optimizer = self.train_step.optimizer
         self.index, self.last_saved, self.signal = 0, -1, 0
         self.bad: set[tuple[str, int]] = set()
         found = [None]
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            found = [None if fresh else state.newest(self.checkpoints, self.tell)]
+            found = [None if fresh else checkpoints.newest(self.checkpoints, self.tell)]
         if self.world > 1:
             dist.broadcast_object_list(found)
-        if found[0] is None and state.found(self.checkpoints) and not fresh:
+        if found[0] is None and checkpoints.found(self.checkpoints) and not fresh:
             raise ValueError(f"no checkpoint in {self.checkpoints} is whole; --fresh starts anew")
         if found[0] is not None:
             self.resume(*found[0])
         elif self.rank == 0:
-            for old in state.found(self.checkpoints):
+            for old in checkpoints.found(self.checkpoints):
                 shutil.rmtree(old)
         self.report = Report(self.folder, config, self.processor, self.index) if self.rank == 0 else None
         for source in sources:
@@ -129,7 +129,7 @@ class Trainer:
             while self.index < config.steps:
                 index, data = self.index, next(loader)
                 batches, keys = data.batches, data.keys
-                sums, told = self.learner.step(
+                sums, told = self.train_step.step(
                     index,
                     batches,
                     lambda i, b, keys=keys: self.encode(b.to(self.device), keys[i]),
@@ -158,7 +158,7 @@ class Trainer:
                 raise
             raise RuntimeError(
                 f"a data worker died before step {self.index + 1} ({error}); often there is too little memory: try "
-                f"fewer reading.workers. {self.kept()}"
+                f"fewer loader.workers. {self.kept()}"
             ) from error
         finally:
             bar.close()
@@ -173,7 +173,7 @@ class Trainer:
         self.tell("stopping after this step")
 
     def loader(self) -> DataLoader:
-        workers = self.config.reading.workers
+        workers = self.config.loader.workers
         options: dict[str, Any] = dict(pin_memory=self.device.type == "cuda")
         if workers:
             options |= dict(multiprocessing_context="spawn", worker_init_fn=quiet_worker, prefetch_factor=2)
@@ -206,13 +206,13 @@ class Trainer:
         try:
             loss = self.validation_loss() if self.config.report.validation else None
             if self.parallel == "fsdp":
-                self.learner.objective.unshard()
+                self.train_step.loss.unshard()
             pipe = Pipeline(self.model, self.processor, self.vae)
             if self.report is not None or self.parallel == "fsdp":
                 report = self.report or Report(None, self.config, self.processor, self.index)
                 report.show(pipe, self.index, loss)
             if self.parallel == "fsdp":
-                self.learner.objective.reshard()
+                self.train_step.loss.reshard()
         finally:
             self.optimizer.swap(average=False)
 
@@ -227,7 +227,7 @@ class Trainer:
         data = self.steps.pack(0, samples, [])
         for batch, keys in zip(data.batches, data.keys, strict=True):
             batch = self.encode(batch.to(self.device), keys)
-            sums += sums_of(self.learner.objective(batch), batch)
+            sums += sums_of(self.train_step.loss(batch), batch)
         if self.world > 1 and self.parallel != "fsdp":
             dist.all_reduce(sums)
         row = describe([*sums.tolist(), 0.0], count)
@@ -236,7 +236,7 @@ class Trainer:
     def save(self) -> None:
         if self.last_saved != self.index:
             about = {"config": self.config.to_dict()}
-            state.save(self.checkpoints, self.index, self.optimizer.state(), about, self.config.keep)
+            checkpoints.save(self.checkpoints, self.index, self.optimizer.state(), about, self.config.keep)
             self.last_saved = self.index
 
     def resume(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -246,7 +246,7 @@ class Trainer:
             raise ValueError(
                 f"{folder} belongs to a run with other settings ({'; '.join(differ)}); take another output, or --fresh"
             )
-        state.load(folder, self.optimizer.state())
+        checkpoints.load(folder, self.optimizer.state())
         self.optimizer.load()
         self.index = self.last_saved = about["step"]
         self.tell(f"going on from {folder}")
@@ -281,12 +281,12 @@ class Trainer:
             first = new[0]
             more = f" ({len(self.bad)} bad rows so far)" if len(self.bad) > 1 else ""
             text = f"bad row: {first.source}, line {first.line}: {first.reason}{more}"
-            if self.config.reading.on_bad_row == "stop":
+            if self.config.loader.on_bad_row == "stop":
                 raise ValueError(text)
             self.tell(text)
 
     def kept(self) -> str:
-        left = state.found(self.checkpoints)
+        left = checkpoints.found(self.checkpoints)
         return f"The last checkpoint is {left[0]}." if left else "There is no checkpoint yet."
 
     @property
@@ -348,19 +348,19 @@ def start(config: Config) -> tuple[torch.device, int, int, str]:
     device, parallel = pick_device(config.device), config.parallel
     if world == 1 or parallel == "none":
         if world > 1:
-            raise ValueError('parallel must be "auto", "ddp" or "fsdp" under torchrun, got "none"')
+            raise ValueError('parallel must be "auto", "replicate" or "fsdp" under torchrun, got "none"')
         return device, 0, 1, "none"
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), world, "ddp" if parallel == "auto" else parallel
+    return device, dist.get_rank(), world, "replicate" if parallel == "auto" else parallel
 
 
 @torch.no_grad()
 def merge(clean: JanusFlow, trained: Mapping[str, Tensor], model: JanusFlow) -> None:
-    """Put trained weights (names of `Objective`) into a plain model; low-rank matrices are added to what they adapt."""
+    """Put trained weights (names of `JanusFlowLoss`) into a plain model; adapters are added to what they adapt."""
     plain = dict(clean.named_parameters())
     modules = dict(model.named_modules())
     for name, tensor in trained.items():

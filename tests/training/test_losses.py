@@ -17,7 +17,7 @@ from janusflow_min.checkpoint import load_model
 from janusflow_min.model import JanusFlow, place_images
 from janusflow_min.processor import Processor
 from janusflow_min.training.data import conversation_example
-from janusflow_min.training.objective import (
+from janusflow_min.training.losses import (
     IGNORE,
     AlignmentHead,
     generation_loss,

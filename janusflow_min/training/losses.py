@@ -4,7 +4,7 @@
 Paper sections 3.3 and 3.4. A generation sample's loss is flow + alignment; an understanding or text sample's loss
 is the cross-entropy of its responses. Nothing here draws random numbers: times, noise and dropping are arguments.
 
-`generation_loss` and `understanding_loss` take batches of one kind. `Objective` takes rows of all kinds in one pass
+`generation_loss` and `understanding_loss` take batches of one kind. `JanusFlowLoss` takes rows of all kinds in one pass
 of the LLM, padded on the right: attention is causal, so no row sees its padding and no mask is needed. A hidden
 prompt is left out of its row, all but BOS, and the image keeps its positions, which is the same thing.
 
@@ -164,28 +164,28 @@ class Losses(NamedTuple):
     total: Tensor  # ()
 
 
-class Objective(nn.Module):
+class JanusFlowLoss(nn.Module):
     """Model and alignment head; its forward pass is the paper's loss of a mixed batch.
 
-    tap: the block after which states are aligned (the paper: 6, section 3.4); alignment_weight 0 leaves the head and
-    SigLIP out.
+    alignment_layer: the block after which states are aligned (the paper: 6, section 3.4); alignment_weight 0 leaves
+    the head and SigLIP out.
     """
 
     def __init__(
         self,
         model: JanusFlow,
         head: AlignmentHead,
-        tap: int = 6,
+        alignment_layer: int = 6,
         alignment_weight: float = 1.0,
         answer_weight: float = 1.0,
     ):
         super().__init__()
-        self.model, self.head, self.tap = model, head, tap
+        self.model, self.head, self.alignment_layer = model, head, alignment_layer
         self.alignment_weight, self.answer_weight = alignment_weight, answer_weight
 
-    def forward(self, batch: MixedBatch, touch: tuple[str, ...] = ()) -> Losses:
-        """touch: beginnings of names of parameters that get a gradient here, if only zeros: sharded ranks must agree
-        on what has one, and may hold samples of different kinds."""
+    def forward(self, batch: MixedBatch, grad_for_unused: tuple[str, ...] = ()) -> Losses:
+        """grad_for_unused: prefixes of parameters that get a gradient here, if only zeros: sharded ranks must agree on
+        what has one, and may hold samples of different kinds."""
         model = self.model
         embeds = model.llm.embed_tokens(batch.input_ids)  # (B, T, D)
         if batch.und_pixels is not None:
@@ -196,7 +196,7 @@ class Objective(nn.Module):
             x, t_emb, skip = model.encode_latents(z.to(embeds.dtype), batch.t * TIME_SCALE)
             tokens = torch.cat([t_emb[:, None], x], dim=1)  # (G, 1 + N, D)
             embeds = place_images(embeds, tokens, batch.gen_places)
-        hidden, tapped = model.llm(embeds, batch.position_ids, tap=self.tap)
+        hidden, tapped = model.llm(embeds, batch.position_ids, tap=self.alignment_layer)
         flow = alignment = cross_entropy = hidden.new_zeros(0, dtype=torch.float32)
         if batch.t is not None:
             v = model.decode_velocity(pick(hidden, batch.gen_index).view_as(x), skip, t_emb)
@@ -213,8 +213,12 @@ class Objective(nn.Module):
             logits = model.logits(pick(hidden, batch.label_index))  # (L, vocabulary)
             cross_entropy = F.cross_entropy(logits, batch.labels, reduction="none")
             total = total + self.answer_weight * (cross_entropy * batch.label_weight).sum()
-        if touch:
-            named = (p for name, p in self.named_parameters() if p.requires_grad and name.startswith(touch))
+        if grad_for_unused:
+            named = (
+                p
+                for name, p in self.named_parameters()
+                if p.requires_grad and name.startswith(grad_for_unused)
+            )
             total = total + 0.0 * sum(p.sum() for p in named)
         return Losses(flow, alignment, cross_entropy, total)
 
