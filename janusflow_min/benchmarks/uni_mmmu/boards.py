@@ -172,7 +172,7 @@ def _shares(board: np.ndarray, colours: Sequence[str], tiles: int) -> np.ndarray
     height, width = nearest.shape
     rows = [round(i * height / tiles) for i in range(tiles + 1)]
     columns = [round(i * width / tiles) for i in range(tiles + 1)]
-    shares = np.zeros((tiles, tiles, len(colours)), dtype=np.float32)
+    shares = np.zeros((tiles, tiles, len(colours)), dtype=np.float64)
     for r in range(tiles):
         for c in range(tiles):
             tile = nearest[rows[r] : rows[r + 1], columns[c] : columns[c + 1]]
