@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import JanusFlowConfig, read_json
+from .config import JanusFlowConfig
+from .files import read_json
 from .model import JanusFlow, Parts
 
 PREFIXES = {  # official: ours
@@ -134,6 +136,24 @@ def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None 
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_config(folder: Path) -> JanusFlowConfig:
+    """The folder's configuration; FileNotFoundError or ValueError where it is none of JanusFlow's."""
+    return JanusFlowConfig.from_file(folder / "config.json")
+
+
+def is_checkpoint_entry(name: str) -> bool:
+    """Whether a file or folder of this name is the model's or the VAE's part of a checkpoint."""
+    return name in ("config.json", WEIGHTS, INDEX, "vae") or fnmatch(name, "model-*-of-*.safetensors")
+
+
+def index_files(folder: Path) -> list[str]:
+    """The names of the shards that the index lists, in order. ValueError for an index without any."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map")
+    return sorted({str(file) for file in weight_map.values()})
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:

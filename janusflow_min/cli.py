@@ -110,7 +110,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def understand(args: argparse.Namespace) -> int:
     """Answer a question about images."""
-    from .processor import open_image
+    from .pixels import open_image
 
     images = [open_image(path) for path in args.image]  # a broken file is told before the weights are read
     if not args.question.strip() and not images:

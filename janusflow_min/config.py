@@ -10,11 +10,12 @@ are ignored, as the reference does; values that would change the numbers and tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from .files import read_json
 
 _LARGE = dict(width=1024, layers=24, heads=16, patch_size=16, mlp_ratio=4.0)
 _SO400M = dict(width=1152, layers=27, heads=16, patch_size=14, mlp_ratio=3.7362)
@@ -204,23 +205,6 @@ class JanusFlowConfig:
         llm = {"model_type": "llama"} | {f.name: getattr(self.llm, f.name) for f in fields(self.llm)}
         kind = {"architectures": ["MultiModalityCausalLM"], "model_type": "multi_modality"}
         return kind | {"language_config": llm} | sections
-
-
-def read_json(path: str | Path, required: bool = True) -> dict[str, Any]:
-    """A JSON object from `path`, {} for a missing file that is not required. FileNotFoundError or ValueError name
-    the file."""
-    path = Path(path)
-    if not path.is_file():
-        if not required:
-            return {}
-        raise FileNotFoundError(f"{path} does not exist; a checkpoint folder in the official layout holds it")
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}")
-    return data
 
 
 def _check_numbers(config: Any, where: str, zero: tuple[str, ...] = ()) -> None:

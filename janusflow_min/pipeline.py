@@ -27,20 +27,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import load_model, save_model
-from .config import read_json
-from .files import new_folder
+from .checkpoint import check_config, is_checkpoint_entry, load_model, save_model
+from .files import atomic_directory, expand
 from .flow import euler, guide
+from .hub import resolve, resolve_vae
 from .model import PARTS, JanusFlow, Parts
-from .processor import Processor
-from .vae import HUB_ID, VAE, check_vae_dtype, load_vae
+from .pixels import is_image_source, to_uint8
+from .processor import FILES, Processor, check_processor_matches
+from .vae import VAE, check_vae_dtype, load_vae
 
 if TYPE_CHECKING:
     from .fast.engine import Engine
 
-TINY = Path(__file__).parent / "assets" / "tiny"
 DEFAULT_QUESTION = "Describe the image."
-ONE_IMAGE = (str, os.PathLike, Image.Image, np.ndarray)
 VAE_IMAGES = 8  # decoded at once on a GPU
 MAX_IMAGES = 16  # painted at once; more would not be faster, only larger
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -276,7 +275,7 @@ class Pipeline:
         if single:
             groups = [_as_list(images)]
         else:
-            if images is not None and (isinstance(images, ONE_IMAGE) or len(images) != len(prompts)):
+            if images is not None and (is_image_source(images) or len(images) != len(prompts)):
                 raise ValueError(
                     f"{len(prompts)} prompts need a list of {len(prompts)} images, lists of images or None"
                 )
@@ -287,7 +286,7 @@ class Pipeline:
                 if not group:
                     raise ValueError("the prompt is empty and there is no image to describe")
                 text = DEFAULT_QUESTION
-            self.processor.tokenizer.refuse_special(text)
+            self.processor.tokenizer.reject_special_tokens(text)
             content = f"{self.processor.tokenizer.image_tag}\n" * len(group) + text
             user = {"role": "User", "content": content, "images": group}
             conversations.append([user, {"role": "Assistant", "content": ""}])
@@ -472,12 +471,6 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
     return ids, mask
 
 
-def to_uint8(pixels: Tensor) -> np.ndarray:
-    """Pixels (B, 3, H, W) in about [-1, 1] -> bytes (B, H, W, 3): clipped, then truncated as the reference does."""
-    pixels = pixels.float().clamp(-1, 1).permute(0, 2, 3, 1)
-    return ((pixels + 1) / 2 * 255).to(torch.uint8).cpu().numpy()
-
-
 # Loading and saving -----------------------------------------------------------------------
 
 
@@ -510,14 +503,13 @@ def load(
     if parts != "understanding":
         usual = torch.float32 if dtype == torch.float16 else dtype  # float16 is no dtype for the VAE
         vae_dtype = check_vae_dtype(usual if vae_dtype is None else pick_dtype(vae_dtype, device))
-    folder = resolve(source)
-    read_json(folder / "config.json")  # the commonest mistake first: not a checkpoint's folder
+    folder = resolve(source, progress)
+    check_config(folder)  # the commonest mistake first: not a JanusFlow checkpoint
     if parts != "understanding":  # before the weights, which take long
-        inside = folder / "vae"
-        where = inside if vae_path is None and inside.is_dir() else resolve(vae_path or HUB_ID, vae=True)
+        where = resolve_vae(folder, vae_path, progress)
     model = load_model(folder, device, dtype, parts, progress)
     processor = Processor.from_folder(folder, model.config.llm.vocab_size)
-    check_fit(folder, model, processor)
+    check_processor_matches(folder, model.config, processor)
     vae = None
     if parts != "understanding":
         vae = load_vae(where, device, vae_dtype)
@@ -537,37 +529,18 @@ def save(
     """Write the pipeline in the official layout, VAE included, in its present dtypes; returns the folder.
 
     The folder appears only when everything is written. FileExistsError where something is there already, unless
-    `overwrite`. max_shard_size in bytes splits the weights. A pipeline loaded in parts is refused.
+    `overwrite`: then a checkpoint's files give way, and whatever else the folder holds stays. max_shard_size in
+    bytes splits the weights. ValueError for a pipeline that was loaded in parts, and for a model that is wrapped
+    (torch.compile, peft, accelerate), whose weights nobody could load.
     """
-    with new_folder(folder, overwrite) as temporary:
+    with atomic_directory(
+        folder, overwrite, lambda name: name in FILES or is_checkpoint_entry(name)
+    ) as temporary:
         save_model(pipe.model, temporary, max_shard_size)
         for name, content in pipe.processor.files.items():
             (temporary / name).write_bytes(content)
         pipe.vae.autoencoder.save_pretrained(temporary / "vae")
-    return Path(folder)
-
-
-def resolve(source: str | Path, vae: bool = False) -> Path:
-    """ "tiny", a folder or a hub id -> a local folder, downloaded where need be (an interrupted download resumes)."""
-    if str(source) == "tiny" and not vae:
-        return TINY
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    what = "vae_path" if vae else "source"
-    text = str(source)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.exists():
-        raise FileNotFoundError(f"{what} {text!r} is neither a folder nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors"]
-    try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
-    except Exception as error:  # offline, not found, gated: the hub's client raises a family of its own
-        raise FileNotFoundError(
-            f"{what} {text!r} is no folder here, and could not be downloaded ({type(error).__name__}: {error}). "
-            f"Without a network, copy the repository's files ({', '.join(patterns)}) to a folder and pass its path"
-        ) from error
+    return expand(folder)
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -576,6 +549,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
+    if torch.device(device).type == "meta" if isinstance(device, torch.device) else str(device)[:4] == "meta":
+        raise ValueError('device "meta" holds no weights; to look at a checkpoint, use `janusflow-min info`')
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
@@ -594,24 +569,10 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def check_fit(folder: Path, model: JanusFlow, processor: Processor) -> None:
-    siglip = model.config.siglip
-    if processor.num_image_tokens != siglip.num_patches:
-        raise ValueError(
-            f"{folder / 'processor_config.json'}: num_image_tokens is {processor.num_image_tokens}, but the encoder "
-            f"makes {siglip.num_patches} of an image of {siglip.image_size} px"
-        )
-    if processor.image_processor.image_size != siglip.image_size:
-        raise ValueError(
-            f"{folder / 'preprocessor_config.json'}: image_size is {processor.image_processor.image_size}, the "
-            f"encoder's in config.json {siglip.image_size}"
-        )
-
-
 def _as_list(images: Any) -> list:
     if images is None:
         return []
-    return [images] if isinstance(images, ONE_IMAGE) else list(images)
+    return [images] if is_image_source(images) else list(images)
 
 
 def _at_least_one(**values: int) -> None:

@@ -27,7 +27,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import read_json
+from .config import JanusFlowConfig
+from .files import read_json
+from .pixels import ImageSource, open_image
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 IMAGE_TAG = "<image_placeholder>"
@@ -142,50 +144,11 @@ class Tokenizer:
         """The text without special tokens and without ids that the vocabulary lacks; spaces stay."""
         return self._bpe.decode([int(i) for i in ids if int(i) not in self._own], skip_special_tokens=True)
 
-    def refuse_special(self, text: str, allowed: Iterable[str] = ()) -> None:
+    def reject_special_tokens(self, text: str, allowed: Iterable[str] = ()) -> None:
         """Raise ValueError, naming the strings, if the tokenizer sees special tokens that are not allowed."""
         found = {self._reserved.get(index) for index in self._encode(text).ids} - {None, *allowed}
         if found:
             raise ValueError(f"the text holds special tokens, which are not allowed there: {sorted(found)}")
-
-
-def open_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
-    """An RGB PIL image from a path, a PIL image of any mode, or a uint8 array [H, W, 3].
-
-    As in the reference, alpha is dropped, the EXIF orientation ignored, and the first frame counts; 16-bit
-    grey is scaled to 8 bits. The source stays as it is. Raises FileNotFoundError for a path without a file;
-    ValueError for what is no image, truncated, empty, or beyond `PIL.Image.MAX_IMAGE_PIXELS` pixels.
-    """
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, getattr(source, "filename", "") or "the image")
-    if isinstance(source, np.ndarray):
-        good = source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3 and source.size > 0
-        _check(good, "an image array", "uint8 [H, W, 3]", (source.dtype, source.shape))
-        return _to_rgb(Image.fromarray(source), "the image array")
-    _check(isinstance(source, str | os.PathLike), "an image", "a path, a PIL image or an array", source)
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"no image file at {os.fspath(source)!r}")
-    try:
-        image = Image.open(source)
-    except Exception as error:  # not an image, a decompression bomb, or whatever PIL's plugins raise
-        raise ValueError(f"{source} cannot be read as an image: {error}") from error
-    with image:
-        return _to_rgb(image, str(source))
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    (width, height), limit = image.size, Image.MAX_IMAGE_PIXELS or math.inf
-    _check(0 < width * height <= limit, name, f"of 1 to {limit} pixels", f"{width}x{height}")
-    try:
-        image.load()
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow 10: I
-            image = Image.fromarray(np.rint(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
-        elif image.mode == "P" and "transparency" in image.info:
-            image = image.copy()
-            del image.info["transparency"]  # the pixels are the same, but PIL would warn
-        return image.convert("RGB")
-    except Exception as error:  # truncated or damaged, or a mode that has no way to RGB
-        raise ValueError(f"{name} cannot be decoded: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -229,7 +192,7 @@ class ImageProcessor:
     def background(self) -> tuple[int, ...]:
         return (127, 127, 127) if self.image_mean is None else tuple(int(x * 255) for x in self.image_mean)
 
-    def __call__(self, image: str | os.PathLike | Image.Image | np.ndarray) -> Tensor:
+    def __call__(self, image: ImageSource) -> Tensor:
         """float32 [3, S, S]; in [-1, 1] for mean and deviation 0.5. Raises what `open_image` raises."""
         image, side = open_image(image), self.image_size
         longest = max(image.size)
@@ -297,7 +260,7 @@ class Processor:
         """
         filled = isinstance(messages, list | tuple) and len(messages) > 0
         _check(filled, "a conversation", "a list of messages, at least one", messages)
-        self.tokenizer.refuse_special(system_prompt)
+        self.tokenizer.reject_special_tokens(system_prompt)
         text = system_prompt + "\n\n" if system_prompt else ""
         endings = {"User": "\n\n", "Assistant": self.tokenizer.eos_token}
         for message in messages:
@@ -307,7 +270,7 @@ class Processor:
             _check(role in endings, "a message's role", "'User' or 'Assistant'", message["role"])
             _check(isinstance(content, str), "a message's content", "a str", content)
             content = content.strip()
-            self.tokenizer.refuse_special(content, allowed=[self.tokenizer.image_tag])
+            self.tokenizer.reject_special_tokens(content, allowed=[self.tokenizer.image_tag])
             text += f"{role}: {content}{endings[role]}" if content else f"{role}:"
         return text.strip()
 
@@ -317,7 +280,7 @@ class Processor:
         Raises ValueError for an empty prompt and for one that holds a special string.
         """
         _check(isinstance(prompt, str) and prompt.strip() != "", "the prompt", "text", prompt)
-        self.tokenizer.refuse_special(prompt)
+        self.tokenizer.reject_special_tokens(prompt)
         messages = [{"role": "User", "content": prompt}, {"role": "Assistant", "content": ""}]
         sft_format = self.template(messages, system_prompt="")
         return [*self.tokenizer.encode(sft_format), self.tokenizer.image_gen_id], sft_format
@@ -364,3 +327,18 @@ class Processor:
                 pixel_values[b, m] = self.image_processor(image)
         seq_mask = (input_ids == self.tokenizer.image_id) | (input_ids == self.tokenizer.image_start_id)
         return Batch(input_ids, attention_mask, pixel_values, seq_mask, emb_mask, list(sft_format))
+
+
+def check_processor_matches(folder: Path, config: JanusFlowConfig, processor: Processor) -> None:
+    """Raise ValueError, naming file and key, where the processor makes other images than the model reads."""
+    siglip = config.siglip
+    if processor.num_image_tokens != siglip.num_patches:
+        raise ValueError(
+            f"{folder / 'processor_config.json'}: num_image_tokens is {processor.num_image_tokens}, but the encoder "
+            f"makes {siglip.num_patches} of an image of {siglip.image_size} px"
+        )
+    if processor.image_processor.image_size != siglip.image_size:
+        raise ValueError(
+            f"{folder / 'preprocessor_config.json'}: image_size is {processor.image_processor.image_size}, the "
+            f"encoder's in config.json {siglip.image_size}"
+        )

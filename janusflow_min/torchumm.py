@@ -7,7 +7,6 @@ Follows the contract of TorchUMM's `umm.inference` (commit 083395e): requests by
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .files import atomic_file
 from .pipeline import Pipeline, load
 
 NAME = "janus_flow"
@@ -239,11 +239,5 @@ def _names(path: Path, count: int) -> list[Path]:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    """Under a temporary name first, so that no half-written file ever has the final one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
-    try:
+    with atomic_file(path) as temporary:
         image.save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

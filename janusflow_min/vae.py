@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .config import read_json
+from .files import read_json
 
-HUB_ID = "stabilityai/sdxl-vae"
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 class VAE(nn.Module):

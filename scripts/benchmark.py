@@ -35,8 +35,9 @@ from PIL import Image
 
 import janusflow_min as jf
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
+from janusflow_min.hub import TINY
 from janusflow_min.model import JanusFlow
-from janusflow_min.pipeline import TINY, Pipeline
+from janusflow_min.pipeline import Pipeline
 
 Note = Callable[[str, float], None]  # takes a measure and its value
 MODES = ("fast", "compile", "plain", "reference", "reference compiled")

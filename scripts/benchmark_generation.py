@@ -292,7 +292,7 @@ def reference(args: argparse.Namespace) -> None:
     from diffusers import AutoencoderKL
     from PIL import Image
 
-    from janusflow_min.pipeline import to_uint8
+    from janusflow_min.pixels import to_uint8
     from janusflow_min.processor import Processor
 
     witness = helper()

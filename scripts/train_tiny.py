@@ -36,7 +36,7 @@ from tqdm import tqdm
 from janusflow_min.benchmarks.tiny import language, scenes
 from janusflow_min.checkpoint import load_model, save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
-from janusflow_min.files import new_folder
+from janusflow_min.files import atomic_directory, atomic_file
 from janusflow_min.flow import sample_time
 from janusflow_min.model import JanusFlow
 from janusflow_min.processor import SYSTEM_PROMPT, Processor
@@ -241,9 +241,8 @@ def make_data(recipe: Recipe, folder: Path, path: Path, kind: str, count: int) -
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
         chunks = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc=f"Data, {kind}"))
     arrays = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
-    temporary = path.with_name(path.name + ".writing.npz")
-    np.savez(temporary, **arrays)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        np.savez(temporary, **arrays)
 
 
 def load_arrays(path: Path, device: torch.device) -> dict[str, Tensor]:
@@ -309,7 +308,7 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
     with torch.no_grad():
         z = torch.cat([vae.encode(scenes.render(p)).latent_dist.mean for p in packed[:2000].split(100)])
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
-    with new_folder(folder, overwrite=True) as temporary:
+    with atomic_directory(folder, overwrite=True) as temporary:
         vae.to(torch.bfloat16).save_pretrained(temporary)
 
 
@@ -484,8 +483,8 @@ def train_model(
             "step": step,
             "elapsed": elapsed,
         }
-        torch.save(state, checkpoint.with_suffix(".writing"))
-        os.replace(checkpoint.with_suffix(".writing"), checkpoint)
+        with atomic_file(checkpoint) as temporary:
+            torch.save(state, temporary)
 
     if finish_at is not None:
         recipe = replace(recipe, seconds=max(1.0, finish_at - time.monotonic()))
@@ -546,7 +545,7 @@ def export(recipe: Recipe, work: Path, model: JanusFlow, params: list, average: 
     }
     clean = JanusFlow(model.config).to(torch.bfloat16)
     clean.load_state_dict(state, strict=True)
-    with new_folder(work / "tiny", overwrite=True) as folder:
+    with atomic_directory(work / "tiny", overwrite=True) as folder:
         save_model(clean, folder)
         for path in (work / "tokenizer").iterdir():
             (folder / path.name).write_bytes(path.read_bytes())

@@ -276,7 +276,7 @@ def test_other_versions_are_told_but_not_refused(tmp_path, settings):
     runner.write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, told.append)
     assert 'versions.torch: "1.0" there' in told[0]
     folder.manifest.write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
         runner.write_manifest(folder, "x", {}, {}, {})
 
 

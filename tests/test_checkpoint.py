@@ -26,7 +26,8 @@ from janusflow_min.checkpoint import (
     save_model,
     to_official,
 )
-from janusflow_min.pipeline import resolve
+from janusflow_min.hub import resolve
+from janusflow_min.processor import FILES
 
 
 @pytest.fixture(scope="module")
@@ -385,16 +386,18 @@ def test_a_checkpoint_may_be_saved_over_itself(parity_dir, tmp_path, tensors):
 
 
 def test_a_hub_id_is_downloaded_and_loaded(parity_dir, monkeypatch):
-    """Stops: other files than a checkpoint's fetched, pickles among them."""
+    """Stops: other files than a checkpoint's fetched: pickles, other formats, the checkpoints of a training run."""
     asked = []
 
     def download(repo, allow_patterns):
-        asked.append((repo, sorted(allow_patterns)))
+        asked.append((repo, set(allow_patterns)))
         return str(parity_dir)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     pipe = jf.load("someone/some-model", device="cpu", progress=False)
-    assert asked == [("someone/some-model", ["*.json", "*.safetensors"])]
+    small = {"config.json", INDEX, *FILES}
+    large = {WEIGHTS, "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    assert asked == [("someone/some-model", small), ("someone/some-model", large)]
     assert pipe.model.config.llm.vocab_size == 640
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from janusflow_min import __version__, images
 from janusflow_min.cli import DEMO_IMAGES, DEMO_PROMPTS, build_parser, main
-from janusflow_min.pipeline import TINY, Pipeline
+from janusflow_min.hub import TINY
+from janusflow_min.pipeline import Pipeline
 
 PROMPTS = ["a photo of a red star", "Ein Bär, 二つ!"]
 

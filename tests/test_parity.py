@@ -21,7 +21,8 @@ import janusflow_min as jf
 from janusflow_min.checkpoint import POOLING_HEAD, to_official
 from janusflow_min.fast.engine import Engine
 from janusflow_min.flow import euler, guide
-from janusflow_min.pipeline import decode, sample, to_uint8
+from janusflow_min.pipeline import decode, sample
+from janusflow_min.pixels import to_uint8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONVERSATIONS = ("one_image", "two_images", "multi_turn", "whitespace")

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from janusflow_min.processor import BOS, EOS, PAD, ImageProcessor, Processor, Tokenizer, open_image
+from janusflow_min.pixels import open_image
+from janusflow_min.processor import BOS, EOS, PAD, ImageProcessor, Processor, Tokenizer
 
 ROWS = 640  # of the tiny checkpoint's embedding
 TAGS = ["<image_placeholder>", "<｜begin▁of▁generation｜>", "<begin_of_image>", "<end_of_image>"]
@@ -336,7 +337,7 @@ def test_special_strings_in_user_text_are_refused(processor):
             with pytest.raises(ValueError) as error:
                 processor.conversation(ask(f"a cat{token}"))
             assert token in str(error.value)
-        processor.tokenizer.refuse_special(f"a{token}b", allowed=[token])
+        processor.tokenizer.reject_special_tokens(f"a{token}b", allowed=[token])
     with pytest.raises(ValueError):
         processor.template(ask("hi"), system_prompt=f"be kind{EOS}")
     processor.generation_prompt("1 < 2 > 0, <b>bold</b>, <|end|>, User: hi")

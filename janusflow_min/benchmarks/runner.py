@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import platform
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
+
+from ..files import atomic_file, sha256
+from ..files import parse_json as read_json
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -134,17 +136,8 @@ class RunFolder:
         path: absolute, or relative to the run's folder (not to the current one); on the same file system, or the
         rename fails.
         """
-        path = self.root / path
-        self.work.mkdir(parents=True, exist_ok=True)
-        temporary = self.work / f"{os.getpid()}-{secrets.token_hex(6)}{path.suffix}"
-        try:
+        with atomic_file(self.root / path, self.work) as temporary:
             yield temporary
-            with open(temporary, "rb+") as f:
-                os.fsync(f.fileno())
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def write_text(self, path: str | Path, text: str) -> None:
         with self.writing(path) as temporary:
@@ -160,20 +153,6 @@ class RunFolder:
     def tidy(self) -> None:
         """Drop what killed processes left; call it when nothing is missing any more."""
         shutil.rmtree(self.work, ignore_errors=True)
-
-
-def sha256(path: str | Path) -> str:
-    """Of a file; of a folder: of the relative names and contents of all its files, in order."""
-    path = Path(path)
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
-        return digest.hexdigest()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # The manifest -----------------------------------------------------------------------
@@ -197,17 +176,14 @@ def versions() -> dict[str, str]:
 
 def checkpoint_identity(settings: Settings) -> dict[str, str]:
     """The names and hashes of the checkpoint's and the VAE's configuration and weights."""
-    from ..pipeline import HUB_ID, resolve
+    from ..hub import SDXL_VAE, resolve, resolve_vae
 
     folder = resolve(settings.model)
-    inside = folder / "vae"
-    vae = inside if settings.vae is None and inside.is_dir() else resolve(settings.vae or HUB_ID, vae=True)
-    if (vae / "vae" / "config.json").is_file():
-        vae = vae / "vae"
+    vae = resolve_vae(folder, settings.vae)
     return {
         "model": _public_name(settings.model),
         "model_sha256": _weights_sha256(folder),
-        "vae": "the checkpoint's" if vae == inside else _public_name(settings.vae or HUB_ID),
+        "vae": "the checkpoint's" if vae == folder / "vae" else _public_name(settings.vae or SDXL_VAE),
         "vae_sha256": _weights_sha256(vae),
     }
 
@@ -282,14 +258,6 @@ def write_manifest(
         told = "; ".join(_differences(old, new))
         log(f"{folder.root} was begun elsewhere, so last bits may differ between its images: {told}")
     return old
-
-
-def read_json(path: Path) -> Any:
-    """ValueError with the file's name where it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

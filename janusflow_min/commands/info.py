@@ -27,10 +27,10 @@ def add_parser(
 
 def info(args: argparse.Namespace) -> int:
     """Report on a checkpoint from its headers; 1 where something is missing or does not fit."""
-    from ..pipeline import resolve
+    from ..hub import resolve, resolve_vae
 
-    vae = None if args.vae is None else resolve(args.vae, vae=True)
-    lines, problems = inspect_checkpoint(resolve(args.model), vae)
+    folder = resolve(args.model)
+    lines, problems = inspect_checkpoint(folder, args.vae and resolve_vae(folder, args.vae))
     print("\n".join(lines))
     print(f"\nmissing or wrong: {len(problems) or 'nothing'}")
     for problem in problems:
@@ -79,7 +79,7 @@ def _report_weights(folder: Path, config: Any, lines: list[str], problems: list[
         to_official,
         weight_files,
     )
-    from ..config import read_json
+    from ..files import read_json
     from ..model import JanusFlow
 
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
@@ -120,10 +120,7 @@ def _report_weights(folder: Path, config: Any, lines: list[str], problems: list[
 
 
 def _report_processor(folder: Path, config: Any, lines: list[str], problems: list[str]) -> None:
-    from types import SimpleNamespace
-
-    from ..pipeline import check_fit
-    from ..processor import FILES, Processor
+    from ..processor import FILES, Processor, check_processor_matches
 
     lines.append("\ntokenizer and processor")
     absent = [name for name in FILES if not (folder / name).is_file()]
@@ -141,12 +138,12 @@ def _report_processor(folder: Path, config: Any, lines: list[str], problems: lis
     lines.append(f"  special ids  {ids}")
     image = processor.image_processor
     lines.append(f"  images  {image.image_size} px, {processor.num_image_tokens} tokens each")
-    _attempt(problems, lambda: check_fit(folder, SimpleNamespace(config=config), processor))
+    _attempt(problems, lambda: check_processor_matches(folder, config, processor))
 
 
 def _report_vae(folder: Path, given: bool, config: Any, lines: list[str], problems: list[str]) -> None:
-    from ..config import read_json
-    from ..vae import HUB_ID
+    from ..files import read_json
+    from ..hub import SDXL_VAE
 
     if (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
@@ -154,7 +151,7 @@ def _report_vae(folder: Path, given: bool, config: Any, lines: list[str], proble
     if not folder.is_dir():
         if given:
             problems.append(f"no VAE at {folder}")
-        lines.append(f"  none inside; {HUB_ID} of the hub is used unless --vae names another")
+        lines.append(f"  none inside; {SDXL_VAE} of the hub is used unless --vae names another")
         return
     about = _attempt(problems, lambda: read_json(folder / "config.json"))
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))

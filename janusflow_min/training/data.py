@@ -13,7 +13,6 @@ Legend: B rows of a micro-batch, T tokens, N image tokens, C h w latent, S image
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections import OrderedDict
@@ -29,9 +28,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import open_weights
+from ..files import atomic_write
 from ..flow import sample_time
 from ..model import JanusFlow
-from ..processor import SYSTEM_PROMPT, Processor, open_image
+from ..pixels import open_image, to_pixels
+from ..processor import SYSTEM_PROMPT, Processor
 from .config import Config, SourceConfig
 from .losses import IGNORE, MixedBatch
 
@@ -322,11 +323,8 @@ class Cache:
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save
 
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{id(self):x}")
-        temporary.write_bytes(save({k: v.contiguous().cpu() for k, v in tensors.items()}))
-        temporary.replace(path)
+        content = save({k: v.contiguous().cpu() for k, v in tensors.items()})
+        atomic_write(self.path(key), content, sync=False)
 
 
 class Reader:
@@ -387,8 +385,7 @@ class Reader:
         if self.cache is not None:
             made.key = self.cache.key(picture)
             made.cached = self.cache.get(made.key)
-        pixels = np.array(picture, dtype=np.float32).transpose(2, 0, 1)
-        made.picture = torch.from_numpy(pixels / 127.5 - 1)
+        made.picture = to_pixels(picture)
         made.pixels = processor.image_processor(picture)
         return made
 
@@ -396,7 +393,7 @@ class Reader:
         tokenizer = self.processor.tokenizer
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text must be a string that is not empty, got {text!r:.80}")
-        tokenizer.refuse_special(text)
+        tokenizer.reject_special_tokens(text)
         ids = tokenizer.encode(text.strip())
         return ids if ids[0] == tokenizer.bos_id else [tokenizer.bos_id, *ids]
 
@@ -405,11 +402,6 @@ def decode(image: Any) -> Image.Image:
     """A path, a PIL image, bytes, or what `datasets` hands out undecoded -> RGB."""
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        try:
-            image = Image.open(io.BytesIO(image))
-        except Exception as error:  # not an image, or whatever PIL's plugins raise
-            raise ValueError(f"the image cannot be read: {error}") from error
     return open_image(image)
 
 

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from ..files import atomic_write
 from ..images import contact_sheet, save_png
 from ..pipeline import Pipeline
 from ..processor import Processor
@@ -25,9 +25,7 @@ class Report:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in rows(folder / name) if row["step"] <= step]
-            temporary = folder / f".{name}.writing"
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(temporary, folder / name)
+            atomic_write(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
         if config.report.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter

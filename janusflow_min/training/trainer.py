@@ -28,10 +28,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..checkpoint import load_model
+from ..hub import resolve, resolve_vae
 from ..model import JanusFlow
-from ..pipeline import Pipeline, check_fit, pick_device, pick_dtype, resolve, save
-from ..processor import Processor
-from ..vae import HUB_ID, load_vae
+from ..pipeline import Pipeline, pick_device, pick_dtype, save
+from ..processor import Processor, check_processor_matches
+from ..vae import load_vae
 from . import checkpoints
 from .config import Config
 from .data import BadRow, Cache, Manifest, Reader, Source, Steps, generator, kind_of
@@ -51,13 +52,11 @@ class Trainer:
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         self.tell(f"reading {config.model}")
-        self.source = resolve(config.model)
+        self.source = resolve(config.model, self.shown)
         self.model = load_model(self.source, self.device, torch.float32, progress=self.shown)
         self.processor = Processor.from_folder(self.source, self.model.config.llm.vocab_size)
-        check_fit(self.source, self.model, self.processor)
-        inside = self.source / "vae"
-        where = inside if not config.vae and inside.is_dir() else resolve(config.vae or HUB_ID, vae=True)
-        self.vae = load_vae(where, self.device, self.dtype)
+        check_processor_matches(self.source, self.model.config, self.processor)
+        self.vae = load_vae(resolve_vae(self.source, config.vae or None, self.shown), self.device, self.dtype)
         cache = None
         if config.loader.cache:
             cache = Cache(config.loader.cache, fingerprint(self.vae, self.model.siglip))

@@ -33,8 +33,9 @@ import janusflow_min as jf
 from janusflow_min.benchmarks.tiny import evaluate, language, reader, scenes
 from janusflow_min.benchmarks.tiny.evaluate import Case
 from janusflow_min.benchmarks.tiny.language import Item, Spec
-from janusflow_min.files import new_folder
-from janusflow_min.pipeline import TINY, to_uint8
+from janusflow_min.files import atomic_directory
+from janusflow_min.hub import TINY
+from janusflow_min.pixels import to_pixels, to_uint8
 from janusflow_min.training.config import load_config
 from janusflow_min.training.trainer import Trainer
 from janusflow_min.vae import load_vae
@@ -182,7 +183,7 @@ def make_data(folder: Path, count: int) -> None:
 
 def pixels(path: Path) -> torch.Tensor:
     """(3, S, S) in [-1, 1]"""
-    return torch.from_numpy(np.array(Image.open(path), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
+    return to_pixels(Image.open(path))
 
 
 def teach_vae(data: Path, folder: Path, steps: int, batch: int = 4, lr: float = 5e-4) -> None:
@@ -202,7 +203,7 @@ def teach_vae(data: Path, folder: Path, steps: int, batch: int = 4, lr: float = 
         optimizer.zero_grad()
         (error.abs().mean() + 3 * error.square().mean()).backward()
         optimizer.step()
-    with new_folder(folder) as temporary:
+    with atomic_directory(folder) as temporary:
         vae.autoencoder.save_pretrained(temporary)
 
 
@@ -211,7 +212,7 @@ def check_vae(folder: Path, count: int = 6) -> float:
     """Share of true pictures of the new kinds that are still right behind the VAE: no painter can do better."""
     vae, right = load_vae(folder, torch.device("cpu"), torch.float32), []
     for _, scene, _ in cases(count):
-        x = torch.from_numpy(np.array(draw(scene), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
+        x = to_pixels(draw(scene))
         right.append(shows(Image.fromarray(to_uint8(vae.decode(vae.encode(x[None])))[0]), scene)[0])
     return float(np.mean(right))
 

@@ -293,7 +293,7 @@ def _check(pipe: Pipeline, needed: int, what: str) -> None:
 def _plain(pipe: Pipeline, text: str) -> str:
     """The text such that the tokenizer sees no special token in it, whatever the model or the data wrote."""
     try:
-        pipe.processor.tokenizer.refuse_special(text)
+        pipe.processor.tokenizer.reject_special_tokens(text)
         return text
     except ValueError:
         return text.replace("<", "< ")

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""Numbers from users and files, checked in one way. Every error is a ValueError: name, what it must be, what it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+LARGEST = 2**63 - 1
+
+
+def is_whole(value: Any) -> bool:
+    """An int of Python or numpy; true and false are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A finite int or float of Python or numpy that a float can hold; true and false are none."""
+    if isinstance(value, float | np.floating):
+        return math.isfinite(value)
+    return is_whole(value) and abs(int(value)) < 1e300
+
+
+def whole(name: str, value: Any, least: int = 1, most: int = LARGEST) -> int:
+    """`value` as an int, if it is a whole number from `least` to `most`."""
+    if not is_whole(value) or not least <= value <= most:
+        bounds = f"of at least {least}" if most == LARGEST else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {bounds}, got {value!r:.80}")
+    return int(value)
+
+
+def number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, above: bool = False
+) -> float:
+    """`value` as a float, if it is finite and from `least` to `most`. above: `least` itself is too small."""
+    if not is_number(value) or not least <= value <= most or (above and value == least):
+        bounds = "" if least == -math.inf else f" above {least:g}" if above else f" of at least {least:g}"
+        bounds += "" if most == math.inf else f"{' and' if bounds else ''} of at most {most:g}"
+        raise ValueError(f"{name} must be a finite number{bounds}, got {value!r:.80}")
+    return float(value)
