@@ -10,7 +10,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = str | tuple[str, Any]  # a text; or ("status", 500), ("hang", seconds), ("drop", 0), ("raw", bytes)
+# a text; or ("status", 500), ("busy", Retry-After), ("hang", seconds), ("drop", 0), ("raw", bytes)
+Reply = str | tuple[str, Any]
 
 
 class ChatServer:
@@ -53,7 +54,9 @@ class ChatServer:
                     choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
                     about = {"id": "1", "object": "chat.completion", "created": 1, "model": body_model(self)}
                     content = json.dumps(about | {"choices": choices}).encode()
-                self.send_response(value if kind == "status" else 200)
+                self.send_response({"status": value, "busy": 429}.get(kind, 200))
+                if kind == "busy":
+                    self.send_header("Retry-After", value)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()

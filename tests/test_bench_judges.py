@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import torch
 from chat_server import ChatServer
 from PIL import Image
 
-from janusflow_min.benchmarks import judges
-from janusflow_min.benchmarks.geneval import CLASSES, COLOURS
-from janusflow_min.benchmarks.judges import OpenAIChat, Question, Records, TryAgain, judge_all
+from janusflow_min import cli
+from janusflow_min.benchmarks import chat, judge_models, judges
+from janusflow_min.benchmarks.chat import ChatVQA, JudgeDown, OpenAIChat, Question, judge_all
+from janusflow_min.benchmarks.detection import CLASSES, COLOURS
+from janusflow_min.benchmarks.judges import NoAnswer, Records, TryAgain
 
 # The detector's recipe -----------------------------------------------------------------------
 
@@ -23,7 +26,7 @@ def test_instances_follow_mmdets_recipe():
     classes = torch.log(torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]))  # the last column is "nothing"
     masks = torch.full((2, 4, 4), -2.0)
     masks[0, :2, :2] = 2.0
-    scores, labels, boxes, binary = judges.instances(classes, masks, (4, 4), (4, 4), (4, 4), best=3)
+    scores, labels, boxes, binary = judge_models.instances(classes, masks, (4, 4), (4, 4), (4, 4), best=3)
     certainty = float(torch.tensor(2.0).sigmoid())
     assert labels.tolist()[:2] == [0, 1]  # both of query 0
     assert scores[:2].tolist() == pytest.approx([0.6 * certainty, 0.3 * certainty], rel=1e-5)
@@ -33,10 +36,10 @@ def test_instances_follow_mmdets_recipe():
 
 def test_masks_are_upsampled_as_logits_and_padding_is_cut():
     masks = torch.tensor([[[3.0, -1.0], [3.0, -1.0]]])
-    _, _, boxes, binary = judges.instances(torch.zeros(1, 2), masks, (4, 8), (4, 4), (4, 4), best=1)
+    _, _, boxes, binary = judge_models.instances(torch.zeros(1, 2), masks, (4, 8), (4, 4), (4, 4), best=1)
     # 2 -> 8 columns, then only the left four, whose logits fall from 3 to 1.5 or so: all inside.
     assert binary.all() and boxes[0].tolist() == [0, 0, 4, 4]
-    _, _, boxes, _ = judges.instances(torch.zeros(1, 2), masks, (4, 8), (4, 8), (4, 8), best=1)
+    _, _, boxes, _ = judge_models.instances(torch.zeros(1, 2), masks, (4, 8), (4, 8), (4, 8), best=1)
     assert boxes[0].tolist() == [
         0,
         0,
@@ -46,10 +49,10 @@ def test_masks_are_upsampled_as_logits_and_padding_is_cut():
 
 
 def test_images_are_prepared_as_mmdet_does():
-    square, size = judges.prepare_for_mmdet(Image.new("RGB", (384, 384), (124, 116, 104)), 800, 1333)
+    square, size = judge_models.prepare_for_mmdet(Image.new("RGB", (384, 384), (124, 116, 104)), 800, 1333)
     assert square.shape == (1, 3, 800, 800) and size == (800, 800)
     assert square.abs().max() < 0.02
-    wide, size = judges.prepare_for_mmdet(Image.new("RGB", (100, 50), "white"), 100, 150)
+    wide, size = judge_models.prepare_for_mmdet(Image.new("RGB", (100, 50), "white"), 100, 150)
     assert size == (75, 150) and wide.shape == (1, 3, 96, 160)
     assert wide[0, :, 75:].abs().max() == 0 and wide[0, :, :, 150:].abs().max() == 0
     assert wide[0, 0, 0, 0] == pytest.approx((255 - 123.675) / 58.395, rel=1e-4)
@@ -86,7 +89,7 @@ def detector_folder(tmp_path_factory):
 
 
 def test_a_tiny_random_detector(detector_folder):
-    detector = judges.Mask2FormerDetector(detector_folder, "cpu", short=64, long=96)
+    detector = judge_models.Mask2FormerDetector(detector_folder, "cpu", short=64, long=96)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
     found = detector.detect(image)
     assert len(found) == 100  # of 5 queries x 80 classes
@@ -106,7 +109,7 @@ def test_a_detector_of_other_classes_is_refused(detector_folder, tmp_path):
     config.num_labels = 3
     transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="knows 3 classes"):
-        judges.Mask2FormerDetector(tmp_path, "cpu")
+        judge_models.Mask2FormerDetector(tmp_path, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def clip_folder(tmp_path_factory):
 def test_a_tiny_random_clip_names_colours(clip_folder):
     """Against transformers' own features: three sentences, each normalised, their mean normalised again."""
     transformers = pytest.importorskip("transformers")
-    clip = judges.ClipColours(clip_folder, "cpu")
+    clip = judge_models.ClipColours(clip_folder, "cpu")
     views = [Image.new("RGB", size, colour) for size, colour in (((20, 30), "red"), ((5, 5), "blue"))]
     answers = clip.colours(views, "cat")
     assert set(answers) <= set(COLOURS)
@@ -155,7 +158,7 @@ def test_a_tiny_random_clip_names_colours(clip_folder):
                 embeddings.append(one / one.norm())
             mean = torch.stack(embeddings).mean(0)
             torch.testing.assert_close(clip.heads["cat"][i], mean / mean.norm(), rtol=1e-4, atol=1e-5)
-        pixels = torch.stack([judges._clip_pixels(view, 16) for view in views])
+        pixels = torch.stack([judge_models._clip_pixels(view, 16) for view in views])
         seen = features(model.get_image_features(pixel_values=pixels))
     assert [COLOURS[i] for i in (seen @ clip.heads["cat"].T).argmax(-1).tolist()] == answers
 
@@ -163,10 +166,10 @@ def test_a_tiny_random_clip_names_colours(clip_folder):
 def test_clip_pixels_keep_the_shape_and_the_middle():
     image = Image.new("RGB", (30, 10), "black")
     image.paste("white", (10, 0, 20, 10))
-    pixels = judges._clip_pixels(image, 10)
+    pixels = judge_models._clip_pixels(image, 10)
     assert pixels.shape == (3, 10, 10)
     assert pixels[:, 5, 5].tolist() == pytest.approx(
-        [(1 - m) / s for m, s in zip(judges.CLIP_MEAN, judges.CLIP_STD, strict=True)]
+        [(1 - m) / s for m, s in zip(judge_models.CLIP_MEAN, judge_models.CLIP_STD, strict=True)]
     )
 
 
@@ -200,7 +203,7 @@ def test_a_tiny_random_blip_answers(tmp_path):
         text_config=text | {"pad_token_id": 0}, vision_config=small | {"image_size": 16, "patch_size": 8}
     )
     transformers.BlipForQuestionAnswering(config).save_pretrained(tmp_path)
-    vqa = judges.BlipVQA(tmp_path, "cpu")
+    vqa = judge_models.BlipVQA(tmp_path, "cpu")
     answer = vqa.answer(Image.new("RGB", (20, 30)), "is there a kettle?")
     assert isinstance(answer, str) and answer == vqa.answer(Image.new("RGB", (20, 30)), "is there a kettle?")
 
@@ -229,7 +232,7 @@ def test_what_may_pass_is_told_from_what_will_not():
 def test_a_chat_answers_visual_questions():
     pytest.importorskip("openai")
     with ChatServer(lambda _, before: ("drop", 0) if before == 0 else "<think>hm</think> Yes.") as server:
-        vqa = judges.ChatVQA(OpenAIChat("m", server.url), wait=0.01)
+        vqa = ChatVQA(OpenAIChat("m", server.url), wait=0.01)
         assert vqa.answer(Image.new("RGB", (2, 2)), "Is there a kettle?") == "Yes."
         assert server.requests[0]["messages"][0]["content"][0]["text"].endswith(
             "Question: Is there a kettle?"
@@ -293,7 +296,7 @@ def test_answers_are_kept_as_they_come_and_not_asked_again(tmp_path):
     with pytest.raises(ValueError, match=r"judge\.jsonl:1 is of another judge"):
         Records(path, "key", {"judge": "another"})
     path.write_text("[]\n")
-    with pytest.raises(ValueError, match=r"judge\.jsonl:1: no record of a judge"):
+    with pytest.raises(ValueError, match=r"judge\.jsonl:1: not a judge's record"):
         Records(path, "key", identity)
 
 
@@ -307,7 +310,154 @@ def test_an_error_that_no_repetition_cures_is_raised_at_once(tmp_path):
         judge_all(chat, [], number, records, concurrency=0)
 
 
-def test_thinking_is_no_answer():
-    assert judges.strip_thinking("<think>{1}</think>{2}") == "{2}"
-    assert judges.strip_thinking("well {1}</think>\n{2}") == "{2}"
-    assert judges.strip_thinking("{2}") == "{2}"
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("<think>{1}</think>{2}", "{2}"),
+        ("well {1}</think>\n{2}", "{2}"),
+        ("{2}", "{2}"),
+        ("{1}<think>hm</think>{2}", "{1}{2}"),
+        ("<think>If it were there, Score: 1 would be right, but I see", ""),
+        ("{1} <THINK>cut off {2}", "{1}"),
+        ("<think>a<think>b</think>{1}</think>{2}", "{2}"),
+        ("<thinking>{1}</thinking>{2}", "{2}"),
+    ],
+)
+def test_thinking_is_no_answer(text, rest):
+    """Stops: a grade out of the middle of a judge's reasoning, above all of one that was cut off."""
+    assert judges.strip_thinking(text) == rest
+
+
+# Judges that fail -----------------------------------------------------------------------
+
+
+def test_one_refused_item_costs_one_item(tmp_path):
+    """Stops: a content filter that blocks the scoring of all other items for ever."""
+    pytest.importorskip("openai")
+    for status in (400, 413, 422):
+        with ChatServer(
+            lambda body, _, status=status: ("status", status) if body["messages"] == [7] else "1"
+        ) as server:
+            records = Records(tmp_path / f"{status}.jsonl", "key", {})
+            failures = judge_all(
+                OpenAIChat("m", server.url), questions(*range(20)), number, records, progress=False
+            )
+            records.close()
+        assert list(failures) == [7] and f"HTTP {status}" in failures[7]
+        assert sorted(records.entries) == [key for key in range(20) if key != 7]
+        assert sum(request["messages"] == [7] for request in server.requests) == 1  # asking again is useless
+
+
+def test_what_fails_for_all_ends_the_run_and_keeps_what_comes(tmp_path):
+    """Stops: a wrong key that is tried a thousand times, and answers under way that are thrown away with it."""
+    pytest.importorskip("openai")
+    for status in (401, 403, 404):
+        with ChatServer(
+            lambda body, _, status=status: ("status", status) if body["messages"] == [1] else ("hang", 0.4)
+        ) as server:
+            records = Records(tmp_path / f"{status}.jsonl", "key", {})
+            with pytest.raises(RuntimeError, match=f"HTTP {status}"):
+                judge_all(
+                    OpenAIChat("m", server.url),
+                    questions(*range(50)),
+                    lambda text: {"text": text},
+                    records,
+                    concurrency=2,
+                    progress=False,
+                )
+            records.close()
+        assert 0 in records.entries and len(server.requests) < 6
+
+
+def test_a_dead_judge_ends_the_run_soon(tmp_path):
+    """Stops: exit code 0 after hours of attempts, with nothing scored."""
+    chat = Scripted({str(i): TryAgain("connection refused") for i in range(1000)})
+    records = Records(tmp_path / "judge.jsonl", "key", {})
+    with pytest.raises(JudgeDown, match=r"5 items in a row got no answer from scripted.*connection refused"):
+        judge_all(chat, questions(*map(str, range(1000))), number, records, 2, 2, False, 0.0, stop_after=5)
+    assert len(chat.asked) <= 14
+    chat = Scripted({str(i): TryAgain("busy") for i in range(0, 1000, 2)})  # every other item is answered
+    failures = judge_all(
+        chat, questions(*map(str, range(1000))), number, records, 1, 1, False, 0.0, stop_after=2
+    )
+    assert len(failures) == 500
+    records.close()
+
+
+def test_a_dead_judge_has_an_exit_code(tmp_path, monkeypatch, capsys):
+    """Stops: a shell script that goes on to `report` although no judge was there."""
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    data, images = tmp_path / "data", tmp_path / "images"
+    data.mkdir()
+    images.mkdir()
+    record = {"Prompt": "a", "Explanation": "b", "Category": "c", "Subcategory": "d"}
+    content = json.dumps([record | {"prompt_id": i} for i in range(1, 15)])
+    (data / "cultural_common_sense.json").write_text(content)
+    for i in range(1, 15):
+        Image.new("RGB", (2, 2)).save(images / f"{i}.png")
+    line = ["bench", "wise", "score", "--data", str(data), "--subset", "--images", str(images), "--quiet"]
+    line += ["--out", str(tmp_path / "run"), "--judge-url", "http://127.0.0.1:9/v1", "--attempts", "1"]
+    assert cli.main(line) == 2
+    assert "10 items in a row got no answer" in capsys.readouterr().err
+
+
+def test_a_server_says_how_long_to_wait(tmp_path):
+    """Stops: three attempts within a rate limit's minute, all in vain."""
+    pytest.importorskip("openai")
+    from email.utils import formatdate
+
+    assert chat._retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) == pytest.approx(
+        30, abs=2
+    )
+    for text, seconds in (("2", 2.0), ("-1", 0.0), ("1e9", chat.LONGEST_WAIT), ("nan", 0.0), ("soon", 0.0)):
+        assert chat._retry_after({"retry-after": text}) == seconds
+    assert chat._retry_after({}) == 0.0
+    times = []
+
+    def reply(body, before):
+        times.append(time.monotonic())
+        return ("busy", "1") if before == 0 else "1"
+
+    with ChatServer(reply) as server:
+        records = Records(tmp_path / "judge.jsonl", "key", {})
+        assert not judge_all(
+            OpenAIChat("m", server.url), questions(1), number, records, wait=0.0, progress=False
+        )
+        records.close()
+    assert times[1] - times[0] >= 1
+
+
+@pytest.mark.parametrize("reply", ["", "I cannot see the image.", "<think>Yes, there is", "Maybe", "nothing"])
+def test_neither_yes_nor_no_is_no_answer(reply):
+    """Stops: a silent no, kept for ever, for an image that the judge was not shown."""
+    asked = Scripted({})
+    asked.ask = lambda messages: asked.asked.append(messages) or reply
+    vqa = ChatVQA(asked, attempts=2, wait=0.0)
+    with pytest.raises(NoAnswer):
+        vqa.answer(Image.new("RGB", (2, 2)), "Is there a kettle?")
+    assert len(asked.asked) == 2
+    with pytest.raises(JudgeDown):  # and all that are asked afterwards, whichever thread asks
+        for _ in range(9):
+            with pytest.raises(NoAnswer):
+                vqa.answer(Image.new("RGB", (2, 2)), "Is there a kettle?")
+    with pytest.raises(JudgeDown):
+        vqa.answer(Image.new("RGB", (2, 2)), "Is there a kettle?")
+    vqa = ChatVQA(asked, attempts=2, wait=0.0)
+    for reply in ("yes", "No.", "**Yes**, there is", "<think>no</think> YES"):
+        assert vqa.answer(Image.new("RGB", (2, 2)), "?") == judges.strip_thinking(reply)
+
+
+def test_how_a_judge_is_asked_is_in_its_settings():
+    """Stops: scores of two token limits under one judge's name; and a limit that cuts every answer, unexplained."""
+    pytest.importorskip("openai")
+    cut = {"index": 0, "message": {"role": "assistant", "content": ""}, "finish_reason": "length"}
+    body = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [cut]})
+    with ChatServer(lambda *_: ("raw", body.encode())) as server:
+        judge = OpenAIChat("m", server.url, max_tokens=20, thinking=False, extra={"top_k": 1})
+        with pytest.raises(TryAgain, match="no text within 20 tokens"):
+            judge.ask([{"role": "user", "content": "?"}])
+        extra = {"top_k": 1, "chat_template_kwargs": {"enable_thinking": False}}
+        assert extra.items() <= server.requests[0].items()
+    assert chat.judge_settings(judge) == {"temperature": 0.0, "max_tokens": 20, "extra": extra}
+    assert chat.judge_settings(ChatVQA(judge)) == chat.judge_settings(judge)

@@ -30,7 +30,7 @@ FLOOR_1 = {"config", "llama", "siglip", "uvit", "flow", "model", "checkpoint", "
 HELPERS = {"files", "checks", "pixels"}  # of all floors: they import nothing but each other
 FLOOR_3 = {"cli", "webui", "commands", "__main__"}
 JUDGES = (
-    PACKAGE / "benchmarks" / "judges.py"
+    PACKAGE / "benchmarks" / "judge_models.py"
 )  # models of others that judge pictures, imported when first needed
 
 PROBE = """

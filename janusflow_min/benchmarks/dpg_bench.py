@@ -446,11 +446,12 @@ def _judge(
     attempts: int,
 ) -> tuple[QuestionAnswerer, int]:
     """The judge, and how many questions it may be asked at once."""
-    from . import judges
+    from .chat import ChatVQA, OpenAIChat
+    from .judge_models import BlipVQA
 
     if judge_model is not None:
-        return judges.ChatVQA(judges.OpenAIChat(judge_model, judge_url, max_tokens=20), attempts), concurrency
-    return (judges.BlipVQA(vqa, device) if isinstance(vqa, str) else vqa), 1
+        return ChatVQA(OpenAIChat(judge_model, judge_url, max_tokens=20), attempts), concurrency
+    return (BlipVQA(vqa, device) if isinstance(vqa, str) else vqa), 1
 
 
 def _ask(
@@ -487,7 +488,7 @@ def _ask(
                 pairs = [(tile, question) for tile in cut for question in questions[stem]]
                 try:
                     texts = list(pool.map(lambda pair: vqa.answer(pair[0], pair[1].text), pairs))
-                except judges.TryAgain as error:  # left out, never given a number
+                except judges.NoAnswer as error:  # left out, never given a number
                     failures[stem] = str(error)
                     continue
                 n = len(questions[stem])

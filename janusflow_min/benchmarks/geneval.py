@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from . import report as reports
+from .detection import CLASSES, COLOURS, Detection
 from .report import Published
 from .runner import Coverage, Item, Option, RunFolder, Settings, read_json, run, sha256
 
@@ -38,17 +39,7 @@ TAGS = {  # lines of each in the published file
     "position": 100,
     "color_attr": 100,
 }
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
-CLASSES = tuple(  # COCO's 80 in their contiguous order, three of them under the benchmark's names
-    """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
-    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
-    computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
-    clock, vase, scissors, teddy bear, hair drier, toothbrush""".replace("\n   ", "").split(", ")
-)
 BEGINNING = (
     "a photo of "  # of every published prompt, of none of the lengthened ones that TorchUMM has beside them
 )
@@ -207,16 +198,6 @@ def generate(
 
 
 # Rules -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Detection:
-    """One object that a detector found: the rules' only input."""
-
-    label: str  # one of CLASSES
-    box: tuple[float, float, float, float]  # x1, y1, x2, y2 in px, y downward
-    score: float
-    mask: np.ndarray | None = None  # (H, W) bool, the whole image's size
 
 
 @dataclass(frozen=True)
@@ -457,7 +438,7 @@ def score(
 
     detector, clip: names for transformers, or objects with the protocols of `judges`. rules: fields of `Rules`.
     """
-    from . import judges
+    from . import judge_models, judges
 
     options = Rules(**rules)
     folder = RunFolder(run)
@@ -481,7 +462,9 @@ def score(
         if absent := [name for name in names if name not in saved]:
             raise ValueError(f"{detections} lacks {len(absent)} images of {root}, {absent[0]} for one")
     else:
-        detector = judges.Mask2FormerDetector(detector, device) if isinstance(detector, str) else detector
+        detector = (
+            judge_models.Mask2FormerDetector(detector, device) if isinstance(detector, str) else detector
+        )
         saved, judge_name = _detect(folder, root, names, detector, progress), detector.name
     colour_names: list[str] = []
 
@@ -489,7 +472,7 @@ def score(
     def colour_judge() -> ColourJudge:  # only where a prompt names a colour
         if clip is None:
             raise ValueError("a prompt names a colour: --clip is needed")
-        chosen = judges.ClipColours(clip, device) if isinstance(clip, str) else clip
+        chosen = judge_models.ClipColours(clip, device) if isinstance(clip, str) else clip
         colour_names.append(chosen.name)
         return chosen
 

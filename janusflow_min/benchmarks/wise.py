@@ -379,6 +379,7 @@ def score(
     judge_model: the endpoint's name of it, or an object with `judges.Chat`'s methods.
     """
     from . import judges
+    from .chat import OpenAIChat, judge_all
 
     about, folder = _set(set), RunFolder(run)
     root = folder.images if images is None else Path(images)
@@ -399,7 +400,7 @@ def score(
             raise ValueError(f"{judge_prompt_file} must hold {{prompt}} and {{explanation}}")
     chat = judge_model
     if chat is None or isinstance(chat, str):
-        chat = judges.OpenAIChat(
+        chat = OpenAIChat(
             chat or about.judge,
             judge_url or about.url,
             max_tokens=about.max_tokens,
@@ -411,7 +412,7 @@ def score(
     questions = [_question(prompt, root, wording, SYSTEM[set]) for prompt in there]
     parse = parse_legacy if set == "legacy" else parse_verified
     try:
-        failures = judges.judge_all(chat, questions, parse, records, concurrency, attempts, progress, wait)
+        failures = judge_all(chat, questions, parse, records, concurrency, attempts, progress, wait)
     finally:
         records.close()
     asked = {question.key: question.sha256 for question in questions}
@@ -462,7 +463,7 @@ def report(run: str | Path) -> list[Path]:
 
 
 def _question(prompt: Prompt, root: Path, wording: str, system: str):
-    from .judges import Question, image_part
+    from .chat import Question, image_part
 
     path = root / f"{prompt.id}.png"
     text = wording.replace("{prompt}", prompt.prompt).replace("{explanation}", prompt.explanation)

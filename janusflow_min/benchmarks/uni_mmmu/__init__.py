@@ -231,7 +231,7 @@ def _hashes(data: str | Path) -> dict[str, str]:
 
 
 def _chat(leg: str, model: str, url: str | None, timeout: float) -> Chat:
-    from ..judges import OpenAIChat
+    from ..chat import OpenAIChat
     from .scoring import ANSWER_TOKENS
 
     return OpenAIChat(model, url, max_tokens=ANSWER_TOKENS.get(leg, 512), timeout=timeout)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..judges import strip_thinking
 from .boards import Grid, Maze, expected_frames, is_maze_of
 
 CANDIDATES = "\n\n\n-----\n\n\n"  # between the texts of several candidates
@@ -106,20 +107,13 @@ def score_puzzle_frames(frames: Sequence[Grid], expected: Sequence[Grid]) -> dic
 # Judges' replies -----------------------------------------------------------------------
 
 
-def without_thinking(text: str) -> str:
-    """The reply after its <think> block; "" where that never ends, since no answer came then."""
-    if "</think>" in text:
-        return text.rsplit("</think>", 1)[1]
-    return "" if text.lstrip().startswith("<think>") else text
-
-
 def first_object(text: str, strip_think: bool = True) -> dict[str, Any] | None:
     """The first balanced {…} in a reply, as JSON; None where there is none. Braces in strings do not count.
 
     strip_think: look behind the <think> block. False is the original, which takes a brace inside the reasoning,
     LaTeX for instance, for the answer.
     """
-    text = without_thinking(text) if strip_think else text
+    text = strip_thinking(text) if strip_think else text
     start = text.find("{")
     depth, in_string, escaped = 0, False, False
     for i in range(start, len(text)) if start >= 0 else ():

@@ -113,7 +113,8 @@ class Judging:
 
     def ask(self, leg: str, jobs: Sequence[Job]) -> dict[str, Mapping[str, Any] | None]:
         """key -> the reply's JSON, None where it had none. Keys without any answer are absent."""
-        from ..judges import Question, Records, judge_all
+        from ..chat import Question, judge_all
+        from ..judges import Records
 
         wording = {name: text for name, text in self.texts.items() if name in (leg, f"{leg}_system")}
         identity = {
