@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from PIL import Image
 
 from janusflow_min import cli
 from janusflow_min.benchmarks import wise
-from janusflow_min.benchmarks.wise import CATEGORIES, SETS
+from janusflow_min.benchmarks.reading import text_sha256
+from janusflow_min.benchmarks.wise import CATEGORIES, DATASETS
 
 GRADES = "Consistency: {}\nRealism: {}\nAesthetic Quality: {}"
 
@@ -30,7 +33,7 @@ def record(number: int, **change) -> dict:
 def write_set(folder: Path, name: str = "legacy", ids=None) -> Path:
     """The set's files, all ids or some."""
     folder.mkdir(exist_ok=True)
-    for stem, (first, last) in SETS[name].files.items():
+    for stem, (first, last) in DATASETS[name].files.items():
         records = [record(i) for i in range(first, last + 1) if ids is None or i in ids]
         (folder / f"{stem}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     return folder
@@ -46,7 +49,7 @@ def write_images(folder: Path, ids) -> Path:
 # Reading -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", DATASETS)
 def test_whole_sets_are_read(tmp_path, name):
     prompts = wise.read(write_set(tmp_path, name), name)
     assert [p.id for p in prompts] == list(range(1, 1001))
@@ -54,9 +57,11 @@ def test_whole_sets_are_read(tmp_path, name):
 
 def test_sets_are_not_mixed(tmp_path):
     write_set(tmp_path, "verified")
-    with pytest.raises(FileNotFoundError, match=r"cultural_common_sense\.json is missing; the legacy set is"):
+    with pytest.raises(
+        FileNotFoundError, match=r"cultural_common_sense\.json is missing; the legacy data set is"
+    ):
         wise.read(tmp_path, "legacy")
-    with pytest.raises(ValueError, match="set must be one of legacy, verified, got 'new'"):
+    with pytest.raises(ValueError, match="dataset must be one of legacy, verified, got 'new'"):
         wise.read(tmp_path, "new")
 
 
@@ -93,7 +98,9 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds none of"):
         wise.read(tmp_path, "legacy", subset=True)
     write_set(tmp_path, ids=set(range(1, 1001)) - {17})
-    with pytest.raises(ValueError, match="399 prompts, the legacy set has 400, ids 1 to 400; 17 is missing"):
+    with pytest.raises(
+        ValueError, match="399 prompts, the legacy data set has 400, ids 1 to 400; 17 is missing"
+    ):
         wise.read(tmp_path)
 
 
@@ -108,7 +115,7 @@ def test_images_are_named_by_their_id_and_seeded_by_it(tmp_path, parity_dir):
     command[command.index(str(tmp_path / "a"))] = str(tmp_path / "b")
     assert cli.main([*command, "--batch-size", "1"]) == 0
     assert (tmp_path / "a/images/905.png").read_bytes() == (tmp_path / "b/images/905.png").read_bytes()
-    assert json.loads((tmp_path / "b/manifest.json").read_text())["settings"]["set"] == "legacy"
+    assert json.loads((tmp_path / "b/manifest.json").read_text())["settings"]["dataset"] == "legacy"
 
 
 # Rules: the vectors of the specification ----------------------------------------------------------------
@@ -125,8 +132,8 @@ def test_overall():
     means = dict(zip(CATEGORIES, (0.13, 0.26, 0.28, 0.20, 0.19, 0.11), strict=True))
     assert wise.overall(means, "legacy") == pytest.approx(0.1827, abs=5e-5)
     assert wise.overall(means | {"time": None}, "legacy") is None
-    for name in SETS:
-        assert sum(SETS[name].weights.values()) == pytest.approx(1.0)
+    for name in DATASETS:
+        assert sum(DATASETS[name].weights) == pytest.approx(1.0)
         assert [wise.category(i, name) for i in (1, 400, 401, 1000)] == [
             "cultural",
             "cultural",
@@ -135,8 +142,8 @@ def test_overall():
         ]
     assert (wise.category(567, "legacy"), wise.category(568, "legacy")) == ("time", "space")
     assert (wise.category(520, "verified"), wise.category(521, "verified")) == ("time", "space")
-    counts = [last - first + 1 for first, last in SETS["verified"].ranges.values()]
-    assert counts == [400, 120, 120, 120, 120, 120]  # the overall is the plain mean
+    counts = Counter(wise.category(i, "verified") for i in range(1, 1001))
+    assert list(counts.values()) == [400, 120, 120, 120, 120, 120]  # the overall is the plain mean
 
 
 @pytest.mark.parametrize(
@@ -144,7 +151,11 @@ def test_overall():
     [
         (GRADES.format(2, 1, 0), (2, 1, 0)),
         ("**Consistency**: 1\n**Realism** 2\n*aesthetic quality* 0", (1, 2, 0)),
-        ("**Consistency:** 1\n**Realism:** 2\n**Aesthetic Quality:** 0", None),  # as the official one
+        ("**Consistency:** 1\n**Realism:** 2\n**Aesthetic Quality：** 0", (1, 2, 0)),
+        ("<think>" + GRADES.format(1, 1, 1) + " no wait", None),
+        ("<think>" + GRADES.format(1, 1, 1) + "</think>2\n1\n0", (2, 1, 0)),
+        (GRADES.format(1.5, 1, 1), None),
+        (GRADES.format(10, 1, 1), None),
         ("CONSISTENCY 1, realism:2; Aesthetic Quality: 1", (1, 2, 1)),
         ("Consistency: 0\n" + GRADES.format(2, 2, 2), (2, 2, 2)),  # the last counts
         ("Here you are\n1\n 0 \n2\n", (1, 0, 2)),
@@ -169,6 +180,8 @@ def test_legacy_answers(text, grades):
         ("score 1", 1),
         ("Score: 1.", 1),
         ("<think>Score: 1, or is it?</think>Score: 0", 0),
+        ("<think>If it were there, Score: 1 would be right, but", None),
+        ("Score: 1, and not Score: 0", 1),  # the first counts
         ("The image shows it.\n1\n", 1),
         ("0\n1", None),
         ("Score: 10", None),
@@ -267,7 +280,7 @@ def test_the_verified_set_is_asked_in_its_own_way(tmp_path):
         write_images(tmp_path / "images", [1, 521]),
     )
     with ChatServer(lambda *_: "<think>\n</think>\n\nScore: 1") as server:
-        options = dict(set="verified", subset=True, images=images, judge_url=server.url, progress=False)
+        options = dict(dataset="verified", subset=True, images=images, judge_url=server.url, progress=False)
         score = wise.score(tmp_path / "run", data, **options)
         assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
         assert server.requests[0]["max_tokens"] == 500
@@ -275,30 +288,62 @@ def test_the_verified_set_is_asked_in_its_own_way(tmp_path):
         assert score["scores"]["space"]["value"] == 1.0
         assert (tmp_path / "run/Results-qwen35/cultural_common_sense_scores_results.jsonl").is_file()
         # Other wording is another judge: the answers there are not mixed with it.
-        own = tmp_path / "wording.txt"
-        own.write_text("Is {explanation} what {prompt} means?")
+        own = tmp_path / "wording.json"
+        own.write_text(json.dumps({"user": "Is {Explanation} what {Prompt} means?", "system": "Be brief."}))
         with pytest.raises(ValueError, match="of another judge"):
-            wise.score(tmp_path / "run", data, judge_prompt_file=own, **options)
-        wise.score(tmp_path / "other", data, judge_prompt_file=own, **options)
-        text = server.requests[-1]["messages"][-1]["content"][0]["text"]
+            wise.score(tmp_path / "run", data, judge_prompts=own, **options)
+        score = wise.score(tmp_path / "other", data, judge_prompts=own, **options)
+        system, user = server.requests[-1]["messages"]
+        assert system["content"][0]["text"] == "Be brief."
+        text = user["content"][0]["text"]
         assert text.startswith("Is shows thing") and "hints at means?" in text
-        own.write_text("Is it right?")
-        with pytest.raises(ValueError, match=r"must hold \{prompt\} and \{explanation\}"):
-            wise.score(tmp_path / "third", data, judge_prompt_file=own, **options)
+        assert "not comparable" in score["notes"][0]
+        assert len(score["options"]["judge_prompts_sha256"]) == 64
+        own.write_text('{"user": "Is it right?"}')
+        with pytest.raises(
+            ValueError, match=r"must have the placeholders \{Prompt\}, \{Explanation\}; it has none"
+        ):
+            wise.score(tmp_path / "third", data, judge_prompts=own, **options)
+
+
+def test_a_broken_image_is_left_out_and_named(tmp_path):
+    """Stops: a grade for an image that cannot be opened, and one bad file that ends the scoring of all."""
+    data, images = write_set(tmp_path / "data", ids=[1, 2, 3]), write_images(tmp_path / "images", [1, 2, 3])
+    (images / "1.png").write_bytes(b"")
+    (images / "2.png").write_bytes((images / "3.png").read_bytes()[:50])
+    chat = FakeChat()
+    score = wise.score(tmp_path / "run", data, subset=True, images=images, judge_model=chat, progress=False)
+    assert (chat.asked, score["n_scored"], score["complete"]) == (1, 1, False)
+    assert "2 images got no grade" in " ".join(score["notes"]) and "1.png cannot be read" in " ".join(
+        score["notes"]
+    )
+
+
+def test_an_answer_of_one_mode_is_read_again_by_the_other(tmp_path):
+    """Stops: a grade by the official rules in a score by our own, or the other way round, after a second call."""
+    data, images = write_set(tmp_path / "data", ids=[1]), write_images(tmp_path / "images", [1])
+    chat = FakeChat(GRADES.format(1, 1, 9))
+    options = dict(subset=True, images=images, judge_model=chat, progress=False, wait=0.0)
+    official = wise.score(tmp_path / "run", data, official_compat=True, **options)
+    assert official["scores"]["cultural"]["value"] == pytest.approx((0.7 + 0.2 + 0.9) / 2)
+    chat.text = GRADES.format(1, 1, 2)
+    assert wise.score(tmp_path / "run", data, **options)["scores"]["cultural"]["value"] == pytest.approx(0.55)
+    assert chat.asked == 2
 
 
 class FakeChat:
     name = "gpt-4o-2024-05-13"
 
-    def __init__(self):
-        self.asked = 0
+    def __init__(self, text=GRADES.format(1, 1, 1)):
+        self.asked, self.text = 0, text
 
     def ask(self, messages):
         self.asked += 1
-        return GRADES.format(1, 1, 1)
+        return self.text
 
 
-def test_only_all_thousand_have_a_headline(tmp_path):
+def test_only_all_thousand_have_a_headline(tmp_path, monkeypatch):
+    """Stops: a headline for 999 images, or for a thousand prompts that are not the published ones."""
     data, images = write_set(tmp_path / "data"), write_images(tmp_path / "run/images", range(1, 1001))
     chat = FakeChat()
     (images / "77.png").rename(tmp_path / "77.png")
@@ -306,7 +351,11 @@ def test_only_all_thousand_have_a_headline(tmp_path):
     assert score["headline"] is None and score["n_scored"] == 999
     (tmp_path / "77.png").rename(images / "77.png")
     score = wise.score(tmp_path / "run", data, judge_model=chat, progress=False)
-    assert chat.asked == 1000
+    assert chat.asked == 1000 and score["complete"] and score["headline"] is None  # invented prompts
+    published = [text_sha256(data / f"{stem}.json") for stem in DATASETS["legacy"].files]
+    about = dataclasses.replace(DATASETS["legacy"], files_sha256=published)
+    monkeypatch.setitem(DATASETS, "legacy", about)
+    score = wise.score(tmp_path / "run", data, judge_model=chat, progress=False)
     assert score["headline"] == {"name": "WiScore", "value": pytest.approx(0.5)}
     wise.report(tmp_path / "run")
     text = (tmp_path / "run/report.md").read_text()

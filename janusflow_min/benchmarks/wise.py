@@ -1,44 +1,49 @@
 # SPDX-License-Identifier: MIT
-"""WISE: does a picture show what the prompt only implies, by knowledge of culture, time, space and science?
+"""WISE: does an image show what the prompt only implies, by knowledge of culture, time, space and science?
 
-Two sets that must never be mixed, for the same id is another prompt in each: `legacy`, which every published
+Two data sets that must never be mixed, for the same id is another prompt in each: `legacy`, which every published
 JanusFlow number used (GPT-4o, three grades), and `verified` (a Qwen judge, right or wrong). Reads their JSON files,
 writes `<prompt_id>.png`, and has a chat endpoint judge. Formats, ranges, formulas and parsing follow
-PKU-YuanGroup/WISE (`WISE_legacy/gpt_eval.py`, `Calculate.py` and their successors); the judge's wording here is our
-own, after its structure, and another may be given as a file: wording moves the numbers, so its hash is stored.
+PKU-YuanGroup/WISE (`WISE_legacy/gpt_eval.py`, `Calculate.py`; `vllm_eval.py`, `calculate_verified.py`). The judge's
+wording here is our own, after its structure; --judge-prompts takes the official one out of your checkout. Wording
+moves the numbers, so its hash is stored.
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from . import report as reports
+from .chat import OpenAIChat, Question, image_part, judge_all
+from .judges import Chat, Records, prompt_hash, strip_thinking
+from .official_prompts import check_placeholders, fill, read_prompts
+from .reading import read_image, read_text, text_sha256
 from .report import Published
 from .runner import Coverage, Item, Option, RunFolder, Settings, read_json, run, sha256
-
-if TYPE_CHECKING:
-    from .judges import Chat
 
 TITLE = "WISE"
 SUMMARY = "world knowledge: 1,000 prompts, 1 image each, graded by a chat model"
 FIELDS = ("Prompt", "Explanation", "Category", "Subcategory", "prompt_id")
+CATEGORIES = ("cultural", "time", "space", "biology", "physics", "chemistry")
 
 
 @dataclass(frozen=True)
-class Set:
+class Dataset:
     """One of the two data sets with its judge and formula."""
 
     files: Mapping[str, tuple[int, int]]  # stem -> first and last id
-    ranges: Mapping[str, tuple[int, int]]  # category -> first and last id
-    weights: Mapping[str, float]
+    files_sha256: Sequence[str]  # of the published ones, by `text_sha256`
+    wording_sha256: str  # of the official system message and question, by `prompt_hash`
+    last_ids: Sequence[int]  # of each category
+    weights: Sequence[float]
     judge: str
     url: str | None
     max_tokens: int
@@ -46,47 +51,46 @@ class Set:
     extra: Mapping[str, Any]  # further fields of the request
 
 
-CATEGORIES = ("cultural", "time", "space", "biology", "physics", "chemistry")
-SETS = {
-    "legacy": Set(
-        {
+DATASETS = {
+    "legacy": Dataset(
+        files={
             "cultural_common_sense": (1, 400),
             "spatio-temporal_reasoning": (401, 700),
             "natural_science": (701, 1000),
         },
-        dict(
-            zip(
-                CATEGORIES,
-                ((1, 400), (401, 567), (568, 700), (701, 800), (801, 900), (901, 1000)),
-                strict=True,
-            )
+        files_sha256=(
+            "7a59216c768698280cea37caa574b52f3faf054d73b398b9bb6b3161baf8e3aa",
+            "e27d797885ad86e64d857d0cc93d33e04be572a8dcae95692a2c7e7876233f9a",
+            "b262fae58e413c7a4bd3c3d5a089f8c6529feac227e4b6606be261a949035544",
         ),
-        dict(zip(CATEGORIES, (0.4, 0.167, 0.133, 0.1, 0.1, 0.1), strict=True)),
-        "gpt-4o-2024-05-13",
-        None,
-        2000,
-        "Results",
-        {},
+        wording_sha256="b14eef22928c4c2c2c5020236b4bea468ec7c371ef95b9d894074e81f56b13db",
+        last_ids=(400, 567, 700, 800, 900, 1000),
+        weights=(0.4, 0.167, 0.133, 0.1, 0.1, 0.1),
+        judge="gpt-4o-2024-05-13",
+        url=None,
+        max_tokens=2000,
+        results="Results",
+        extra={},
     ),
-    "verified": Set(
-        {
+    "verified": Dataset(
+        files={
             "cultural_common_sense_verified": (1, 400),
             "spatio-temporal_reasoning_verified": (401, 640),
             "natural_science_verified": (641, 1000),
         },
-        dict(
-            zip(
-                CATEGORIES,
-                ((1, 400), (401, 520), (521, 640), (641, 760), (761, 880), (881, 1000)),
-                strict=True,
-            )
+        files_sha256=(
+            "23482925266e2784b2ba24b75239fdc6691bf85ae253d2c4aa38b71b45fefa89",
+            "42c0b9d829365e392c2d4af283850dc76b1f922ab0c79198366de4f306eaf2b6",
+            "6f346c336f16f611e5c73e0fcacdccb336c200d534cf111526b22d50ea912555",
         ),
-        dict(zip(CATEGORIES, (0.4, 0.12, 0.12, 0.12, 0.12, 0.12), strict=True)),
-        "Qwen3.5-35B-A3B",
-        "http://127.0.0.1:8000/v1",
-        500,
-        "Results-qwen35",
-        {"chat_template_kwargs": {"enable_thinking": False}},
+        wording_sha256="5afe1472e449c208de5b8f7654b25b8f47a259d0e2376b05a986a08873bd5200",
+        last_ids=(400, 520, 640, 760, 880, 1000),
+        weights=(0.4, 0.12, 0.12, 0.12, 0.12, 0.12),
+        judge="Qwen3.5-35B-A3B",
+        url="http://127.0.0.1:8000/v1",
+        max_tokens=500,
+        results="Results-qwen35",
+        extra={"chat_template_kwargs": {"enable_thinking": False}},
     ),
 }
 GRADES = ("consistency", "realism", "aesthetic_quality")
@@ -111,12 +115,11 @@ PUBLISHED = {
         Published("Janus-Pro-7B", "verified set, Qwen3.5-35B-A3B", {}, 0.3340),
     ),
 }
-SYSTEM = {
-    "legacy": "You audit generated images. You are strict, impartial, and you follow the output format to the letter.",
-    "verified": "",
-}
-WORDING = {
-    "legacy": """Grade one generated image. Answer with three grades and nothing else.
+WORDING = {  # our own, see --judge-prompts for the official one
+    "legacy": {
+        "system": "You audit generated images. You are strict, impartial, and you follow the output format to the "
+        "letter.",
+        "user": """Grade one generated image. Answer with three grades and nothing else.
 
 Be ruthless: you are an auditor looking for faults, not an admirer.
 
@@ -145,10 +148,13 @@ Aesthetic Quality: n
 
 Grade 2 is exceedingly rare. Wherever you are in doubt, give the lower grade. Write no word more.
 
-PROMPT: "{prompt}"
-EXPLANATION: "{explanation}"
+PROMPT: "{Prompt}"
+EXPLANATION: "{Explanation}"
 """,
-    "verified": """This benchmark asks whether an image generator has knowledge of the world. Judge the knowledge that
+    },
+    "verified": {
+        "system": "",
+        "user": """This benchmark asks whether an image generator has knowledge of the world. Judge the knowledge that
 the image shows; whether it is beautiful does not matter.
 
 PROMPT is what the generator saw: it describes something indirectly. EXPLANATION is the ground truth: what a right
@@ -168,33 +174,48 @@ the score is 0.
 
 Output exactly one line, "Score: 0" or "Score: 1", and nothing else.
 
-PROMPT: "{prompt}"
-EXPLANATION: "{explanation}"
+PROMPT: "{Prompt}"
+EXPLANATION: "{Explanation}"
 """,
+    },
 }
-SET = Option("--set", "which of the two data sets", "legacy", choices=tuple(SETS))
+PLACES = {  # of the judge's texts, in either official script
+    "system": "build_evaluation_messages.0.content.0.text",
+    "user": "build_evaluation_messages.1.content.0.text",
+}
+DATASET = Option("--dataset", "which of the two data sets", "legacy", choices=tuple(DATASETS))
 SUBSET = Option(
     "--subset", "accept another number of prompts than the benchmark's; no headline then", False, bool
 )
 DATA = Option(
-    "--data", "folder of the set's JSON files: WISE_legacy/data or data_verified", kind=Path, required=True
+    "--data",
+    "folder of the data set's JSON files: WISE_legacy/data or data_verified",
+    kind=Path,
+    required=True,
 )
 OPTIONS = {
-    "generate": (DATA, SET, SUBSET),
+    "generate": (DATA, DATASET, SUBSET),
     "score": (
         DATA,
-        SET,
+        DATASET,
         SUBSET,
         Option("--images", "folder of images made elsewhere, instead of the run's", kind=Path),
-        Option("--judge-model", "name of the chat model; without: the set's own judge"),
+        Option("--judge-model", "name of the chat model; without: the data set's own judge"),
         Option(
             "--judge-url",
             "its endpoint, up to /v1; without: OpenAI's for legacy, a local vLLM's for verified",
         ),
-        Option("--judge-prompt-file", "another wording, with {prompt} and {explanation} in it", kind=Path),
+        Option(
+            "--judge-prompts",
+            "WISE_legacy/gpt_eval.py or vllm_eval.py of your checkout, for the official wording; or a .json file "
+            "with system and user, the latter with {Prompt} and {Explanation} in it",
+            kind=Path,
+        ),
         Option("--concurrency", "requests at once", 10, int),
         Option("--attempts", "for each image, answers that make no sense counted", 3, int),
+        Option("--stop-after", "images in a row without a grade, then give up on the judge", 10, int),
         Option("--timeout", "of a request, in seconds", 300.0, float),
+        Option("--official-compat", "read answers exactly as the official scorer does", False, bool),
     ),
     "report": (),
 }
@@ -212,62 +233,64 @@ class Prompt:
     file: str  # stem of its file
 
 
-def read(data: str | Path, set: str = "legacy", subset: bool = False) -> list[Prompt]:
-    """The set's prompts by id. ValueError with file and line for what does not fit."""
+def read(data: str | Path, dataset: str = "legacy", subset: bool = False) -> list[Prompt]:
+    """The data set's prompts by id. ValueError with file and line for what does not fit."""
     folder, prompts = Path(data), {}
     if not folder.is_dir():
-        raise FileNotFoundError(f"--data must be a folder with {', '.join(_names(set))}; {folder} is none")
-    for stem, (first, last) in _set(set).files.items():
+        raise FileNotFoundError(
+            f"--data must be a folder with {', '.join(_names(dataset))}; {folder} is not a folder"
+        )
+    for stem, (first, last) in _dataset(dataset).files.items():
         path = folder / f"{stem}.json"
         if not path.is_file():
             if subset:
                 continue
-            raise FileNotFoundError(f"{path} is missing; the {set} set is {', '.join(_names(set))}")
-        for record, line in _records(path):
-            place = f"{path}:{line}"
-            if not isinstance(record, dict) or sorted(record) != sorted(FIELDS):
-                got = sorted(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"{place}: an object with exactly {', '.join(FIELDS)} is needed, got {got}")
-            number = record["prompt_id"]
-            if isinstance(number, bool) or not isinstance(number, int) or not first <= number <= last:
-                raise ValueError(
-                    f"{place}: prompt_id must be a whole number from {first} to {last}, got {number!r}"
-                )
-            if number in prompts:
-                raise ValueError(f"{place}: prompt_id {number} is there already")
-            for name in ("Prompt", "Explanation"):
-                if not isinstance(record[name], str) or not record[name].strip():
-                    raise ValueError(
-                        f"{place}: {name} must be a text that is not empty, got {record[name]!r}"
-                    )
-            prompts[number] = Prompt(
-                number, record["Prompt"], record["Explanation"], str(record["Subcategory"]), stem
+            raise FileNotFoundError(
+                f"{path} is missing; the {dataset} data set is {', '.join(_names(dataset))}"
             )
-        there = [number for number in range(first, last + 1) if number in prompts]
-        if not subset and len(there) != last - first + 1:
-            lacking = next(number for number in range(first, last + 1) if number not in prompts)
+        for record, line in _records(path):
+            prompt = _prompt(record, f"{path}:{line}", first, last, stem)
+            if prompt.id in prompts:
+                raise ValueError(f"{path}:{line}: prompt_id {prompt.id} is there already")
+            prompts[prompt.id] = prompt
+        lacking = [number for number in range(first, last + 1) if number not in prompts]
+        if lacking and not subset:
+            whole = last - first + 1
             raise ValueError(
-                f"{path}: {len(there)} prompts, the {set} set has {last - first + 1}, ids {first} to {last}; "
-                f"{lacking} is missing. --subset accepts it"
+                f"{path}: {whole - len(lacking)} prompts, the {dataset} data set has {whole}, ids {first} to "
+                f"{last}; {lacking[0]} is missing. --subset accepts it"
             )
     if not prompts:
-        raise ValueError(f"{folder} holds none of {', '.join(_names(set))}")
+        raise ValueError(f"{folder} holds none of {', '.join(_names(dataset))}")
     return [prompts[number] for number in sorted(prompts)]
 
 
-def _set(name: str) -> Set:
-    if name not in SETS:
-        raise ValueError(f"set must be one of {', '.join(SETS)}, got {name!r}")
-    return SETS[name]
+def _prompt(record: Any, place: str, first: int, last: int, stem: str) -> Prompt:
+    if not isinstance(record, dict) or sorted(record) != sorted(FIELDS):
+        got = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{place}: an object with exactly {', '.join(FIELDS)} is needed, got {got}")
+    number = record["prompt_id"]
+    if isinstance(number, bool) or not isinstance(number, int) or not first <= number <= last:
+        raise ValueError(f"{place}: prompt_id must be a whole number from {first} to {last}, got {number!r}")
+    for name in ("Prompt", "Explanation"):
+        if not isinstance(record[name], str) or not record[name].strip():
+            raise ValueError(f"{place}: {name} must be a text that is not empty, got {record[name]!r}")
+    return Prompt(number, record["Prompt"], record["Explanation"], str(record["Subcategory"]), stem)
 
 
-def _names(set: str) -> list[str]:
-    return [f"{stem}.json" for stem in _set(set).files]
+def _dataset(name: str) -> Dataset:
+    if name not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
+    return DATASETS[name]
+
+
+def _names(dataset: str) -> list[str]:
+    return [f"{stem}.json" for stem in _dataset(dataset).files]
 
 
 def _records(path: Path) -> list[tuple[Any, int]]:
     """The elements of a JSON array, each with the line that it starts at."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     decoder, found = json.JSONDecoder(), []
     space = re.compile(r"\s*")
     at = space.match(text).end()
@@ -280,6 +303,8 @@ def _records(path: Path) -> list[tuple[Any, int]]:
             record, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        except RecursionError:
+            raise ValueError(f"{path}:{line}: not JSON: too deeply nested") from None
         found.append((record, line))
         at = space.match(text, at).end()
         if text[at : at + 1] == ",":
@@ -290,87 +315,132 @@ def _records(path: Path) -> list[tuple[Any, int]]:
     return found
 
 
-def _inputs(data: str | Path, set: str) -> dict[str, str]:
-    paths = [Path(data) / name for name in _names(set)]
+def _inputs(data: str | Path, dataset: str) -> dict[str, str]:
+    paths = [Path(data) / name for name in _names(dataset)]
     return {path.name: sha256(path) for path in paths if path.is_file()}
 
 
+def is_published(data: str | Path, dataset: str) -> bool:
+    """Whether the files are the published ones, word for word."""
+    paths = [Path(data) / name for name in _names(dataset)]
+    expected = _dataset(dataset).files_sha256
+    return all(p.is_file() for p in paths) and [text_sha256(p) for p in paths] == list(expected)
+
+
 def generate(
-    settings: Settings, out: str | Path, data: str | Path, set: str = "legacy", subset: bool = False
+    settings: Settings, out: str | Path, data: str | Path, dataset: str = "legacy", subset: bool = False
 ) -> Coverage:
-    """Paint `out`/images/<prompt_id>.png. The seed's prompt index is the id less 1."""
-    prompts = read(data, set, subset)
+    """Make `out`/images/<prompt_id>.png. The seed's prompt index is the id less 1."""
+    prompts = read(data, dataset, subset)
     items = [Item(p.id - 1, p.prompt, (f"{p.id}.png",)) for p in prompts]
-    return run("wise", items, _inputs(data, set), out, 1, settings, {"set": set})
+    return run("wise", items, _inputs(data, dataset), out, 1, settings, {"dataset": dataset})
 
 
 # Rules -----------------------------------------------------------------------
 
+NO_MORE = r"(?!\w|\.\d)"  # behind a digit: it is not the beginning of 10 or 0.5
 
-def parse_legacy(text: str) -> dict[str, int] | None:
-    """The three grades of an answer; None where one is missing or out of range.
 
-    A grade is the metric's name, with up to two asterisks on either side, perhaps a colon, and one digit, anywhere;
-    the last counts. Where no name is found: the first three lines that are a lone 0, 1 or 2, in order.
+def parse_legacy(text: str, official_compat: bool = False) -> dict[str, int] | None:
+    """The three grades, 0 to 2, of an answer; None where one is missing or out of range.
+
+    A grade is the metric's name, perhaps in asterisks, perhaps a colon, and one digit, anywhere; the last counts.
+    Where no name is found: the first three lines that are a lone 0, 1 or 2, in order. official_compat: thinking aloud
+    counts as well, "**Realism:** 1" is not found, of 10 and 0.5 the first digit counts, and so do grades up to 9.
     """
-    found = {}
+    if not official_compat:
+        text = strip_thinking(text)
+    value = r":?\s*(\d)" if official_compat else rf"[:：]?\s*\*{{0,2}}\s*(\d){NO_MORE}"
+    found: dict[str, int] = {}
     for grade in GRADES:
-        digits = re.findall(rf"{grade.replace('_', ' ')}\*{{0,2}}\s*:?\s*(\d)", text, re.IGNORECASE)
+        name = grade.replace("_", " ")
+        digits = re.findall(rf"{name}\*{{0,2}}\s*{value}", text, re.IGNORECASE)
         if digits:
             found[grade] = int(digits[-1])
     if not found:
-        lone = [line.strip() for line in text.splitlines() if line.strip() in ("0", "1", "2")]
-        found = {grade: int(digit) for grade, digit in zip(GRADES, lone, strict=False)}
-    return found if len(found) == 3 and all(value <= 2 for value in found.values()) else None
+        found = {grade: int(digit) for grade, digit in zip(GRADES, _lone("[0-2]", text), strict=False)}
+    usable = len(found) == 3 and (official_compat or max(found.values()) <= 2)
+    return found if usable else None
 
 
-def parse_verified(text: str) -> dict[str, int] | None:
-    """The score, 0 or 1; None where there is none. What is thought aloud does not count."""
-    from .judges import strip_thinking
+def parse_verified(text: str, official_compat: bool = False) -> dict[str, int] | None:
+    """The score, 0 or 1, that an answer gives first; None where there is none. Thinking aloud does not count.
 
-    text = strip_thinking(text)
-    found = re.findall(r"score\*{0,2}\s*:?\s*\*{0,2}\s*([01])(?!\w|\.\d)", text, re.IGNORECASE)
-    if not found:
-        found = [line.strip() for line in text.splitlines() if line.strip() in ("0", "1")]
-        found = found if len(found) == 1 else []
-    return {"score": int(found[-1])} if found else None
+    official_compat: what was thought counts unless a whole <think>…</think> encloses it, "**Score:** 1" is not found,
+    and of 0.5 the first digit counts.
+    """
+    if official_compat:
+        text = re.sub(r"</think>\s*", "", re.sub(r"(?s)<think>.*?</think>\s*", "", text))
+        pattern = r"score\*{0,2}\s*:?\s*([01])\b"
+    else:
+        text = strip_thinking(text)
+        pattern = rf"score\*{{0,2}}\s*[:：]?\s*\*{{0,2}}\s*([01]){NO_MORE}"
+    found = re.search(pattern, text, re.IGNORECASE)
+    lone = _lone("[01]", text)
+    if found or len(lone) == 1:
+        return {"score": int(found[1] if found else lone[0])}
+    return None
 
 
-def wiscore(consistency: float, realism: float, aesthetic_quality: float) -> float:
-    """Of one image, 0 to 1. ValueError for a grade outside 0 to 2, such as TorchUMM's 9.9 for a failed judgement."""
-    grades = (consistency, realism, aesthetic_quality)
-    if not all(0 <= grade <= 2 for grade in grades):
-        raise ValueError(f"grades lie in [0, 2], got {grades}")
+def _lone(digit: str, text: str) -> list[str]:
+    """The lines that are one digit and nothing else."""
+    return re.findall(rf"^\s*({digit})\s*$", text, re.MULTILINE)
+
+
+def wiscore(
+    consistency: float, realism: float, aesthetic_quality: float, official_compat: bool = False
+) -> float:
+    """Of one image, 0 to 1. ValueError for a grade outside 0 to 2, such as TorchUMM's 9.9 for a failed judgement.
+
+    official_compat: every digit is a grade.
+    """
+    grades, best = (consistency, realism, aesthetic_quality), 9 if official_compat else 2
+    if not all(0 <= grade <= best for grade in grades):
+        raise ValueError(f"grades lie in [0, {best}], got {grades}")
     return (0.7 * consistency + 0.2 * realism + 0.1 * aesthetic_quality) / 2
 
 
-def category(number: int, set: str) -> str:
+def category(number: int, dataset: str) -> str:
     """By the id: the records' own field is another division."""
-    return next(name for name, (first, last) in SETS[set].ranges.items() if first <= number <= last)
+    return CATEGORIES[bisect.bisect_left(DATASETS[dataset].last_ids, number)]
 
 
-def overall(means: Mapping[str, float | None], set: str) -> float | None:
+def overall(means: Mapping[str, float | None], dataset: str) -> float | None:
     """The weighted mean of the categories; None where one has no value."""
-    if any(means.get(name) is None for name in CATEGORIES):
+    values = [means.get(name) for name in CATEGORIES]
+    if None in values:
         return None
-    return sum(weight * means[name] for name, weight in SETS[set].weights.items())
+    return sum(weight * value for weight, value in zip(DATASETS[dataset].weights, values, strict=True))
 
 
 # Scoring -----------------------------------------------------------------------
 
 
+def wording_sha256(texts: Mapping[str, str]) -> str:
+    return prompt_hash(texts["system"], texts["user"])
+
+
+def read_wording(path: str | Path | None, dataset: str) -> dict[str, str]:
+    """{"system", "user"}: our own, with what `path`, an official script or JSON, has in their place."""
+    texts = WORDING[dataset] | ({} if path is None else read_prompts(path, PLACES))
+    check_placeholders(texts["user"], ("Prompt", "Explanation"), f"{path}: user")
+    return texts
+
+
 def score(
     run: str | Path,
     data: str | Path,
-    set: str = "legacy",
+    dataset: str = "legacy",
     subset: bool = False,
     images: str | Path | None = None,
     judge_model: str | Chat | None = None,
     judge_url: str | None = None,
-    judge_prompt_file: str | Path | None = None,
+    judge_prompts: str | Path | None = None,
     concurrency: int = 10,
     attempts: int = 3,
+    stop_after: int = 10,
     timeout: float = 300.0,
+    official_compat: bool = False,
     progress: bool = True,
     wait: float = 1.0,
 ) -> dict[str, Any]:
@@ -378,26 +448,19 @@ def score(
 
     judge_model: the endpoint's name of it, or an object with `judges.Chat`'s methods.
     """
-    from . import judges
-    from .chat import OpenAIChat, judge_all
-
-    about, folder = _set(set), RunFolder(run)
+    about, folder = _dataset(dataset), RunFolder(run)
     root = folder.images if images is None else Path(images)
-    prompts = read(data, set, subset)
+    prompts, texts = read(data, dataset, subset), read_wording(judge_prompts, dataset)
     manifest = read_json(folder.manifest) if folder.manifest.is_file() and images is None else None
-    reports.check_inputs(manifest, "wise", _inputs(data, set), folder.root)
-    if manifest is not None and manifest["settings"].get("set") != set:
+    inputs = _inputs(data, dataset)
+    reports.check_inputs(manifest, "wise", inputs, folder.root)
+    if manifest is not None and manifest["settings"].get("dataset") != dataset:
         raise ValueError(
-            f"{folder.root} was painted from the {manifest['settings'].get('set')} set, not {set}"
+            f"{folder.root} was made from the {manifest['settings'].get('dataset')} data set, not {dataset}"
         )
     there = [prompt for prompt in prompts if (root / f"{prompt.id}.png").is_file()]
     if not there:
         raise FileNotFoundError(f"no image named <prompt_id>.png in {root}")
-    wording = WORDING[set]
-    if judge_prompt_file is not None:
-        wording = Path(judge_prompt_file).read_text(encoding="utf-8")
-        if "{prompt}" not in wording or "{explanation}" not in wording:
-            raise ValueError(f"{judge_prompt_file} must hold {{prompt}} and {{explanation}}")
     chat = judge_model
     if chat is None or isinstance(chat, str):
         chat = OpenAIChat(
@@ -407,32 +470,44 @@ def score(
             timeout=timeout,
             extra=about.extra,
         )
-    identity = {"judge": chat.name, "prompt_sha256": judges.prompt_hash(SYSTEM[set], wording), "set": set}
-    records = judges.Records(folder.root / "judge.jsonl", "prompt_id", identity)
-    questions = [_question(prompt, root, wording, SYSTEM[set]) for prompt in there]
-    parse = parse_legacy if set == "legacy" else parse_verified
+    wording = wording_sha256(texts)
+    identity = {"judge": chat.name, "prompt_sha256": wording, "dataset": dataset}
+    parse = functools.partial(
+        parse_legacy if dataset == "legacy" else parse_verified, official_compat=official_compat
+    )
+    records = Records(folder.root / "judge.jsonl", "prompt_id", identity)
+    questions, failures = _questions(there, root, texts)
+    for number, entry in list(records.entries.items()):  # read by the rules of the other mode, perhaps
+        if parse(entry["answer"]) is None:
+            del records.entries[number]
     try:
-        failures = judge_all(chat, questions, parse, records, concurrency, attempts, progress, wait)
+        failures |= judge_all(
+            chat, questions, parse, records, concurrency, attempts, progress, wait, stop_after
+        )
     finally:
         records.close()
-    asked = {question.key: question.sha256 for question in questions}
-    answers = {number: records.entries[number] for number in asked if records.has(number, asked[number])}
-    _write_results(folder, about, [p for p in there if p.id in answers], answers, root, set)
+    answers = {
+        q.key: records.entries[q.key] | parse(records.entries[q.key]["answer"])
+        for q in questions
+        if records.has(q.key, q.sha256)
+    }
+    _write_results(folder, about, [p for p in there if p.id in answers], answers, root)
     values = {
-        number: wiscore(*(entry[grade] for grade in GRADES)) if set == "legacy" else float(entry["score"])
+        number: float(entry["score"])
+        if dataset == "verified"
+        else wiscore(*(entry[grade] for grade in GRADES), official_compat=official_compat)
         for number, entry in answers.items()
     }
-    by_category = {
-        name: [value for number, value in values.items() if category(number, set) == name]
-        for name in CATEGORIES
-    }
-    means = {name: float(np.mean(each)) if each else None for name, each in by_category.items()}
-    of = {name: sum(category(p.id, set) == name for p in prompts) for name in CATEGORIES}
+    scores = {}
+    for name in CATEGORIES:
+        own = [value for number, value in values.items() if category(number, dataset) == name]
+        expected = sum(category(p.id, dataset) == name for p in prompts)
+        scores[name] = (sum(own) / len(own) if own else None, len(own), expected)
     notes = []
-    if chat.name != about.judge or judge_prompt_file is None:
+    if (chat.name, wording) != (about.judge, about.wording_sha256):
         notes.append(
-            f"the set's own judge is {about.judge} with its authors' wording: the numbers of another judge or of "
-            "another wording are not comparable"
+            f"the data set's own judge is {about.judge} with its authors' wording (--judge-prompts): the numbers of "
+            "another judge or of another wording are not comparable"
         )
     if failures:
         some = "; ".join(f"{number}: {reason}" for number, reason in list(failures.items())[:3])
@@ -441,15 +516,23 @@ def score(
         folder,
         reports.Score(
             "wise",
-            headline=("WiScore" if set == "legacy" else "WISE_Verified score", overall(means, set)),
+            headline=(
+                "WiScore" if dataset == "legacy" else "WISE_Verified score",
+                overall({name: value for name, (value, _, _) in scores.items()}, dataset),
+            ),
             scale=1.0,
-            standard=len(prompts) == 1000,
+            standard=is_published(data, dataset),
             n_expected=len(prompts),
             n_scored=len(values),
-            scores={name: (means[name], len(by_category[name]), of[name]) for name in CATEGORIES},
-            judge={"model": chat.name, "prompt_sha256": identity["prompt_sha256"]},
-            options={"set": set, "attempts": attempts},
-            inputs=_inputs(data, set),
+            scores=scores,
+            judge={"model": chat.name, "prompt_sha256": wording},
+            options={
+                "dataset": dataset,
+                "attempts": attempts,
+                "official_compat": official_compat,
+                "judge_prompts_sha256": None if judge_prompts is None else sha256(judge_prompts),
+            },
+            inputs=inputs,
             manifest=manifest,
             notes=notes,
         ),
@@ -458,36 +541,51 @@ def score(
 
 def report(run: str | Path) -> list[Path]:
     folder = RunFolder(run)
-    which = reports.read_score(folder)["options"]["set"]
-    return reports.write_report(folder, f"{TITLE} ({which})", PUBLISHED[which])
+    dataset = reports.read_score(folder)["options"]["dataset"]
+    return reports.write_report(folder, f"{TITLE} ({dataset})", PUBLISHED[dataset])
 
 
-def _question(prompt: Prompt, root: Path, wording: str, system: str):
-    from .chat import Question, image_part
+def messages(
+    texts: Mapping[str, str], prompt: str, explanation: str, image: str | Path
+) -> list[dict[str, Any]]:
+    """What the judge is sent about an image file; an empty system message is left out."""
+    question = {"type": "text", "text": fill(texts["user"], Prompt=prompt, Explanation=explanation)}
+    user = {"role": "user", "content": [question, image_part(image)]}
+    if not texts["system"]:
+        return [user]
+    return [{"role": "system", "content": [{"type": "text", "text": texts["system"]}]}, user]
 
-    path = root / f"{prompt.id}.png"
-    text = wording.replace("{prompt}", prompt.prompt).replace("{explanation}", prompt.explanation)
 
-    def messages() -> list[dict[str, Any]]:
-        user = {"role": "user", "content": [{"type": "text", "text": text}, image_part(path)]}
-        return [*([{"role": "system", "content": system}] if system else []), user]
-
-    return Question(prompt.id, hashlib.sha256(f"{sha256(path)} {text}".encode()).hexdigest(), messages)
+def _questions(
+    prompts: Sequence[Prompt], root: Path, texts: Mapping[str, str]
+) -> tuple[list[Question], dict[int, str]]:
+    """One for each image that can be read, and for the others the reason: id -> why not."""
+    questions, unreadable = [], {}
+    for p in prompts:
+        path = root / f"{p.id}.png"
+        try:
+            read_image(path)
+        except ValueError as error:
+            unreadable[p.id] = str(error)
+            continue
+        text = fill(texts["user"], Prompt=p.prompt, Explanation=p.explanation)
+        seen = hashlib.sha256(f"{sha256(path)} {text}".encode()).hexdigest()
+        make = functools.partial(messages, texts, p.prompt, p.explanation, path)
+        questions.append(Question(p.id, seen, make))
+    return questions, unreadable
 
 
 def _write_results(
     folder: RunFolder,
-    about: Set,
+    about: Dataset,
     prompts: Sequence[Prompt],
     answers: Mapping[int, Mapping[str, Any]],
     root: Path,
-    set: str,
 ) -> None:
     """The official result files, one pair for each data file, sorted by id."""
-    names = GRADES if set == "legacy" else ("score",)
     for stem in about.files:
         own = [prompt for prompt in prompts if prompt.file == stem]
-        kind = stem.removesuffix("_verified")
+        name = f"{about.results}/{stem.removesuffix('_verified')}"
         full = [
             {
                 "prompt_id": p.id,
@@ -498,14 +596,12 @@ def _write_results(
             }
             for p in own
         ]
-        folder.write_json(folder.root / about.results / f"{kind}_full_results.json", full)
+        folder.write_json(folder.root / f"{name}_full_results.json", full)
         lines = [
-            json.dumps(
-                {"prompt_id": p.id, "Subcategory": p.subcategory} | {n: answers[p.id][n] for n in names}
-            )
+            {"prompt_id": p.id, "Subcategory": p.subcategory}
+            | {key: answers[p.id][key] for key in (*GRADES, "score") if key in answers[p.id]}
             for p in own
         ]
         folder.write_text(
-            folder.root / about.results / f"{kind}_scores_results.jsonl",
-            "".join(f"{line}\n" for line in lines),
+            folder.root / f"{name}_scores_results.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
         )
