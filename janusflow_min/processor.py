@@ -194,17 +194,26 @@ class ImageProcessor:
 
     def __call__(self, image: ImageSource) -> Tensor:
         """float32 [3, S, S]; in [-1, 1] for mean and deviation 0.5. Raises what `open_image` raises."""
+        pixels = self.normalize(np.asarray(self.pad(image)))  # [S, S, 3]
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    def pad(self, image: ImageSource) -> Image.Image:
+        """Longest side to S, centred on a square of S x S."""
         image, side = open_image(image), self.image_size
         longest = max(image.size)
         width, height = (max(int(length / longest * side), self.min_size) for length in image.size)
         square = Image.new("RGB", (side, side), self.background)
         small = image.resize((width, height), Image.Resampling.BICUBIC)
         square.paste(small, ((side - width) // 2, (side - height) // 2))
-        pixels = np.asarray(square).astype(np.float64) * self.rescale_factor  # [S, S, 3]
+        return square
+
+    def normalize(self, levels: np.ndarray) -> np.ndarray:
+        """uint8 [..., 3] -> float32: scaled and normalised."""
+        pixels = levels.astype(np.float64) * self.rescale_factor
         pixels = pixels.astype(np.float32)  # rounded once here, as the reference does, then all in fp32
         if self.do_normalize:
             pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return pixels
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,15 +99,18 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of samples of one kind: a manifest, or what Hugging Face `datasets` opens."""
+    """One source of samples of one kind: a manifest, a folder, or what Hugging Face `datasets` opens."""
 
     kind: Literal["understanding", "generation", "text"]
-    manifest: str = ""  # JSON lines; paths of images count from its folder
-    dataset: str = ""  # "parquet", "webdataset", …, a hub id, or a folder written by `save_to_disk`
-    files: tuple[str, ...] = ()  # data_files of the dataset
+    manifest: str = ""  # JSON lines, or one JSON array; paths of images count from its folder
+    folder: str = ""  # images, each with its captions in a .txt of the same name, one a line
+    dataset: str = ""  # "parquet", "webdataset", "csv", …, a hub id, or a folder written by `save_to_disk`
+    subset: str = ""  # which configuration, of a dataset that has several
+    files: tuple[str, ...] = ()  # data_files of the dataset; globs too
     split: str = "train"
     streaming: bool = False
-    columns: dict[str, str] = field(default_factory=dict)  # ours: the dataset's, e.g. {image = "jpg"}
+    shuffle_buffer: int = 1000  # encoded rows of a stream that each process holds to shuffle them
+    columns: dict[str, str] = field(default_factory=dict)  # ours: the data's, e.g. {image = "jpg"}
     ratio: float | None = None  # of the mix; None: the stage's for this kind, shared by its sources
     shuffle: bool = True
 
@@ -118,10 +121,12 @@ class LoaderConfig:
     max_tokens: int = 4096  # a longer sample is a bad row (the paper packs to 4,096)
     max_padding: float = 0.1  # of a micro-batch's tokens, at most
     workers: int = 2  # processes that read; 0: none
+    timeout: int = 1800  # seconds that a step's data may take to come from a worker
     cache: str = ""  # folder for VAE latents, and SigLIP's features where SigLIP is frozen; "": none
     crop: Literal["random", "fixed"] = (
-        "random"  # fixed: the same square of a picture each time, as a cache needs
+        "random"  # fixed: the same square of an image each time, as a cache needs
     )
+    random_flip: bool = False  # mirror half of the images that are generated
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class Config:
 
     def __post_init__(self) -> None:
         stage, o, rates = STAGES[self.stage], self.optimizer, self.optimizer.lr_by_component
-        above = {f"loader.{k}": getattr(self.loader, k) for k in ("max_tokens", "max_padding")}
+        above = {f"loader.{k}": getattr(self.loader, k) for k in ("max_tokens", "max_padding", "timeout")}
         above |= {k: getattr(self, k) for k in ("micro_batch", "save_every", "keep")}
         above |= {
             "report.log": self.report.log,
@@ -196,8 +201,15 @@ class Config:
             _check(rate >= 0, f"optimizer.lr_by_component.{name}", "0 or above", rate)
         _check(len(self.data) > 0, "data", "at least one source ([[data]])", list(self.data))
         for i, source in enumerate(self.data):
-            one = bool(source.manifest) != bool(source.dataset)
-            _check(one, f"data.{i}", "a manifest or a dataset, one of the two", source)
+            given = [key for key in ("manifest", "folder", "dataset") if getattr(source, key)]
+            _check(len(given) == 1, f"data.{i}", "a manifest, a folder or a dataset, one of them", given)
+            for key in ("subset", "files", "streaming"):
+                useless = getattr(source, key) and not source.dataset
+                _check(not useless, f"data.{i}.{key}", "left out without a dataset", getattr(source, key))
+            _check(
+                source.kind == "generation" or not source.folder, f"data.{i}.kind", "generation", source.kind
+            )
+            _check(source.shuffle_buffer > 0, f"data.{i}.shuffle_buffer", "above 0", source.shuffle_buffer)
             _check(source.ratio is None or source.ratio > 0, f"data.{i}.ratio", "above 0", source.ratio)
         given = [source.ratio is not None for source in self.data]
         _check(all(given) or not any(given), "data.*.ratio", "given for every source or for none", given)
@@ -310,9 +322,14 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
         report["images"] = [str(folder / x) if isinstance(x, str) and x else x for x in report["images"]]
     for source in data["data"] if isinstance(data.get("data"), list) else []:
         place(source, "manifest", must=True)
+        place(source, "folder", must=True)
         place(source, "dataset")
         if isinstance(source, dict) and isinstance(source.get("files"), list):
-            source["files"] = [str(folder / x) if isinstance(x, str) else x for x in source["files"]]
+            hub = "/" in str(source.get("dataset")) and not Path(str(source["dataset"])).exists()
+            source["files"] = [
+                x if hub or not isinstance(x, str) or "://" in x else str(folder / Path(x).expanduser())
+                for x in source["files"]
+            ]
 
 
 def read(cls: type, data: Any, where: str = "") -> Any:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,16 +135,22 @@ class MixedBatch:
     label_index: Tensor | None = None  # (L,) the token before each label, in the flattened rows
     labels: Tensor | None = None  # (L,)
     label_weight: Tensor | None = None  # (L,) 1 / labels of its sample
-    und_pixels: Tensor | None = None  # (M, 3, S, S)
+    und_pixels: Tensor | None = None  # (M, 3, S, S) as SigLIP wants it; uint8 before `batch.unpack`
     und_places: Tensor | None = None  # (B, T) begin-of-image and image tokens
     gen_places: Tensor | None = None  # (B, T) t_emb and image tokens
     gen_index: Tensor | None = None  # (G N,) the image tokens in the flattened rows
     t: Tensor | None = None  # (G,)
     noise: Tensor | None = None  # (G, C, h, w)
+    images: Tensor | None = None  # (G, 3, S, S) uint8, which `batch.unpack` makes the next two of
     pictures: Tensor | None = None  # (G, 3, S, S) in [-1, 1], for the VAE
     pixels: Tensor | None = None  # (G, 3, S, S) the same as SigLIP wants it
     latents: Tensor | None = None  # (G, C, h, w) of the pictures
     features: Tensor | None = None  # (G, N, P) of the pixels, where they are known already
+
+    def __reduce__(self) -> tuple:
+        """Between processes as plain bytes: tensors would take shared memory, of which containers have little."""
+        arrays = {f.name: v.numpy() for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return _from_arrays, (arrays,)
 
     def to(self, device: torch.device) -> MixedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -153,6 +160,10 @@ class MixedBatch:
     def pin_memory(self) -> MixedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.pin_memory() for k, v in values.items() if v is not None})
+
+
+def _from_arrays(arrays: dict[str, np.ndarray]) -> MixedBatch:
+    return MixedBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 class Losses(NamedTuple):

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..checkpoint import load_model
@@ -34,10 +33,12 @@ from ..pipeline import Pipeline, pick_device, pick_dtype, save
 from ..processor import Processor, check_processor_matches
 from ..vae import load_vae
 from . import checkpoints
+from .batch import Cache, SampleBuilder, StepDataset, explain_loader_error, load_steps, unpack
 from .config import Config
-from .data import BadRow, Cache, Manifest, Reader, Source, Steps, generator, kind_of
+from .dataset import BadRow, Manifest, kind_of, open_sources, seeded_generator
 from .losses import MixedBatch
 from .metrics import Report
+from .metrics import rows as read_lines
 from .optimizer import rate_factor
 from .step import BINS, TrainStep, sums_of
 
@@ -62,15 +63,14 @@ class Trainer:
             cache = Cache(config.loader.cache, fingerprint(self.vae, self.model.siglip))
         # Features only where they stay the same; outside its forward pass a sharded SigLIP is not whole.
         self.cache_features = cache is not None and not config.rate("siglip") and self.parallel != "fsdp"
-        sources = [Source(s, config.seed, f"{i} {s.kind}") for i, s in enumerate(config.data)]
-        self.steps = Steps(
-            config, sources, Reader(config, self.processor, self.model, cache), self.rank, self.world
-        )
+        sources = open_sources(config)
+        builder = SampleBuilder(config, self.processor, self.model, cache)
+        self.dataset = StepDataset(config, sources, builder, self.rank, self.world)
         parts = self.model, self.device, self.dtype, self.parallel, self.world
         self.train_step = TrainStep(config, *parts)  # from here on the model may be sharded
         self.optimizer = self.train_step.optimizer
         self.index, self.last_saved, self.signal = 0, -1, 0
-        self.bad: set[tuple[str, int]] = set()
+        self.bad: set[tuple[str, int]] | None = None
         found = [None]
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,16 +86,17 @@ class Trainer:
                 shutil.rmtree(old)
         self.report = Report(self.folder, config, self.processor, self.index) if self.rank == 0 else None
         for source in sources:
-            self.note_bad(source.bad)
+            self.note_bad(source.bad, everywhere=True)
 
     @torch.no_grad()
     def encode(self, batch: MixedBatch, keys: list[str]) -> MixedBatch:
-        """The pictures' latents, from the frozen VAE or from the cache, which is filled here."""
+        """The images' latents, from the frozen VAE or from the cache, which is filled here."""
+        batch = unpack(batch, self.processor.image_processor)
         if batch.t is None or (
             batch.latents is not None and (batch.features is not None or not self.cache_features)
         ):
             return batch
-        cache = self.steps.reader.cache
+        cache = self.dataset.builder.cache
         if cache is None:
             return replace(batch, latents=self.vae.encode(batch.pictures).float())
         # One at a time, so that what is stored depends on nothing but the picture.
@@ -124,9 +125,9 @@ class Trainer:
             leave=False,
         )
         try:
-            loader = iter(self.loader())
+            steps = load_steps(self.dataset, self.index, self.device.type == "cuda")
             while self.index < config.steps:
-                index, data = self.index, next(loader)
+                index, data = self.index, next(steps)
                 batches, keys = data.batches, data.keys
                 sums, told = self.train_step.step(
                     index,
@@ -137,7 +138,7 @@ class Trainer:
                 stop = told if self.world > 1 else self.signal  # ranks act on what all of them know
                 self.index += 1
                 self.note_bad(data.bad)
-                padding = round(1 - data.tokens / max(1, data.places), 4)  # of this rank's samples
+                padding = round(1 - data.tokens / max(1, data.padded_tokens), 4)  # of this rank's samples
                 waiting.append((index, sums, {"padding": padding, "time": round(time.time(), 3)}))
                 done = self.index == config.steps
                 save_now = done or stop or self.index % config.save_every == 0
@@ -153,12 +154,12 @@ class Trainer:
                 bar.update()
             return self.finish()
         except RuntimeError as error:  # a worker's death is told wherever the trainer happens to be
-            if "DataLoader worker" not in str(error):
+            if "DataLoader" not in str(error):
                 raise
-            raise RuntimeError(
-                f"a data worker died before step {self.index + 1} ({error}); often there is too little memory: try "
-                f"fewer loader.workers. {self.kept()}"
-            ) from error
+            if self.signal:  # it went to the workers too
+                raise KeyboardInterrupt from error
+            told = explain_loader_error(error, config.loader)
+            raise RuntimeError(f"before step {self.index + 1}: {told}. {self.kept()}") from error
         finally:
             bar.close()
             for which, handler in before.items():
@@ -170,14 +171,6 @@ class Trainer:
             raise KeyboardInterrupt
         self.signal = 1
         self.tell("stopping after this step")
-
-    def loader(self) -> DataLoader:
-        workers = self.config.loader.workers
-        options: dict[str, Any] = dict(pin_memory=self.device.type == "cuda")
-        if workers:
-            options |= dict(multiprocessing_context="spawn", worker_init_fn=quiet_worker, prefetch_factor=2)
-        steps = range(self.index, self.config.steps)
-        return DataLoader(self.steps, batch_size=None, sampler=steps, num_workers=workers, **options)
 
     def flush(self, waiting: list[tuple[int, Tensor, dict]], bar: tqdm) -> None:
         """Bring the waiting steps' numbers to the host and write them down; stop at one that is not finite."""
@@ -217,13 +210,16 @@ class Trainer:
 
     def validation_loss(self) -> dict[str, float]:
         """Over the first rows of the validation manifest, with times and noise of their own, no prompt hidden."""
-        rows, sums = Manifest(self.config.report.validation), torch.zeros(6 + 2 * BINS, device=self.device)
-        count = min(len(rows), self.config.report.validation_rows)
+        report, sums = self.config.report, torch.zeros(6 + 2 * BINS, device=self.device)
+        rows = Manifest(report.validation, limit=report.validation_rows)
+        count = len(rows)
         samples = []
         for i in range(count if self.parallel == "fsdp" else 0) or range(self.rank, count, self.world):
-            row = rows[i][1]
-            samples.append(self.steps.reader(row, kind_of(row), generator("validation", i), drop=0.0))
-        data = self.steps.pack(0, samples, [])
+            row = rows[i]
+            generator = seeded_generator("validation", i)
+            kind, folder = kind_of(row.values), row.folder
+            samples.append(self.dataset.builder(row.values, kind, generator, 0.0, folder))
+        data = self.dataset.pack(0, samples, [])
         for batch, keys in zip(data.batches, data.keys, strict=True):
             batch = self.encode(batch.to(self.device), keys)
             sums += sums_of(self.train_step.loss(batch), batch)
@@ -269,17 +265,19 @@ class Trainer:
             dist.destroy_process_group()
         return target
 
-    def note_bad(self, rows: list[BadRow]) -> None:
-        """Count each bad row once, and write it down."""
+    def note_bad(self, rows: list[BadRow], everywhere: bool = False) -> None:
+        """Write each bad row down once, restarts included. everywhere: all ranks found them; the first one writes."""
+        path = self.folder / "bad_rows.jsonl"
+        if self.bad is None:
+            self.bad = {(row["source"], row["line"]) for row in read_lines(path)}
         new = [row for row in rows if (row.source, row.line) not in self.bad]
         self.bad |= {(row.source, row.line) for row in new}
         if new:
-            with (self.folder / "bad_rows.jsonl").open("a", encoding="utf-8") as f:
-                for row in new:
-                    print(json.dumps(row.__dict__, ensure_ascii=False), file=f)
-            first = new[0]
+            with path.open("a", encoding="utf-8") as f:
+                for row in new if self.rank == 0 or not everywhere else []:
+                    print(json.dumps(row._asdict(), ensure_ascii=False), file=f)
             more = f" ({len(self.bad)} bad rows so far)" if len(self.bad) > 1 else ""
-            text = f"bad row: {first.source}, line {first.line}: {first.reason}{more}"
+            text = f"bad row: {new[0]}{more}"
             if self.config.loader.on_bad_row == "stop":
                 raise ValueError(text)
             self.tell(text)
@@ -383,8 +381,3 @@ def fingerprint(*modules: nn.Module) -> str:
         for p in module.parameters():
             value = zlib.crc32(p.detach().float().cpu().numpy().tobytes(), value)
     return f"{value:08x}"
-
-
-def quiet_worker(index: int) -> None:
-    """Ctrl-C reaches the whole process group; the trainer decides when a worker ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

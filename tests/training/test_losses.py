@@ -16,7 +16,7 @@ from torch import Tensor
 from janusflow_min.checkpoint import load_model
 from janusflow_min.model import JanusFlow, place_images
 from janusflow_min.processor import Processor
-from janusflow_min.training.data import conversation_example
+from janusflow_min.training.batch import conversation_example
 from janusflow_min.training.losses import (
     IGNORE,
     AlignmentHead,

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
-from janusflow_min.training.data import Reader, collate, generator
+from janusflow_min.training.batch import SampleBuilder, collate, unpack
+from janusflow_min.training.dataset import seeded_generator
 from janusflow_min.training.losses import (
     IGNORE,
     AlignmentHead,
     JanusFlowLoss,
+    MixedBatch,
     by_time,
     generation_loss,
     understanding_loss,
@@ -43,12 +45,12 @@ def objective(parity_dir) -> JanusFlowLoss:
 
 
 @pytest.fixture
-def reader(settings, processor, objective) -> Reader:
-    return Reader(settings(), processor, objective.model)
+def builder(settings, processor, objective) -> SampleBuilder:
+    return SampleBuilder(settings(), processor, objective.model)
 
 
 @pytest.fixture
-def samples(reader, manifest) -> dict[str, list]:
+def samples(builder, manifest) -> dict[str, list]:
     """Three samples of each kind."""
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     for row in rows:
@@ -58,7 +60,7 @@ def samples(reader, manifest) -> dict[str, list]:
             message["images"] = [str(manifest.parent / name) for name in message.get("images", [])]
 
     def made(which: list[dict], kind: str, drop: float) -> list:
-        found = [reader(row, kind, generator("test", i), drop) for i, row in enumerate(which)]
+        found = [builder(row, kind, seeded_generator("test", i), drop) for i, row in enumerate(which)]
         for i, sample in enumerate(found):
             if kind == "generation":
                 g = torch.Generator().manual_seed(i)
@@ -74,6 +76,11 @@ def samples(reader, manifest) -> dict[str, list]:
     return found | {"mixed": [found[kind][i] for i, kind in enumerate(KINDS[:3])] + found["text"][:1]}
 
 
+def batch_of(samples: list, processor: Processor) -> MixedBatch:
+    """What the objective takes."""
+    return unpack(collate(samples, processor), processor.image_processor)
+
+
 def plain(objective: JanusFlowLoss, sample, processor: Processor) -> Tensor:
     """One sample's loss."""
     model, head = objective.model, objective.head
@@ -86,7 +93,8 @@ def plain(objective: JanusFlowLoss, sample, processor: Processor) -> Tensor:
         skip, t_emb = model.uvit_encoder((t * x + (1 - t) * noise)[None], 1000 * t)
         tokens = model.gen_in_aligner(skip[0].flatten(1).T)
         embeds = torch.cat([embeds[: -1 - len(tokens)], t_emb, tokens])
-    image = iter(sample.images)
+    batch = batch_of([sample], processor)
+    image = iter(batch.und_pixels if sample.und_images else [])
     parts = list(embeds)
     for start in [i for i, index in enumerate(sample.ids) if index == processor.tokenizer.image_start_id]:
         features = model.und_aligner(model.siglip(next(image)[None]))[0]
@@ -97,7 +105,7 @@ def plain(objective: JanusFlowLoss, sample, processor: Processor) -> Tensor:
         decoded = model.gen_out_aligner(model.gen_out_norm(hidden[-16:])).T.reshape(1, 24, 4, 4)
         v = model.uvit_decoder(decoded, skip, t_emb)[0]
         with torch.no_grad():
-            wanted = model.siglip(sample.pixels[None])[0]
+            wanted = model.siglip(batch.pixels)[0]
         cosines = [a @ b / (a.norm() * b.norm()) for a, b in zip(head(states[0][-16:]), wanted, strict=True)]
         return (v - (x - noise)).square().mean() - sum(cosines) / 16
     logits = hidden @ model.llm.lm_head.weight.T
@@ -117,7 +125,7 @@ def gradients(objective: JanusFlowLoss, loss: Tensor) -> dict[str, Tensor | None
 
 def check(objective: JanusFlowLoss, samples: list, processor: Processor) -> None:
     """Loss and gradients of a batch are those of the plain formula."""
-    total = objective(collate(samples, processor)).total
+    total = objective(batch_of(samples, processor)).total
     expected = sum(plain(objective, sample, processor) for sample in samples)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     ours, theirs = gradients(objective, total), gradients(objective, expected)
@@ -137,7 +145,7 @@ def test_loss_and_gradients_are_the_plain_formula(objective, samples, processor,
     check(objective, samples[kind], processor)
 
 
-def test_a_hidden_prompt_is_left_out_and_its_image_stays(reader, samples):
+def test_a_hidden_prompt_is_left_out_and_its_image_stays(samples):
     """Stops: a hidden prompt in another form than guidance uses when it samples."""
     for shown, hidden in zip(samples["generation"][2:], samples["hidden"][:1], strict=True):
         assert shown.start > 1 and hidden.start == 1 and hidden.ids[0] == shown.ids[0]
@@ -151,7 +159,7 @@ MUTATIONS = ("alignment layer", "sign of the velocity", "hidden prompt moves the
 def test_mutations_are_caught(objective, samples, processor, mutation, monkeypatch):
     """Stops: a check that would pass whatever the objective computes."""
     kind = {"hidden prompt moves the image": "hidden", "a label too late": "text"}.get(mutation, "generation")
-    batch = collate(samples[kind], processor)
+    batch = batch_of(samples[kind], processor)
     expected = sum(plain(objective, sample, processor).item() for sample in samples[kind])
     if mutation == "alignment layer":
         monkeypatch.setattr(objective, "alignment_layer", TAP + 1)
@@ -169,7 +177,7 @@ def test_mutations_are_caught(objective, samples, processor, mutation, monkeypat
 
 def test_the_two_forms_of_the_objective_agree(objective, samples, processor):
     """Stops: masked batches of one kind and mixed batches that learn different things."""
-    batch, model = collate(samples["mixed"], processor), objective.model
+    batch, model = batch_of(samples["mixed"], processor), objective.model
     painted = [s for s in samples["mixed"] if s.kind == "generation"]
     prompts = [s.ids[: s.start] for s in painted]
     longest = max(len(p) for p in prompts)
@@ -182,7 +190,7 @@ def test_the_two_forms_of_the_objective_agree(objective, samples, processor):
                     model,
                     objective.head,
                     sample.cached["latents"][None],
-                    sample.pixels[None],
+                    batch_of([sample], processor).pixels,
                     torch.tensor([ids]),
                     torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt)]),
                     sample.t,
@@ -194,15 +202,15 @@ def test_the_two_forms_of_the_objective_agree(objective, samples, processor):
                 torch.testing.assert_close(losses.alignment[i : i + 1], one.alignment, rtol=1e-4, atol=1e-5)
         text = samples["mixed"][-1]
         one = understanding_loss(model, torch.tensor([text.ids]), torch.tensor([text.labels]))
-        mine = objective(collate([text], processor))
+        mine = objective(batch_of([text], processor))
     assert mine.total.item() == pytest.approx(one.item(), rel=1e-5)
 
 
-def draws(reader: Reader, manifest, count: int) -> tuple[Tensor, float]:
+def draws(builder: SampleBuilder, manifest, count: int) -> tuple[Tensor, float]:
     """Times and the share of hidden prompts of many slots."""
     row = {"image": str(manifest.parent / "0.png"), "text": "a red cat"}
     made = [
-        reader(row, "generation", generator(0, "sample", i), reader.config.objective.prompt_dropout)
+        builder(row, "generation", seeded_generator(0, "sample", i), builder.config.objective.prompt_dropout)
         for i in range(count)
     ]
     return torch.cat([s.t for s in made]), sum(s.start == 1 for s in made) / count
@@ -212,17 +220,19 @@ def draws(reader: Reader, manifest, count: int) -> tuple[Tensor, float]:
     "change", [{}, {"logit_mean": 0.3}, {"logit_std": 0.8}, {"prompt_dropout": 0.2}, {"uniform": True}]
 )
 def test_times_and_hiding_are_the_papers(
-    reader, manifest, change, settings, processor, objective, monkeypatch
+    builder, manifest, change, settings, processor, objective, monkeypatch
 ):
     """Stops: uniform times, another mean or deviation, prompts hidden more or less often; each change is seen."""
     if "uniform" in change:
         monkeypatch.setattr(
-            "janusflow_min.training.data.sample_time", lambda n, m, s, g: torch.rand(n, generator=g)
+            "janusflow_min.training.batch.sample_time", lambda n, m, s, g: torch.rand(n, generator=g)
         )
     elif change:
-        reader = Reader(settings(objective={"alignment_layer": 2, **change}), processor, objective.model)
+        builder = SampleBuilder(
+            settings(objective={"alignment_layer": 2, **change}), processor, objective.model
+        )
     count = 700
-    t, hidden = draws(reader, manifest, count)
+    t, hidden = draws(builder, manifest, count)
     logit = torch.log(t / (1 - t))
     good = abs(logit.mean()) < 3.3 / math.sqrt(count) and abs(logit.std() - 1) < 3.3 / math.sqrt(2 * count)
     good = good and abs(hidden - 0.1) < 3.3 * math.sqrt(0.09 / count)
@@ -237,7 +247,7 @@ def test_the_flow_loss_by_time():
 
 def test_touched_parameters_get_zeros(objective, samples, processor):
     """Stops: sharded ranks that wait for each other because their samples are of different kinds."""
-    batch = collate(samples["text"], processor)
+    batch = batch_of(samples["text"], processor)
     usual = gradients(objective, objective(batch).total)
     touched = gradients(objective, objective(batch, ("model.uvit_", "head.")).total)
     for name, grad in touched.items():

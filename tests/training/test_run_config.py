@@ -91,7 +91,7 @@ def test_defaults_are_the_papers():
         ({"optimizer": {"betas": [0.9]}}, ["optimizer.betas"]),
         ({"optimizer": 3}, ["optimizer", "table"]),
         ({"data": []}, ["data", "at least one source"]),
-        ({"data": [{"kind": "generation"}]}, ["data.0", "manifest or a dataset"]),
+        ({"data": [{"kind": "generation"}]}, ["data.0", "a manifest, a folder or a dataset"]),
         ({"data": [{"manifest": "a"}]}, ["data.0.kind is missing"]),
         ({"data": [{"kind": "video", "manifest": "a"}]}, ["data.0.kind", "generation"]),
         ({"data": [*DATA, {**DATA[0], "ratio": 2}]}, ["data.*.ratio"]),

@@ -22,8 +22,9 @@ from torch.utils.data import get_worker_info
 
 import janusflow_min as jf
 from janusflow_min.training import checkpoints
-from janusflow_min.training import data as training_data
+from janusflow_min.training.batch import SampleBuilder
 from janusflow_min.training.config import Config, OptimizerConfig, read
+from janusflow_min.training.dataset import seeded_generator
 from janusflow_min.training.metrics import Report, rows
 from janusflow_min.training.optimizer import AdamW, rate_factor
 from janusflow_min.training.trainer import Trainer
@@ -242,16 +243,16 @@ def test_a_full_disk(settings):
 @pytest.mark.parametrize("answer", ["stop", "skip"])
 def test_a_loss_that_is_not_a_number(settings, answer, monkeypatch):
     """Stops: weights that turn into NaN, a checkpoint of them, a report that does not say when."""
-    plain = training_data.Reader.generation
+    plain = SampleBuilder.generation
 
-    def poisoned(self, row, dice, drop):
-        sample = plain(self, row, dice, drop)
-        third = [training_data.generator(0, "sample", slot).initial_seed() for slot in range(12, 18)]
-        if dice.initial_seed() in third:  # the third step's, of six slots each
+    def poisoned(self, row, generator, *options):
+        sample = plain(self, row, generator, *options)
+        third = [seeded_generator(0, "sample", slot).initial_seed() for slot in range(12, 18)]
+        if generator.initial_seed() in third:  # the third step's, of six slots each
             sample.noise[0, 0, 0] = math.nan
         return sample
 
-    monkeypatch.setattr(training_data.Reader, "generation", poisoned)
+    monkeypatch.setattr(SampleBuilder, "generation", poisoned)
     config = settings(on_nan=answer)
     if answer == "stop":
         with pytest.raises(FloatingPointError, match=r"loss of step 3 is nan.*step-00000002"):
@@ -263,20 +264,20 @@ def test_a_loss_that_is_not_a_number(settings, answer, monkeypatch):
         assert all(tensor.isfinite().all() for tensor in weights(config.output).values())
 
 
-class Dying(training_data.Reader):
-    """A reader whose worker process is killed at the fourth step."""
+class Dying(SampleBuilder):
+    """A builder whose worker process is killed at the fourth step."""
 
-    def text(self, row, dice, drop):
-        seeds = [training_data.generator(0, "sample", slot).initial_seed() for slot in range(18, 24)]
-        if get_worker_info() is not None and dice.initial_seed() in seeds:
+    def __call__(self, row, kind, generator, *options):
+        seeds = [seeded_generator(0, "sample", slot).initial_seed() for slot in range(18, 24)]
+        if get_worker_info() is not None and generator.initial_seed() in seeds:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().text(row, dice, drop)
+        return super().__call__(row, kind, generator, *options)
 
 
 @pytest.mark.slow
 def test_a_worker_that_dies(settings, monkeypatch):
     """Stops: a run that hangs, or an error that does not say what died and what is kept."""
-    monkeypatch.setattr("janusflow_min.training.trainer.Reader", Dying)
+    monkeypatch.setattr("janusflow_min.training.trainer.SampleBuilder", Dying)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     config = settings(loader={"workers": 1})
     with pytest.raises(RuntimeError, match=r"a data worker died .*checkpoint"):

@@ -13,19 +13,9 @@ from PIL import Image
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
+from janusflow_min.training.batch import Cache, Sample, SampleBuilder, StepDataset, bucket, square
 from janusflow_min.training.config import SourceConfig
-from janusflow_min.training.data import (
-    Cache,
-    Manifest,
-    Mixture,
-    Reader,
-    Sample,
-    Source,
-    Steps,
-    bucket,
-    generator,
-    square,
-)
+from janusflow_min.training.dataset import Manifest, Mixture, Source, open_sources, seeded_generator
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +28,10 @@ def processor(parity_dir) -> Processor:
     return Processor.from_folder(parity_dir, 640)
 
 
-def steps_of(config, processor, model, rank=0, world=1, cache=None) -> Steps:
-    sources = [Source(s, config.seed, f"{i} {s.kind}") for i, s in enumerate(config.data)]
-    return Steps(config, sources, Reader(config, processor, model, cache), rank, world)
+def steps_of(config, processor, model, rank=0, world=1, cache=None) -> StepDataset:
+    return StepDataset(
+        config, open_sources(config), SampleBuilder(config, processor, model, cache), rank, world
+    )
 
 
 # Mixing -----------------------------------------------------------------------
@@ -60,7 +51,7 @@ def test_sources_take_turns_by_their_ratios(ratios):
 
 def test_an_early_mix_hands_over():
     """Stops: rows taken twice, or left out, where the first mix of a stage ends."""
-    mixture, taken = Mixture((14, 80, 6), early=(30, 50, 20), early_slots=100), Counter()
+    mixture, taken = Mixture((14, 80, 6), early=(30, 50, 20), early_samples=100), Counter()
     for slot in range(300):
         source, position = mixture(slot)
         assert position == taken[source]
@@ -79,10 +70,10 @@ def test_epochs_take_every_row_once(manifest):
     """Stops: rows that are never seen, the same order in every epoch or for every seed."""
     config = SourceConfig("generation", manifest=str(manifest))
     source, other = Source(config, 0, "a"), Source(config, 1, "a")
-    orders = [[source(k)[0] for k in range(12 * e, 12 * e + 12)] for e in range(3)]
+    orders = [[source(k).line for k in range(12 * e, 12 * e + 12)] for e in range(3)]
     assert all(sorted(order) == list(range(1, 13)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 3 and orders[0] != [other(k)[0] for k in range(12)]
-    assert source(5)[0] == orders[0][5]  # and back again
+    assert len({tuple(order) for order in orders}) == 3 and orders[0] != [other(k).line for k in range(12)]
+    assert source(5).line == orders[0][5]  # and back again
 
 
 def test_ranks_share_a_step(settings, processor, model):
@@ -91,7 +82,7 @@ def test_ranks_share_a_step(settings, processor, model):
     whole = steps_of(config, processor, model)[3]
     parts = [steps_of(config, processor, model, rank, 2)[3] for rank in range(2)]
     assert whole.samples == 7 and [p.samples for p in parts] == [4, 3]
-    for name in ("t", "noise", "labels", "pictures"):
+    for name in ("t", "noise", "labels", "images"):
         values = [
             sorted(float(x.double().sum()) for data in datas for b in data.batches
                    for x in (getattr(b, name) if getattr(b, name) is not None else []))
@@ -138,7 +129,7 @@ BAD = {
 }
 WORDS = {
     "not json": "Expecting",
-    "no kind": "a row is an object",
+    "no kind": "this one has caption",
     "a list": "a row is an object",
     "no file": "no image file",
     "broken image": "cannot be",
@@ -225,7 +216,7 @@ def test_padding_stays_under_a_tenth(settings, processor, model, manifest):
         for step in range(4):
             data = steps[step]
             assert data.samples == batch and all(len(b.input_ids) <= micro for b in data.batches)
-            tokens, places = tokens + data.tokens, places + data.places
+            tokens, places = tokens + data.tokens, places + data.padded_tokens
         assert 1 - tokens / places < 0.1
     lengths = torch.randint(1, 4096, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     groups = bucket([Sample("text", [0] * n) for n in lengths], 16)
@@ -244,10 +235,10 @@ def test_squares(processor):
     wide.paste("red", (0, 0, 100, 100))
     middle = square(wide, 64, None)
     assert middle.size == (64, 64) and middle.getpixel((32, 32)) == (0, 0, 255)
-    crops = [square(wide, 64, generator(0, i)) for i in range(40)]
+    crops = [square(wide, 64, seeded_generator(0, i)) for i in range(40)]
     shares = {sum(c.getpixel((x, 32))[0] > 128 for x in range(64)) for c in crops}
     assert len(shares) > 5 and all(c.size == (64, 64) for c in crops)
-    assert square(wide, 64, generator(3)).tobytes() == square(wide, 64, generator(3)).tobytes()
+    assert square(wide, 64, seeded_generator(3)).tobytes() == square(wide, 64, seeded_generator(3)).tobytes()
 
 
 def test_the_cache_knows_its_pictures_and_weights(tmp_path):
@@ -287,12 +278,12 @@ def test_parquet(settings, processor, model, tmp_path, manifest, streaming, monk
     }
     config = settings(data=[source])
     steps = steps_of(config, processor, model)
-    texts = [steps.sources[0](k)[1]["text"] for k in range(14)]
+    texts = [steps.sources[0](k).values["text"] for k in range(14)]
     assert sorted(texts[:7]) == sorted(texts[7:]) == sorted(rows["txt"]) and texts[:7] != texts[7:]
     again = steps_of(config, processor, model)
-    assert [again.sources[0](k)[1]["text"] for k in (9, 10, 3)] == [texts[9], texts[10], texts[3]]
+    assert [again.sources[0](k).values["text"] for k in (9, 10, 3)] == [texts[9], texts[10], texts[3]]
     data = steps[1]
-    assert data.samples == 6 and not data.bad and data.batches[0].pictures is not None
+    assert data.samples == 6 and not data.bad and data.batches[0].images is not None
 
 
 def test_webdataset(settings, processor, model, tmp_path, manifest):
