@@ -5,8 +5,9 @@ Start with `load` and `Pipeline`; to read the model, start at `model.py`.
 """
 
 from .config import JanusFlowConfig
+from .loading import load, save
 from .model import JanusFlow
-from .pipeline import Answer, Generation, Pipeline, load, save
+from .pipeline import Answer, Generation, Pipeline
 from .torchumm import InferencePipeline, InferenceRequest, JanusFlowBackbone
 
 __version__ = "0.1.0"

@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from .config import JanusFlowConfig
 from .files import read_json
 from .model import JanusFlow, Parts
+from .progress import progress_bar
 
 PREFIXES = {  # official: ours
     "language_model.model.": "llm.",
@@ -102,7 +102,8 @@ def load_model(
     wanted = {to_official(name) for name in model.state_dict()}
     chosen = {path: [name for name in names if name in wanted] for path, names in files.items()}
     tensors = read_tensors(chosen, device, dtype)
-    bar = tqdm(tensors, "Loading weights", len(wanted), unit="tensor", disable=not progress, leave=False)
+    options = dict(iterable=tensors, total=len(wanted), desc="Loading weights", unit="tensor")
+    bar = progress_bar(progress, **options)
     model.load_state_dict({from_official(name): x for name, x in bar}, strict=True, assign=True)
     left = [k for k, p in model.state_dict().items() if p.is_meta]
     assert not left, f"still on the meta device: {left}"

@@ -27,7 +27,7 @@ def whole(name: str, value: Any, least: int = 1, most: int = LARGEST) -> int:
     """`value` as an int, if it is a whole number from `least` to `most`."""
     if not is_whole(value) or not least <= value <= most:
         bounds = f"of at least {least}" if most == LARGEST else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {bounds}, got {value!r:.80}")
+        raise ValueError(f"{name} must be a whole number {bounds}, got {shown(value)}")
     return int(value)
 
 
@@ -38,5 +38,40 @@ def number(
     if not is_number(value) or not least <= value <= most or (above and value == least):
         bounds = "" if least == -math.inf else f" above {least:g}" if above else f" of at least {least:g}"
         bounds += "" if most == math.inf else f"{' and' if bounds else ''} of at most {most:g}"
-        raise ValueError(f"{name} must be a finite number{bounds}, got {value!r:.80}")
+        raise ValueError(f"{name} must be a finite number{bounds}, got {shown(value)}")
     return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, if it is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def seed(name: str, value: Any) -> int:
+    """`value` as an int, if it is a whole number in [0, 2**63)."""
+    if not is_whole(value) or not 0 <= value <= LARGEST:
+        raise ValueError(f"{name} must be a whole number in [0, 2**63), got {shown(value)}")
+    return int(value)
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """A str, or a list or tuple of them that is not empty, as a list."""
+    if not isinstance(value, str | list | tuple):
+        raise ValueError(f"{name} must be a str or a list of str, got {shown(value)}")
+    values = [value] if isinstance(value, str) else list(value)
+    if not values:
+        raise ValueError(f"{name} is an empty list")
+    for i, text in enumerate(values):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{i}] must be a str, got {shown(text)}")
+    return values
+
+
+def shown(value: Any) -> str:
+    """A value for a one-line error; of what is not text or a number, or is long, the kind alone."""
+    if isinstance(value, str):
+        return f"{value!r:.80}"
+    plain = value is None or isinstance(value, bool | float) or (is_whole(value) and abs(int(value)) < 10**20)
+    return repr(value) if plain else f"a {type(value).__name__}"

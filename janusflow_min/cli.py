@@ -98,7 +98,6 @@ def generate(args: argparse.Namespace) -> int:
         cfg_weight=args.cfg_weight,
         num_inference_steps=args.steps,
         img_size=args.img_size,
-        upstream_rounding=args.upstream_rounding,
     )
     # Not 2**63, the library's bound: a drawn seed should be short enough to type.
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
@@ -140,11 +139,12 @@ def understand(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace, parts: str) -> Pipeline:
-    from .pipeline import load
+    from .loading import load
 
     options: dict[str, Any] = dict(device=args.device, dtype=args.dtype, parts=parts, progress=not args.quiet)
     if parts != "understanding":
         options |= dict(vae_path=args.vae, vae_dtype=args.vae_dtype)
+        options["upstream_rounding"] = getattr(args, "upstream_rounding", False)
     return load(args.model, **options)
 
 
@@ -165,7 +165,7 @@ def _paint(
     from . import __version__
     from .images import contact_sheet, save_png, sheet_side, slug, thumbnail
 
-    settings = dict(cfg_weight=2.0, num_inference_steps=30, img_size=None, upstream_rounding=False) | settings
+    settings = dict(cfg_weight=2.0, num_inference_steps=30, img_size=None) | settings
     for prompt in prompts:  # the last prompt's error should not wait for the first's picture
         pipe.processor.generation_prompt(prompt)
     jobs = [(i, i * parallel_size + k + seed) for i in range(len(prompts)) for k in range(parallel_size)]
@@ -177,7 +177,8 @@ def _paint(
         "dtype": _name(pipe.model.dtype),
         "vae_dtype": _name(pipe.vae.dtype),
     }
-    common |= {key: settings[key] for key in ("cfg_weight", "num_inference_steps", "upstream_rounding")}
+    common |= {key: settings[key] for key in ("cfg_weight", "num_inference_steps")}
+    common["upstream_rounding"] = pipe.model.llm.upstream_rounding
     groups: list[tuple[str, list]] = [(prompt, []) for prompt in prompts]
     paths: list[Path] = []
     hidden = args.quiet or len(jobs) <= batch_size

@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_table(
+def rotary_cos_sin(
     position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype, upstream_rounding: bool = False
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, computed in fp32 and then cast.
@@ -45,12 +45,12 @@ def rope_table(
     if upstream_rounding:
         frequencies = frequencies.to(dtype).float()
     angles = position_ids[..., None].float() * frequencies  # (B, T, d/2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, d): element i turns with i + d/2
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, d): element i pairs with i + d/2
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys x (B, H, T, d) by their positions' angles."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys x (B, H, T, d) by their positions' angles."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -111,8 +111,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         batch, length, _ = x.shape
         split = (batch, length, -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(split).transpose(1, 2), *rope)  # (B, H, T, d)
-        k = rotate(self.k_proj(x).view(split).transpose(1, 2), *rope)  # (B, G, T, d)
+        q = apply_rotary(self.q_proj(x).view(split).transpose(1, 2), *rope)  # (B, H, T, d)
+        k = apply_rotary(self.k_proj(x).view(split).transpose(1, 2), *rope)  # (B, G, T, d)
         v = self.v_proj(x).view(split).transpose(1, 2)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)  # (B, G, S, d)
@@ -150,11 +150,14 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Embedding table, blocks, final norm and, where `lm_head` is wanted, the output projection."""
+    """Embedding table, blocks, final norm and, where `lm_head` is wanted, the output projection.
+
+    upstream_rounding: see `rotary_cos_sin`; `load(upstream_rounding=True)` sets it.
+    """
 
     def __init__(self, config: LlamaConfig, lm_head: bool = True):
         super().__init__()
-        self.config = config
+        self.config, self.upstream_rounding = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -166,36 +169,37 @@ class Llama(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
-        tap: int | None = None,
-        upstream_rounding: bool = False,
+        hidden_layer: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states after the final norm.
 
         inputs_embeds (B, T, D). position_ids (B, T) or (1, T); by default they count on from the cache.
         attention_mask (B, S), true for tokens that may be seen, the cache's included; None: all of them.
-        With `tap` = k also the states after the k-th block, counted from 1, before the final norm: both (B, T, D).
-        upstream_rounding: see `rope_table`.
+        With `hidden_layer` = k also the states after the k-th block, counted from 1, before the final norm: both
+        (B, T, D).
         """
-        if tap is not None and not 1 <= tap <= len(self.layers):
-            raise ValueError(f"tap must lie in 1 to {len(self.layers)}, the number of blocks; got {tap}")
+        if hidden_layer is not None and not 1 <= hidden_layer <= len(self.layers):
+            raise ValueError(
+                f"hidden_layer must lie in 1 to {len(self.layers)}, the number of blocks; got {hidden_layer}"
+            )
         length, past = inputs_embeds.shape[1], 0 if cache is None else cache.length
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
         head_dim, theta = self.config.head_dim, self.config.rope_theta
-        rope = rope_table(position_ids, head_dim, theta, inputs_embeds.dtype, upstream_rounding)
-        mask = visible(length, past, attention_mask, inputs_embeds.device)
-        x, tapped = inputs_embeds, None
+        rope = rotary_cos_sin(position_ids, head_dim, theta, inputs_embeds.dtype, self.upstream_rounding)
+        mask = causal_mask(length, past, attention_mask, inputs_embeds.device)
+        x, hidden = inputs_embeds, None
         for i, block in enumerate(self.layers, start=1):
             x = block(x, rope, mask, cache)
-            if i == tap:
-                tapped = x
+            if i == hidden_layer:
+                hidden = x
         if cache is not None:
             cache.length += length
         x = self.norm(x)
-        return x if tap is None else (x, tapped)
+        return x if hidden is None else (x, hidden)
 
 
-def visible(length: int, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
+def causal_mask(length: int, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
     """Which of S = past + length keys each of `length` queries sees: bool (B or 1, 1, T, S).
 
     None where plain causal attention, or attention of one query to everything, says the same. A query always sees
@@ -209,3 +213,8 @@ def visible(length: int, past: int, attention_mask: Tensor | None, device: torch
     if attention_mask is not None:
         mask = mask & attention_mask[:, None, :].bool() | (keys == queries)
     return mask[:, None]
+
+
+def mask_positions(attention_mask: Tensor) -> Tensor:
+    """Position of each token, counted from the first real one of its row: mask (B, T) -> (B, T), 0 at padding."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)

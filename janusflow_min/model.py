@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""JanusFlow: one Llama that answers about images and paints them. Start reading here.
+"""JanusFlow: one Llama that answers questions about images and generates images. Start reading here.
 
 Understanding: image -> SigLIP -> aligner -> Llama -> next-token logits.
 Generation: latents -> UViT encoder -> aligner -> Llama -> norm, aligner -> UViT decoder -> velocity of the flow.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import JanusFlowConfig
-from .llama import KVCache, Llama, RMSNorm
+from .llama import KVCache, Llama, RMSNorm, mask_positions
 from .siglip import Siglip
 from .uvit import ShallowUViTDecoder, ShallowUViTEncoder
 
@@ -35,11 +35,16 @@ class JanusFlow(nn.Module):
         self.config, self.parts = config, parts
         width = config.llm.hidden_size
         self.llm = Llama(config.llm, lm_head=parts != "generation")
-        if parts != "generation":
+        if parts == "generation":
+            self.siglip = self.und_aligner = self.und_begin = None  # type: ignore[assignment]
+        else:
             self.siglip = Siglip(config.siglip)
             self.und_aligner = nn.Linear(config.siglip.width, width)
             self.und_begin = nn.Parameter(torch.zeros(1, width))
-        if parts != "understanding":
+        if parts == "understanding":
+            self.uvit_encoder = self.gen_in_aligner = None  # type: ignore[assignment]
+            self.gen_out_norm = self.gen_out_aligner = self.uvit_decoder = None  # type: ignore[assignment]
+        else:
             self.uvit_encoder = ShallowUViTEncoder(config.uvit_encoder)
             self.gen_in_aligner = nn.Linear(config.uvit_encoder.channels, width)
             self.gen_out_norm = RMSNorm(width, config.llm.rms_norm_eps)
@@ -56,14 +61,14 @@ class JanusFlow(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the pictures it paints: one image token per patch of the understanding encoder's grid."""
+        """(C, h, w) of a generated image: one image token per patch of the understanding encoder's grid."""
         siglip = self.config.siglip
         side = siglip.image_size // siglip.patch_size * self.config.latent_stride
         return self.config.latent_channels, side, side
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens of a painted picture (t_emb not counted)."""
+        """Image tokens of a generated image, t_emb not counted."""
         _, height, width = self.latent_shape
         return height * width // self.config.latent_stride**2
 
@@ -72,13 +77,26 @@ class JanusFlow(nn.Module):
 
     # Understanding -----------------------------------------------------------------------
 
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        images_seq_mask: Tensor,
+        images_emb_mask: Tensor,
+        attention_mask: Tensor,
+    ) -> Tensor:
+        """Next-token logits (B, T, vocabulary), fp32, of the processor's batch; `velocity` is its counterpart for
+        generation. attention_mask (B, T), the rest as in `prepare_inputs_embeds`."""
+        embeds = self.prepare_inputs_embeds(input_ids, pixel_values, images_seq_mask, images_emb_mask)
+        return self.logits(self.llm(embeds, mask_positions(attention_mask), attention_mask))
+
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) -> what the LLM sees of each: the begin embedding, then N features
         (B, 1 + N, D)."""
         features = self.und_aligner(self.siglip(pixels))
         return torch.cat([self.und_begin.expand(len(pixels), 1, -1), features], dim=1)
 
-    def embed_inputs(
+    def prepare_inputs_embeds(
         self, input_ids: Tensor, pixel_values: Tensor, images_seq_mask: Tensor, images_emb_mask: Tensor
     ) -> Tensor:
         """The LLM's input for a batch of the processor: text embeddings, with image embeddings in their places.
@@ -93,7 +111,7 @@ class JanusFlow(nn.Module):
         images = self.embed_images(
             pixel_values[present].to(embeds.dtype)
         )  # (images, 1 + N, D), rows in order
-        return place_images(embeds, images, images_seq_mask)
+        return merge_image_embeds(embeds, images, images_seq_mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> next-token logits (..., vocabulary), fp32."""
@@ -110,8 +128,7 @@ class JanusFlow(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
-        tap: int | None = None,
-        upstream_rounding: bool = False,
+        hidden_layer: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One evaluation of the velocity field.
 
@@ -119,8 +136,8 @@ class JanusFlow(nn.Module):
         in front, or as a `cache` that already holds it. R rows of prompt may be a multiple of B: the latents then
         serve each B rows in turn (conditional rows, then unconditional ones), and are encoded only once.
         position_ids (R, T' + 1 + N) and attention_mask (R, T + 1 + N) as `Llama.forward` wants them, T' = T with
-        text_embeds and 0 with a cache. Returns the velocity (R, C, h, w); with `tap` = k also the LLM's states
-        after block k at the image tokens (R, N, D). upstream_rounding: see `llama.rope_table`.
+        text_embeds and 0 with a cache. Returns the velocity (R, C, h, w); with `hidden_layer` = k also the
+        LLM's states after block k at the image tokens (R, N, D).
         """
         latents = latents.to(self.dtype)
         x, t_emb, skip = self.encode_latents(latents, timestep)
@@ -133,11 +150,11 @@ class JanusFlow(nn.Module):
             skip = skip.repeat(copies, 1, 1, 1)
         if text_embeds is not None:
             tokens = torch.cat([text_embeds, tokens], dim=1)
-        out = self.llm(tokens, position_ids, attention_mask, cache, tap, upstream_rounding)
-        hidden, tapped = out if tap is not None else (out, None)
+        out = self.llm(tokens, position_ids, attention_mask, cache, hidden_layer)
+        last, hidden = out if hidden_layer is not None else (out, None)
         count = x.shape[1]
-        v = self.decode_velocity(hidden[:, -count:], skip, t_emb)
-        return v if tap is None else (v, tapped[:, -count:])
+        v = self.decode_velocity(last[:, -count:], skip, t_emb)
+        return v if hidden is None else (v, hidden[:, -count:])
 
     def encode_latents(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, C, h, w), timestep (B,) -> image tokens (B, N, D), t_emb (B, D), skip (B, C', h/2, w/2)."""
@@ -151,7 +168,7 @@ class JanusFlow(nn.Module):
         return self.uvit_decoder(x, skip, t_emb)
 
 
-def place_images(embeds: Tensor, images: Tensor, images_seq_mask: Tensor) -> Tensor:
+def merge_image_embeds(embeds: Tensor, images: Tensor, images_seq_mask: Tensor) -> Tensor:
     """Put image embeddings (images, 1 + N, D), in order, where the mask (B, T) of embeds (B, T, D) is true.
 
     A gather: `masked_scatter` says the same, but its backward pass makes the GPU wait for the host.

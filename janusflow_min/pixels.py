@@ -42,6 +42,18 @@ def is_image_source(value: Any) -> bool:
     return isinstance(value, str | os.PathLike | bytes | Image.Image | np.ndarray) or hasattr(value, "read")
 
 
+def check_image_source(source: Any) -> None:
+    """ValueError for a type that `open_image` does not take, FileNotFoundError for a path without a file."""
+    if isinstance(source, str | os.PathLike):
+        _existing(source)
+    elif not is_image_source(source):
+        kind = type(source)
+        raise ValueError(
+            "an image must be a path, bytes, a file object, a PIL image or a uint8 array [H, W, 3], "
+            f"got {kind.__module__}.{kind.__qualname__}"
+        )
+
+
 def open_image(source: ImageSource, upright: bool = False, background: str | None = None) -> Image.Image:
     """An RGB image from a path, a file's bytes, a file object, a PIL image of any mode, or a uint8 array [H, W, 3].
 
@@ -64,12 +76,8 @@ def open_image(source: ImageSource, upright: bool = False, background: str | Non
         name, file = printable(str(source)), _existing(source)
     elif isinstance(source, bytes):
         file = io.BytesIO(source)
-    elif not hasattr(source, "read"):
-        kind = type(source)
-        raise ValueError(
-            "an image must be a path, bytes, a file object, a PIL image or a uint8 array [H, W, 3], "
-            f"got {kind.__module__}.{kind.__qualname__}"
-        )
+    else:
+        check_image_source(source)
     with _named(name, "cannot be read as an image", file):
         Image.init()  # all of Pillow's formats, and what others have registered
         image = Image.open(file, formats=[kind for kind in FORMATS.split() if kind in Image.OPEN])

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .config import JanusFlowConfig
 from .files import read_json
-from .pixels import ImageSource, open_image
+from .pixels import ImageSource, check_image_source, open_image
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 IMAGE_TAG = "<image_placeholder>"
@@ -275,6 +275,8 @@ class Processor:
         for message in messages:
             good = isinstance(message, Mapping) and "role" in message and "content" in message
             _check(good, "a message", "a dict with role and content", message)
+            unknown = [key for key in message if key not in ("role", "content", "images")]
+            _check(not unknown, "a message's keys", "role, content and images", unknown)
             role, content = str(message["role"]).capitalize(), message["content"]
             _check(role in endings, "a message's role", "'User' or 'Assistant'", message["role"])
             _check(isinstance(content, str), "a message's content", "a str", content)
@@ -299,37 +301,50 @@ class Processor:
         tokens = [self.tokenizer.image_id] * self.num_image_tokens
         return [self.tokenizer.image_start_id, *tokens, self.tokenizer.image_end_id]
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], str, list[Image.Image]]:
-        """Ids, placeholders replaced by `image_ids`; the prompt string; the images as RGB.
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], str, list[ImageSource]]:
+        """Ids, placeholders replaced by `image_ids`; the prompt string; the images, not opened yet.
 
-        Raises ValueError where placeholders and images differ in number, and as `template`, `open_image`.
+        Raises ValueError where placeholders and images differ in number, for what is no image, and as `template`;
+        FileNotFoundError for an image's path without a file.
         """
-        tokenizer, sft_format, sources = self.tokenizer, self.template(messages), []
+        tokenizer, sft_format = self.tokenizer, self.template(messages)
+        sources: list[ImageSource] = []
         for message in messages:
-            images = message.get("images") or []
+            images = message.get("images")
+            images = [] if images is None else images
             _check(isinstance(images, list | tuple), "a message's images", "a list", images)
             sources += images
+        for source in sources:
+            check_image_source(source)
         text_ids = tokenizer.encode(sft_format)
         tags = text_ids.count(tokenizer.image_id)
         if tags != len(sources):
             raise ValueError(f"{tags} image placeholders ({tokenizer.image_tag}), but {len(sources)} images")
         spread = {tokenizer.image_id: self.image_ids()}
         ids = [i for index in text_ids for i in spread.get(index, [index])]
-        return ids, sft_format, [open_image(source) for source in sources]
+        return ids, sft_format, sources
 
     def batch(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Batch:
-        """Conversations -> a `Batch`. Raises ValueError for none, and what `conversation` raises."""
+        """Conversations -> a `Batch`. Raises ValueError for none, and what `conversation` and `open_image` raise."""
         filled = isinstance(conversations, list | tuple) and len(conversations) > 0
         _check(filled, "a batch", "a list of conversations, at least one", conversations)
-        ids, sft_format, images = zip(*map(self.conversation, conversations), strict=True)
+        return self.collate([self.conversation(messages) for messages in conversations])
+
+    def collate(self, conversations: Sequence[tuple[list[int], str, list[ImageSource]]]) -> Batch:
+        """What `conversation` gave for each -> a `Batch`. Opens the images, one at a time."""
+        ids, sft_format, images = zip(*conversations, strict=True)
         rows, length, side = len(ids), max(map(len, ids)), self.image_processor.image_size
-        slots = max(1, *map(len, images))
-        input_ids = torch.full((rows, length), self.tokenizer.pad_id)  # [B, T]
-        attention_mask = torch.zeros(rows, length, dtype=torch.int64)
-        pixel_values = torch.zeros(rows, slots, 3, side, side)  # [B, M, 3, S, S]
-        emb_mask = torch.zeros(rows, slots, self.num_image_tokens + 1, dtype=torch.bool)  # [B, M, N+1]
+        slots, cpu = max(1, *map(len, images)), torch.device("cpu")  # whatever torch's defaults are
+        input_ids = torch.full((rows, length), self.tokenizer.pad_id, dtype=torch.int64, device=cpu)  # [B, T]
+        attention_mask = torch.zeros(rows, length, dtype=torch.int64, device=cpu)
+        pixel_values = torch.zeros(
+            rows, slots, 3, side, side, dtype=torch.float32, device=cpu
+        )  # [B, M, 3, S, S]
+        emb_mask = torch.zeros(
+            rows, slots, self.num_image_tokens + 1, dtype=torch.bool, device=cpu
+        )  # [B, M, N+1]
         for b in range(rows):
-            input_ids[b, -len(ids[b]) :] = torch.tensor(ids[b])
+            input_ids[b, -len(ids[b]) :] = torch.tensor(ids[b], device=cpu)
             attention_mask[b, -len(ids[b]) :] = 1
             emb_mask[b, : len(images[b])] = True
             for m, image in enumerate(images[b]):

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from .files import atomic_file
-from .pipeline import Pipeline, load
+from .loading import load
+from .pipeline import Pipeline
 
 NAME = "janus_flow"
 TASKS = ("generation", "editing", "understanding")

@@ -38,6 +38,8 @@ from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UVi
 from janusflow_min.hub import TINY
 from janusflow_min.model import JanusFlow
 from janusflow_min.pipeline import Pipeline
+from janusflow_min.processor import Batch
+from janusflow_min.sampling import PlainSampler
 
 Note = Callable[[str, float], None]  # takes a measure and its value
 MODES = ("fast", "compile", "plain", "reference", "reference compiled")
@@ -229,11 +231,9 @@ def load(folder: Path, args: argparse.Namespace, mode: str) -> Pipeline:
 
 
 @torch.inference_mode()
-def answer(pipe: Pipeline, batch, tokens: int) -> list[list[int]]:
+def answer(pipe: Pipeline, batch: Batch, tokens: int) -> list[list[int]]:
     """From prepared inputs; an EOS that no token has, so that every answer is of full length."""
-    if pipe.engine is not None:
-        return pipe.engine.decode(batch, tokens, -1, None, False)
-    return pipe._decode(batch, tokens, -1, lambda logits: logits.argmax(-1), False)
+    return pipe.sampler.generate_tokens(batch, tokens, eos_id=-1)
 
 
 def measure_ours(folder: Path, args: argparse.Namespace, mode: str, note: Note) -> None:
@@ -274,10 +274,10 @@ def distance(pipe: Pipeline, folder: Path, args: argparse.Namespace) -> float:
     """Relative L2 norm of the difference of the final latents between this path and the plain one."""
     settings = dict(parallel_size=2, num_inference_steps=args.steps, seed=0, progress=False)
     prompt = prompt_of(pipe, 32)
-    ours = pipe.generate(prompt, **settings).latents
-    pipe.fast = False
+    ours, fast = pipe.generate(prompt, **settings).latents, pipe.sampler
+    pipe.sampler = PlainSampler(pipe.model)
     plain = pipe.generate(prompt, **settings).latents
-    pipe.fast = True
+    pipe.sampler = fast
     return float((ours - plain).norm() / plain.norm())
 
 

@@ -46,9 +46,9 @@ from torch import Tensor, nn
 from janusflow_min import llama
 from janusflow_min.checkpoint import load_model, save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
-from janusflow_min.flow import euler
+from janusflow_min.flow import Velocity, euler, time_grid
 from janusflow_min.model import JanusFlow
-from janusflow_min.pipeline import Pipeline
+from janusflow_min.sampling import PlainSampler, guided_velocity
 
 PROMPT_TOKENS, QUESTION_TOKENS = 32, 48  # BOS included, image tokens not
 FP32_LIMIT, BF16_RATIO, CONTROL_LIMIT = 1e-4, 1.25, 1e-2
@@ -81,9 +81,9 @@ class Options:
     work: Path | None
     json: Path | None
     device: str
-    steps: int
-    images: int
-    weight: float
+    num_inference_steps: int
+    parallel_size: int
+    cfg_weight: float
     seed: int
     tiny: bool
 
@@ -130,9 +130,9 @@ def main() -> int:
             else "tiny"
             if options.tiny
             else "random",
-            "steps": options.steps,
-            "images": options.images,
-            "guidance": options.weight,
+            "num_inference_steps": options.num_inference_steps,
+            "parallel_size": options.parallel_size,
+            "cfg_weight": options.cfg_weight,
             "seed": options.seed,
             "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
             "torch": torch.__version__,
@@ -156,9 +156,9 @@ def parse() -> Options:
     parser.add_argument("--work", type=Path, help="keep the random checkpoint here; else a temporary folder")
     parser.add_argument("--json", type=Path, help="also write the table here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--images", type=int, default=2, help="images painted of the prompt")
-    parser.add_argument("--weight", type=float, default=2.0, help="guidance")
+    parser.add_argument("--num-inference-steps", type=int, default=30)
+    parser.add_argument("--parallel-size", type=int, default=2, help="images of the prompt")
+    parser.add_argument("--cfg-weight", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="random weights of a small architecture")
     options = Options(**vars(parser.parse_args()))
@@ -232,7 +232,7 @@ def make_inputs(config: JanusFlowConfig, options: Options) -> Inputs:
     pixels = F.interpolate(blobs, size=(size, size), mode="bicubic").tanh().bfloat16().float()
     with torch.device("meta"):
         latent_shape = JanusFlow(config).latent_shape
-    noise = torch.randn((options.images, *latent_shape), generator=generator).bfloat16().float()
+    noise = torch.randn((options.parallel_size, *latent_shape), generator=generator).bfloat16().float()
     return Inputs(
         prompt,
         pad,
@@ -270,7 +270,8 @@ def evaluate(folder: Path, reference: ModuleType, options: Options, log) -> dict
                 runs["faulty fp32"] = run_ours(model, inputs, options)
             log("faulty fp32")
         else:
-            runs["ours bf16 upstream"] = run_ours(model, inputs, options, upstream_rounding=True)
+            model.llm.upstream_rounding = True
+            runs["ours bf16 upstream"] = run_ours(model, inputs, options)
             log("ours bf16 upstream")
         del model
         release()
@@ -280,29 +281,27 @@ def evaluate(folder: Path, reference: ModuleType, options: Options, log) -> dict
 def run_reference(model: nn.Module, reference: ModuleType, inputs: Inputs, options: Options) -> Run:
     run = reference.understand(model, inputs.question)
     prompt, noise, pad_id = inputs.prompt, inputs.noise, inputs.pad_id
-    painted = reference.paint(model, prompt, noise, options.weight, options.steps, pad_id)
+    painted = reference.paint(model, prompt, noise, options.cfg_weight, options.num_inference_steps, pad_id)
     final = painted["z"][-1]
     return to_cpu(run | painted | {"z": final, "z_default": final})
 
 
 @torch.inference_mode()
-def run_ours(model: JanusFlow, inputs: Inputs, options: Options, upstream_rounding: bool = False) -> Run:
-    """Through the calls that the pipeline makes. z: latents in the model's dtype; z_default: in fp32.
-    upstream_rounding: rotary frequencies as published."""
+def run_ours(model: JanusFlow, inputs: Inputs, options: Options) -> Run:
+    """Through the calls that the pipeline makes. z: latents in the model's dtype; z_default: in fp32."""
     q = inputs.question
-    embeds = model.embed_inputs(q.input_ids, q.pixel_values, q.images_seq_mask, q.images_emb_mask)
-    hidden = model.llm(embeds, upstream_rounding=upstream_rounding)
-    pipe = Pipeline(model, SimpleNamespace(tokenizer=SimpleNamespace(pad_id=inputs.pad_id)), None)
-    prompt, count = [inputs.prompt[:-1]], len(inputs.noise)
+    embeds = model.prepare_inputs_embeds(q.input_ids, q.pixel_values, q.images_seq_mask, q.images_emb_mask)
+    hidden = model.llm(embeds)
+    count, times = len(inputs.noise), time_grid(options.num_inference_steps)
 
-    def velocity(weight: float):
-        return pipe.velocity(prompt, count, weight, upstream_rounding)
+    def velocity(cfg_weight: float) -> Velocity:
+        return guided_velocity(PlainSampler(model), [inputs.prompt[:-1]] * count, cfg_weight)
 
     z = inputs.noise.to(model.dtype)
-    final = euler(velocity(options.weight), z, options.steps)
+    final = euler(velocity(options.cfg_weight), z, times)
     default = final
     if z.dtype != torch.float32:
-        default = euler(velocity(options.weight), inputs.noise, options.steps)
+        default = euler(velocity(options.cfg_weight), inputs.noise, times)
     start = torch.zeros(count, dtype=z.dtype, device=z.device)
     return to_cpu(
         {
@@ -333,7 +332,7 @@ def faults(model: JanusFlow) -> Iterator[None]:
     by_columns = table.unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)
     try:
         model.siglip.pos_embed.data = by_columns.contiguous()
-        with mock.patch.object(llama, "rotate", neighbours):
+        with mock.patch.object(llama, "apply_rotary", neighbours):
             yield
     finally:
         model.siglip.pos_embed.data = table

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import janusflow_min as jf
-from janusflow_min import pipeline
+from janusflow_min import loading
 from janusflow_min.processor import BOS, EOS
 
 
@@ -58,11 +58,38 @@ USER = {"role": "User", "content": "hi"}
 # Prompts --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n\t", None, [""], ["a cat", " "], ["a cat", None], [5]])
-def test_an_empty_prompt_is_not_painted(idle, prompt):
-    """Stops: a picture of nothing, also where only one prompt of several is empty."""
+@pytest.mark.parametrize("prompt", ["", "  \n\t", [""], ["a cat", " "]])
+def test_an_empty_prompt_makes_no_image(idle, prompt):
+    """Stops: an image of nothing, also where only one prompt of several is empty."""
     with pytest.raises(ValueError, match="the prompt must be text"):
         idle.generate(prompt, **QUIET)
+
+
+NO_TEXT = [
+    None,
+    5,
+    5.0,
+    True,
+    b"a cat",
+    {"prompt": "a cat"},
+    {"a cat"},
+    (x for x in ["a cat"]),
+    iter(["a cat"]),
+]
+NO_TEXT += [np.array(["a cat"]), torch.zeros(2), Path("a cat"), range(2), object(), {}.keys()]
+
+
+@pytest.mark.parametrize("prompt", NO_TEXT, ids=lambda value: type(value).__name__)
+def test_what_is_no_text_is_no_prompt(idle, prompt):
+    """Stops: an image of a dict's keys or of one letter after another."""
+    for value in (prompt, ["a cat", prompt]):
+        name = "prompt" if value is prompt else r"prompt\[1\]"
+        with pytest.raises(ValueError, match=f"^{name} must be a str") as error:
+            idle.generate(value, **QUIET)
+        assert "\n" not in str(error.value) and "got" in str(error.value)
+        if prompt is not None:
+            with pytest.raises(ValueError, match=f"^{name} must be a str"):
+                idle.understand(value)
 
 
 @pytest.mark.parametrize("call", ["generate", "understand"])
@@ -75,16 +102,10 @@ def test_an_empty_list_of_prompts_is_refused(idle, call):
 @pytest.mark.parametrize("prompt", ["", " ", None])
 def test_an_empty_question_needs_an_image(idle, prompt):
     """Stops: an answer to no question about nothing."""
-    with pytest.raises(ValueError, match="the prompt is empty and there is no image"):
+    with pytest.raises(ValueError, match=r"^prompt is empty and there is no image"):
         idle.understand(prompt)
-    with pytest.raises(ValueError, match="the prompt is empty and there is no image"):
+    with pytest.raises(ValueError, match=r"^prompt\[1\] is empty and there is no image"):
         idle.understand(["hi", prompt])
-
-
-def test_a_question_that_is_no_text_is_refused(idle):
-    """Stops: an AttributeError for a number among the questions."""
-    with pytest.raises(ValueError, match="text must be a str, got 5"):
-        idle.understand(["hi", 5])
 
 
 @pytest.mark.parametrize(
@@ -116,20 +137,29 @@ def test_an_empty_conversation_is_refused(idle, conversation):
 @pytest.mark.parametrize("conversation", [None, "hi", USER, {"messages": [USER]}, 5])
 def test_what_is_no_list_is_no_conversation(idle, conversation):
     """Stops: a KeyError or TypeError for one message given where a list of them is meant."""
-    with pytest.raises(ValueError, match="a conversation is a list of messages, not"):
+    with pytest.raises(ValueError, match="a conversation is a list of messages, got"):
         idle.chat(conversation)
 
 
 @pytest.mark.parametrize(
     "conversation, message",
     [
-        (["hi"], "a message must be a dict"),
-        ([5], "a message must be a dict"),
+        (["hi"], "a conversation is a list of messages, got 'hi'"),
+        ([5], "a conversation is a list of messages, got 5"),
         ([USER, "hi"], "a message must be a dict"),
         ([{"role": "User"}], "a message must be a dict with role and content"),
         ([{"content": "hi"}], "a message must be a dict with role and content"),
         ([{"role": "System", "content": "hi"}], "role must be 'User' or 'Assistant'"),
         ([{"role": "User", "content": [{"type": "text"}]}], "content must be a str"),
+        (
+            [{"role": "User", "content": "hi", "image": "a.png"}],
+            r"keys must be role, content and images, got \['image'",
+        ),
+        ([{"role": "User", "content": "hi", "images": "a.png"}], "images must be a list"),
+        (
+            [{"role": "User", "content": "hi", "images": np.zeros((4, 4, 3), np.uint8)}],
+            "images must be a list",
+        ),
     ],
 )
 def test_malformed_messages_are_refused(idle, conversation, message):
@@ -233,12 +263,24 @@ def test_unreadable_images_are_named(idle, tmp_path, parity_dir, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "image", [5, b"bytes", object(), np.zeros((4, 4)), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)]
+    "image",
+    [
+        5,
+        b"bytes",
+        object(),
+        {"a.png"},
+        {"a": 1},
+        torch.zeros(3, 4, 4),
+        np.zeros((4, 4)),
+        np.zeros((4, 4, 3)),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
 )
 def test_what_is_no_image_is_refused(idle, image):
     """Stops: guesses about arrays of other shapes and ranges, and a TypeError that names nothing."""
-    with pytest.raises(ValueError, match="an image"):
-        idle.understand("What?", images=[image])
+    for images in (image, [image]):
+        with pytest.raises(ValueError, match="image"):
+            idle.understand("What?", images=images)
 
 
 # Numbers --------------------------------------------------------------------------------------------------------
@@ -248,7 +290,7 @@ def test_what_is_no_image_is_refused(idle, image):
 @pytest.mark.parametrize("value", [0, -1, True, False, 2.0, 1.5, float("nan"), "4"])
 def test_sizes_and_steps_are_whole_and_positive(idle, name, value):
     """Stops: an empty list of images, noise shown as a picture, true read as 1."""
-    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number .*, got"):
         idle.generate("a cat", **QUIET | {name: value})
 
 
@@ -261,14 +303,17 @@ def test_guidance_is_finite(idle, value):
 
 @pytest.mark.parametrize(
     "options, message",
-    [
-        ({"max_new_tokens": v}, "max_new_tokens must be a whole number of at least 1")
-        for v in (0, -1, True, 2.0)
+    [({"max_new_tokens": v}, "max_new_tokens must be a whole number from 1") for v in (0, -1, True, 2.0)]
+    + [
+        ({"temperature": v}, "temperature must be a finite number of at least 0")
+        for v in (-0.1, float("nan"), float("inf"))
     ]
-    + [({"temperature": v}, "temperature must be 0 or above") for v in (-0.1, float("nan"), float("inf"))]
-    + [({"top_p": v}, r"top_p must lie in \(0, 1\]") for v in (0.0, -1.0, 1.1, float("nan"))]
+    + [
+        ({"top_p": v}, "top_p must be a finite number above 0 and of at most 1")
+        for v in (0.0, -1.0, 1.1, float("nan"))
+    ]
     + [({"top_k": v}, "top_k must be a whole number") for v in (-1, 2.5, True)]
-    + [({"seed": v}, "a seed must be a whole number") for v in (-1, 1.5, "1", True, 2**63)],
+    + [({"seed": v}, "seed must be a whole number") for v in (-1, 1.5, "1", True, 2**63)],
 )
 def test_decoding_options_are_checked(idle, options, message):
     """Stops: a temperature that turns the ranking round, a top-p that leaves no token, an endless answer."""
@@ -284,13 +329,13 @@ def test_decoding_options_are_checked(idle, options, message):
 @pytest.mark.parametrize("seed", [-1, 1.5, True, "1", 2**63, [-1, 0], [0, 1.5], [0, None], [True, 1]])
 def test_seeds_are_whole_and_not_negative(idle, seed):
     """Stops: a seed cut to an integer, and two numbers that mean the same noise."""
-    with pytest.raises(ValueError, match=r"a seed must be a whole number|2 images need 2 seeds"):
+    with pytest.raises(ValueError, match=r"seed(\[\d\])? must be a whole number"):
         idle.generate("a cat", seed=seed, **QUIET | {"parallel_size": 2})
 
 
 def test_the_last_of_the_seeds_must_fit_too(idle):
     """Stops: an overflow in the middle of a call, where only the first seed was checked."""
-    with pytest.raises(ValueError, match="a seed must be a whole number"):
+    with pytest.raises(ValueError, match="seed must be a whole number"):
         idle.generate("a cat", seed=2**63 - 1, **QUIET | {"parallel_size": 2})
 
 
@@ -306,7 +351,7 @@ def test_there_are_as_many_seeds_as_images(idle, count):
 )
 def test_latents_of_another_shape_are_refused(idle, shape):
     """Stops: latents broadcast over the batch, and a shape error from inside the UViT."""
-    with pytest.raises(ValueError, match=r"latents must be \[2, 4, 8, 8\].*got \[") as error:
+    with pytest.raises(ValueError, match=r"latents must be .* \[2, 4, 8, 8\].*got .*\[") as error:
         idle.generate("a cat", latents=torch.zeros(shape), **QUIET | {"parallel_size": 2})
     assert str(list(shape)) in str(error.value)
 
@@ -351,14 +396,13 @@ def test_latents_that_become_nan_are_reported_never_painted(pipe, decoded, monke
 def test_only_the_prompts_at_fault_are_named(pipe, decoded, monkeypatch):
     """Stops: an error that blames every prompt of a batch for one."""
 
-    def euler(velocity, noise, steps, on_step):
+    def euler(velocity, noise, times, on_step):
         z = noise.clone()
         z[3, 0, 0, 0] = float("nan")
         return z
 
-    monkeypatch.setattr(pipeline, "euler", euler)
     with pytest.raises(FloatingPointError, match="the latents of 'a dog' are not finite"):
-        pipe.generate(["a cat", "a dog"], **QUIET | {"parallel_size": 2})
+        pipe.generate(["a cat", "a dog"], **QUIET | {"parallel_size": 2}, solver=euler)
     assert decoded == []
 
 
@@ -429,7 +473,7 @@ def test_a_hub_id_that_cannot_be_had_says_what_to_do(monkeypatch, parity_dir):
 
 def test_a_file_in_place_of_a_folder_is_refused(parity_dir):
     """Stops: a single weights file taken for a checkpoint."""
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+    with pytest.raises(FileNotFoundError, match="is a file"):
         jf.load(parity_dir / "model.safetensors", device="cpu")
 
 
@@ -439,7 +483,7 @@ def load(folder: Path, **options) -> jf.Pipeline:
 
 def test_the_vae_must_be_there(folder, tmp_path, monkeypatch):
     """Stops: another VAE taken from the hub, or four gigabytes loaded, before the missing one is noticed."""
-    monkeypatch.setattr(pipeline, "load_model", lambda *args: pytest.fail("the weights were read first"))
+    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("the weights were read first"))
     for path in (tmp_path / "nothing", "nothing", str(tmp_path / "nothing")):
         with pytest.raises(FileNotFoundError, match=r"vae_path .*nothing.* neither a folder nor a hub id"):
             load(folder, vae_path=path)

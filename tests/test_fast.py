@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import janusflow_min as jf
-from janusflow_min.fast import engine as fast
 from janusflow_min.fast import ops
+from janusflow_min.fast import sampler as fast
+from janusflow_min.sampling import PlainSampler
 
 PROMPTS = ["a photo of a red star", "a photo of a blue ring and a green circle on a grey background"]
 
@@ -30,7 +31,7 @@ def pipe(parity_dir) -> jf.Pipeline:
 @pytest.fixture
 def fast_pipe(parity_dir) -> jf.Pipeline:
     pipe = jf.load(parity_dir, device="cpu", progress=False)
-    pipe.fast, pipe._engine = True, fast.Engine(pipe.model)
+    pipe.sampler = fast.GraphSampler(pipe.model)
     return pipe
 
 
@@ -49,12 +50,12 @@ def test_prompts_of_different_lengths_paint_what_the_plain_path_paints(pipe, fas
 
 def test_more_images_than_fit_at_once(pipe, fast_pipe, monkeypatch):
     """Stops: a list that is cut, or images that depend on where the list is cut."""
-    monkeypatch.setattr("janusflow_min.pipeline.MAX_IMAGES", 3)
+    monkeypatch.setattr("janusflow_min.pipeline.MAX_BATCH", 3)
     options = dict(parallel_size=2, num_inference_steps=2, seed=5, progress=False)
     prompts = [*PROMPTS, PROMPTS[0]]
     out = fast_pipe.generate(prompts, **options)
     assert len(out.images) == 6 and out.seeds == list(range(5, 11))
-    monkeypatch.setattr("janusflow_min.pipeline.MAX_IMAGES", 16)
+    monkeypatch.setattr("janusflow_min.pipeline.MAX_BATCH", 16)
     assert relative(pipe.generate(prompts, **options).latents, out.latents) < 4e-6
 
 
@@ -77,15 +78,15 @@ def test_an_answer_ends_at_eos_between_two_looks(fast_pipe, parity_dir, expected
         [[{"role": "User", "content": "hello"}, {"role": "Assistant", "content": ""}]]
     )
     with torch.inference_mode():
-        whole = fast_pipe.engine.decode(batch, 40, -1, None, False)[0]
+        whole = fast_pipe.sampler.generate_tokens(batch, 40, -1)[0]
         eos = next(token for token in whole[3:] if whole.index(token) > 2)
-        assert fast_pipe.engine.decode(batch, 40, eos, None, False) == [whole[: whole.index(eos) + 1]]
+        assert fast_pipe.sampler.generate_tokens(batch, 40, eos) == [whole[: whole.index(eos) + 1]]
 
 
 def test_fused_weights_are_the_model_s_own(fast_pipe, parity_dir, tmp_path):
     """Stops: weights held twice, a saved checkpoint that lacks or doubles them, stale copies after `.to`."""
     attention = fast_pipe.model.llm.layers[0].self_attn
-    fused = fast_pipe.engine.layers[0].qkv
+    fused = fast_pipe.sampler.layers[0].qkv
     assert attention.q_proj.weight.data_ptr() == fused.data_ptr()
     jf.save(fast_pipe, tmp_path / "saved")
     again, first = (
@@ -97,22 +98,22 @@ def test_fused_weights_are_the_model_s_own(fast_pipe, parity_dir, tmp_path):
     with torch.no_grad():
         attention.q_proj.weight.mul_(2)
     assert torch.equal(fused[: len(attention.q_proj.weight)], attention.q_proj.weight)
-    assert fast_pipe.engine.current
-    old = fast_pipe.engine
+    old = fast_pipe.sampler
+    assert old.is_current
     fast_pipe.model.to(torch.float64)
-    assert not old.current and fast_pipe.engine is not old
+    assert not old.is_current and fast_pipe.sampler is not old
 
 
 def test_few_shapes_are_kept(fast_pipe):
     """Stops: memory that grows with every new number of images."""
-    for count in range(1, fast.KEPT + 3):
+    for count in range(1, fast.MAX_GRAPHS + 3):
         fast_pipe.generate(PROMPTS[0], parallel_size=count, num_inference_steps=1, seed=0, progress=False)
-    assert len(fast_pipe.engine.shapes[fast.Painting]) == fast.KEPT
+    assert len(fast_pipe.sampler.kept[fast.DenoiseGraph]) == fast.MAX_GRAPHS
 
 
 def test_the_plain_path_is_used_where_the_fast_one_does_not_fit(pipe):
     """Stops: kernels on a CPU."""
-    assert pipe.fast and pipe.engine is None
+    assert pipe.fast and isinstance(pipe.sampler, PlainSampler)
 
 
 # Kernels -----------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_kernels_compute_what_ops_say(name, dtype):
 def gpu_pipe(request, parity_dir) -> jf.Pipeline:
     source = parity_dir if request.param == "fixture" else "tiny"
     pipe = jf.load(source, device="cuda", dtype="bfloat16", progress=False)
-    assert pipe.engine is not None
+    assert isinstance(pipe.sampler, fast.GraphSampler)
     return pipe
 
 
@@ -193,25 +194,24 @@ def test_painting_on_a_gpu(gpu_pipe, weight):
     for parallel in (1, 3, 1):
         options = dict(parallel_size=parallel, cfg_weight=weight, num_inference_steps=1, progress=False)
         for seed in (0, 1):
-            ours = gpu_pipe.generate(PROMPTS[:: 1 - 2 * seed], seed=seed, **options).latents
-            gpu_pipe.fast = False
-            plain = gpu_pipe.generate(PROMPTS[:: 1 - 2 * seed], seed=seed, **options).latents
-            gpu_pipe.fast = True
-            assert relative(ours, plain) < 0.03
+            ours, graphs = gpu_pipe.generate(PROMPTS[:: 1 - 2 * seed], seed=seed, **options), gpu_pipe.sampler
+            gpu_pipe.sampler = PlainSampler(gpu_pipe.model)
+            plain = gpu_pipe.generate(PROMPTS[:: 1 - 2 * seed], seed=seed, **options)
+            gpu_pipe.sampler = graphs
+            assert relative(ours.latents, plain.latents) < 0.03
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("prompt, weight, steps", [("cat", 2.0, 4), ("long", 2.0, 4), ("long", 5.0, 3)])
 def test_recorded_painting_on_a_gpu(parity_dir, recorded, expected, prompt, weight, steps):
     """The recording's own bounds for bfloat16."""
-    pipe = jf.load(parity_dir, device="cuda", dtype="bfloat16", progress=False)
+    pipe = jf.load(parity_dir, device="cuda", dtype="bfloat16", progress=False, upstream_rounding=True)
     out = pipe.generate(
         expected["generation"][prompt]["prompt"],
         2,
         weight,
         steps,
         latents=recorded[f"gen.{prompt}.noise"].bfloat16(),
-        upstream_rounding=True,
         progress=False,
     )
     wanted = recorded[f"bf16.gen.{prompt}.w{weight}.s{steps}.z"][-1]
@@ -222,20 +222,17 @@ def test_recorded_painting_on_a_gpu(parity_dir, recorded, expected, prompt, weig
 @pytest.mark.parametrize("rows", [1, 3])
 def test_logits_on_a_gpu(gpu_pipe, rows):
     """Every step's logits beside the plain path's, both fed the plain path's tokens (in bf16 best tokens tie)."""
-    from janusflow_min.pipeline import decode
-
     texts = ["What is in the picture?", "Describe it at some length, please", "hello"][:rows]
     users = [[{"role": "User", "content": t}, {"role": "Assistant", "content": ""}] for t in texts]
     batch = gpu_pipe.processor.batch(users)
-    model, seen = gpu_pipe.model, []
+    seen = []
 
     def note(logits: Tensor) -> Tensor:
         seen.append(logits.clone())
         return logits.argmax(-1)
 
     with torch.inference_mode():
-        mask = batch.attention_mask.cuda().bool()
-        wanted = decode(model, model.llm.embed_tokens(batch.input_ids.cuda()), mask, 20, -1, note)
+        wanted = PlainSampler(gpu_pipe.model).generate_tokens(batch, 20, -1, note)
         plain, columns = list(seen), iter(torch.tensor(wanted, device="cuda").T)
 
         def follow(logits: Tensor) -> Tensor:
@@ -245,9 +242,9 @@ def test_logits_on_a_gpu(gpu_pipe, rows):
             return next(columns)
 
         done: list[int] = []
-        assert gpu_pipe.engine.decode(batch, 20, -1, follow, False) == wanted
+        assert gpu_pipe.sampler.generate_tokens(batch, 20, -1, follow) == wanted
         assert len(done) == 20
-        greedy = gpu_pipe.engine.decode(batch, 20, -1, None, False)  # the whole step as one graph
+        greedy = gpu_pipe.sampler.generate_tokens(batch, 20, -1)  # the whole step as one graph
         assert [len(ids) for ids in greedy] == [20] * rows and [g[0] for g in greedy] == [
             w[0] for w in wanted
         ]

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from janusflow_min.flow import TIME_SCALE, euler, flow_loss, guide, interpolate, sample_time
+from janusflow_min.flow import (
+    TIME_SCALE,
+    classifier_free_guidance,
+    euler,
+    flow_loss,
+    interpolate,
+    sample_time,
+    time_grid,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,7 +59,7 @@ def test_interpolation_s_slope_is_the_target():
 def test_a_constant_velocity_is_integrated_exactly(steps):
     """Stops: a step too many or too few, or one of the wrong length."""
     v = draw(2, 4, 3, 3, seed=2)
-    assert_close(euler(lambda z, t: v, NOISE, steps), NOISE + v, atol=2e-6, rtol=0)
+    assert_close(euler(lambda z, t: v, NOISE, time_grid(steps)), NOISE + v, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 30])
@@ -62,7 +70,7 @@ def test_the_straight_line_is_transported_exactly(steps):
         t = (timestep / TIME_SCALE).view(-1, 1, 1, 1)
         return (DATA - z) / (1 - t)  # E[x - noise | z_t] where there is one x
 
-    assert_close(euler(velocity, NOISE, steps), DATA, atol=1e-5, rtol=0)
+    assert_close(euler(velocity, NOISE, time_grid(steps)), DATA, atol=1e-5, rtol=0)
 
 
 def test_the_error_falls_with_the_first_power_of_the_step():
@@ -70,7 +78,7 @@ def test_the_error_falls_with_the_first_power_of_the_step():
     start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     errors = []
     for steps in (50, 100, 200):
-        end = euler(lambda z, t: z, start, steps).item()
+        end = euler(lambda z, t: z, start, time_grid(steps)).item()
         assert end == pytest.approx((1 + 1 / steps) ** steps, rel=1e-12)
         errors.append(math.e - end)
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.05)
@@ -80,7 +88,7 @@ def test_the_error_falls_with_the_first_power_of_the_step():
 def test_the_velocity_is_taken_at_the_step_s_start():
     """Stops: midpoints or ends in place of starts: dz/dt = t gives (n - 1) / 2n, in the limit 1/2."""
     start = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    end = euler(lambda z, t: (t / TIME_SCALE).view(1, 1, 1, 1), start, 10)
+    end = euler(lambda z, t: (t / TIME_SCALE).view(1, 1, 1, 1), start, time_grid(10))
     assert end.item() == pytest.approx(0.45, rel=1e-12)
 
 
@@ -92,11 +100,11 @@ def test_the_times_that_the_network_is_told():
         seen.append(timestep)
         return torch.zeros_like(z)
 
-    euler(velocity, NOISE, 4)
+    euler(velocity, NOISE, time_grid(4))
     assert [t.tolist() for t in seen] == [[0.0] * 2, [250.0] * 2, [500.0] * 2, [750.0] * 2]
     assert all(t.dtype == torch.float32 for t in seen)
     seen.clear()
-    euler(velocity, NOISE, 30)
+    euler(velocity, NOISE, time_grid(30))
     assert len(seen) == 30
     assert seen[29][0].item() == torch.tensor(29 / 30 * 1000.0).item()
 
@@ -104,7 +112,7 @@ def test_the_times_that_the_network_is_told():
 def test_each_step_is_told():
     """Stops: progress that misses steps, or is told the state before the step."""
     told = []
-    end = euler(lambda z, t: torch.ones_like(z), NOISE, 3, lambda i, z: told.append((i, z)))
+    end = euler(lambda z, t: torch.ones_like(z), NOISE, time_grid(3), lambda i, z: told.append((i, z)))
     assert [i for i, _ in told] == [0, 1, 2]
     assert_close(told[0][1], NOISE + 1 / 3)
     assert told[2][1] is end or torch.equal(told[2][1], end)
@@ -113,7 +121,7 @@ def test_each_step_is_told():
 def test_the_noise_is_left_as_it_was():
     """Stops: a step in place, which spoils the caller's latents."""
     noise = NOISE.clone()
-    euler(lambda z, t: torch.ones_like(z), noise, 2)
+    euler(lambda z, t: torch.ones_like(z), noise, time_grid(2))
     assert torch.equal(noise, NOISE)
 
 
@@ -129,7 +137,7 @@ def test_bfloat16_rounds_as_the_published_sampler():
         return v
 
     latents = []
-    euler(velocity, NOISE.bfloat16(), 30, lambda i, z: latents.append(z))
+    euler(velocity, NOISE.bfloat16(), time_grid(30), lambda i, z: latents.append(z))
     assert seen[29] == 968.0
     assert seen == [torch.tensor(i / 30 * 1000.0).bfloat16().item() for i in range(30)]
     z = NOISE.bfloat16()
@@ -143,7 +151,7 @@ def test_bfloat16_rounds_as_the_published_sampler():
 def test_latents_stay_float32_under_a_bfloat16_network():
     """Stops: the network's dtype that creeps into the state: 30 roundings instead of none."""
     v = draw(2, 4, 3, 3, seed=4).bfloat16()
-    end = euler(lambda z, t: v, NOISE, 30)
+    end = euler(lambda z, t: v, NOISE, time_grid(30))
     assert end.dtype == torch.float32
     assert_close(end, NOISE + v.float(), atol=2e-6, rtol=0)
 
@@ -153,17 +161,19 @@ def test_latents_stay_float32_under_a_bfloat16_network():
 
 def test_guidance_by_the_formula():
     """Stops: conditional and unconditional swapped, or w where w - 1 belongs."""
-    assert torch.equal(guide(DATA, NOISE, 1.0), DATA)
-    assert torch.equal(guide(DATA, NOISE, 0.0), NOISE)
-    assert_close(guide(DATA, NOISE, 5.0), NOISE + 5.0 * (DATA - NOISE), atol=1e-5, rtol=1e-5)
+    assert torch.equal(classifier_free_guidance(DATA, NOISE, 1.0), DATA)
+    assert torch.equal(classifier_free_guidance(DATA, NOISE, 0.0), NOISE)
+    assert_close(
+        classifier_free_guidance(DATA, NOISE, 5.0), NOISE + 5.0 * (DATA - NOISE), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("weight", [1.5, 2.0, 7.0])
 def test_guidance_leads_away_from_the_unconditional(weight):
     """Stops: the other sign, which washes pictures out instead of sharpening them."""
     cond, uncond = torch.tensor(1.0), torch.tensor(0.5)
-    assert guide(cond, uncond, weight) > cond
-    assert guide(cond, cond, weight).item() == pytest.approx(1.0)
+    assert classifier_free_guidance(cond, uncond, weight) > cond
+    assert classifier_free_guidance(cond, cond, weight).item() == pytest.approx(1.0)
 
 
 # Training -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ CORE = {
 }
 LAZY = {"diffusers", "huggingface_hub"}  # imported by the function that needs them
 FLOOR_1 = {"config", "llama", "siglip", "uvit", "flow", "model", "checkpoint", "processor", "vae"}
-HELPERS = {"files", "checks", "pixels"}  # of all floors: they import nothing but each other
+HELPERS = {"files", "checks", "pixels", "progress"}  # of all floors: they import nothing but each other
 FLOOR_3 = {"cli", "webui", "commands", "__main__"}
 JUDGES = (
     PACKAGE / "benchmarks" / "judge_models.py"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from janusflow_min.config import LlamaConfig
-from janusflow_min.llama import KVCache, Llama, RMSNorm, rope_table, rotate, visible
+from janusflow_min.llama import KVCache, Llama, RMSNorm, apply_rotary, causal_mask, rotary_cos_sin
 
 BASE = dict(
     vocab_size=50, hidden_size=32, intermediate_size=72, num_hidden_layers=3, max_position_embeddings=64
@@ -78,10 +78,10 @@ def test_transformers_computes_the_same(variant):
     theirs = witness(model)
     embeds = torch.randn(2, 11, 32)
     wanted = theirs.model(inputs_embeds=embeds, output_hidden_states=True)
-    hidden, tapped = model(embeds, tap=2)
-    assert_close(hidden, wanted.last_hidden_state, **TOLERANCE)
-    assert_close(tapped, wanted.hidden_states[2], **TOLERANCE)
-    assert_close(model.lm_head(hidden), theirs(inputs_embeds=embeds).logits, atol=1e-5, rtol=1e-5)
+    last, hidden = model(embeds, hidden_layer=2)
+    assert_close(last, wanted.last_hidden_state, **TOLERANCE)
+    assert_close(hidden, wanted.hidden_states[2], **TOLERANCE)
+    assert_close(model.lm_head(last), theirs(inputs_embeds=embeds).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -224,34 +224,35 @@ def test_visible_is_the_plain_rule():
     """Stops: an off-by-one between cached and new keys, a mask where none is needed (slow) or none where one is."""
     for length, past in ((4, 0), (1, 3), (2, 3)):
         given = torch.tensor([[True] * (past + length), [False, False] + [True] * (past + length - 2)])
-        mask = visible(length, past, given, torch.device("cpu"))
+        mask = causal_mask(length, past, given, torch.device("cpu"))
         for b in range(2):
             for q in range(length):
                 for k in range(past + length):
                     rule = (k <= past + q and bool(given[b, k])) or k == past + q
                     assert bool(mask[b, 0, q, k]) == rule
     assert (
-        visible(4, 0, None, torch.device("cpu")) is None and visible(1, 3, None, torch.device("cpu")) is None
+        causal_mask(4, 0, None, torch.device("cpu")) is None
+        and causal_mask(1, 3, None, torch.device("cpu")) is None
     )
-    assert visible(2, 3, None, torch.device("cpu"))[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
+    assert causal_mask(2, 3, None, torch.device("cpu"))[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
 
 
-@pytest.mark.parametrize("tap", [1, 2, 3])
-def test_tap_is_the_state_behind_a_block(llama, tap):
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_the_hidden_layer_is_the_state_behind_a_block(llama, layer):
     """Stops: alignment taught on the wrong block, or on states after the final norm."""
     embeds = torch.randn(1, 5, 32)
-    hidden, tapped = llama(embeds, tap=tap)
-    assert torch.equal(hidden, llama(embeds))
+    last, hidden = llama(embeds, hidden_layer=layer)
+    assert torch.equal(last, llama(embeds))
     cut = build(num_attention_heads=4, num_key_value_heads=2)
-    cut.layers = cut.layers[:tap]
-    assert_close(cut.norm(tapped), cut(embeds), **TOLERANCE)
+    cut.layers = cut.layers[:layer]
+    assert_close(cut.norm(hidden), cut(embeds), **TOLERANCE)
 
 
-@pytest.mark.parametrize("tap", [0, 4, -1])
-def test_a_tap_outside_the_blocks_is_an_error(llama, tap):
+@pytest.mark.parametrize("layer", [0, 4, -1])
+def test_a_hidden_layer_outside_the_blocks_is_an_error(llama, layer):
     """Stops: None in place of states, which fails far away."""
-    with pytest.raises(ValueError, match="tap"):
-        llama(torch.randn(1, 2, 32), tap=tap)
+    with pytest.raises(ValueError, match="hidden_layer"):
+        llama(torch.randn(1, 2, 32), hidden_layer=layer)
 
 
 # Norm and rotary tables -----------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def test_rms_norm_by_the_formula():
 def test_rotary_tables_by_the_formula(theta):
     """Stops: frequencies of the wrong base or step, tables for pairs (2i, 2i + 1)."""
     positions = torch.tensor([[0, 1, 63], [5, 9, 2]])
-    cos, sin = rope_table(positions, 8, theta, torch.float32)
+    cos, sin = rotary_cos_sin(positions, 8, theta, torch.float32)
     assert cos.shape == sin.shape == (2, 1, 3, 8)
     i = torch.arange(8, dtype=torch.float64) % 4
     angles = positions[:, None, :, None].double() * theta ** (-2 * i / 8)
@@ -285,25 +286,25 @@ def test_rotation_turns_pairs_half_a_head_apart():
     """Stops: the other pairing, and a turn in the other direction."""
     x = torch.randn(1, 2, 3, 8)
     positions = torch.tensor([[4, 5, 17]])
-    cos, sin = rope_table(positions, 8, 100.0, torch.float32)
+    cos, sin = rotary_cos_sin(positions, 8, 100.0, torch.float32)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos[..., :4], sin[..., :4])
-    assert_close(rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1), atol=1e-6, rtol=1e-6)
+    assert_close(apply_rotary(x, cos, sin), torch.cat([turned.real, turned.imag], -1), atol=1e-6, rtol=1e-6)
 
 
 def test_rotary_tables_are_float32_until_the_end():
     """Stops: positions or frequencies in bfloat16, which cannot count beyond 256; and rounding where only the
     published code's numbers are wanted."""
     positions = torch.arange(1000, 1010)[None]
-    exact = rope_table(positions, 16, 10000.0, torch.float32)
-    cast = rope_table(positions, 16, 10000.0, torch.bfloat16)
+    exact = rotary_cos_sin(positions, 16, 10000.0, torch.float32)
+    cast = rotary_cos_sin(positions, 16, 10000.0, torch.bfloat16)
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(exact, cast, strict=True))
 
     frequencies = (1.0 / 10000.0 ** (torch.arange(0, 16, 2).float() / 16)).bfloat16().float()
     angles = positions[..., None].float() * frequencies
     wanted = torch.cat([angles, angles], -1)[:, None].cos().bfloat16()
-    rounded = rope_table(positions, 16, 10000.0, torch.bfloat16, upstream_rounding=True)
+    rounded = rotary_cos_sin(positions, 16, 10000.0, torch.bfloat16, upstream_rounding=True)
     assert torch.equal(rounded[0], wanted) and not torch.equal(rounded[0], cast[0])
-    same = rope_table(positions, 16, 10000.0, torch.float32, upstream_rounding=True)
+    same = rotary_cos_sin(positions, 16, 10000.0, torch.float32, upstream_rounding=True)
     assert all(torch.equal(a, b) for a, b in zip(exact, same, strict=True))
 
 
@@ -325,9 +326,9 @@ def test_a_block_compiles_whole_and_once_for_all_lengths(llama, masked):
     compiled = torch.compile(block.forward, backend=counter, fullgraph=True, dynamic=True)
     for rows, length in ((2, 7), (3, 9), (5, 20)):
         x = torch.randn(rows, length, llama.config.hidden_size)
-        rope = rope_table(torch.arange(length)[None], llama.config.head_dim, 1e4, torch.float32)
+        rope = rotary_cos_sin(torch.arange(length)[None], llama.config.head_dim, 1e4, torch.float32)
         seen = torch.ones(rows, length, dtype=torch.bool) if masked else None
-        mask = visible(length, 0, seen, x.device)
+        mask = causal_mask(length, 0, seen, x.device)
         assert_close(compiled(x, rope, mask, None), block(x, rope, mask, None), **TOLERANCE)
     assert counter.frame_count == 1
     torch._dynamo.reset()

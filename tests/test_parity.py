@@ -19,10 +19,11 @@ from torch import Tensor
 
 import janusflow_min as jf
 from janusflow_min.checkpoint import POOLING_HEAD, to_official
-from janusflow_min.fast.engine import Engine
-from janusflow_min.flow import euler, guide
-from janusflow_min.pipeline import decode, sample
+from janusflow_min.fast.sampler import GraphSampler
+from janusflow_min.flow import classifier_free_guidance, euler, time_grid
+from janusflow_min.llama import Llama
 from janusflow_min.pixels import to_uint8
+from janusflow_min.sampling import SampleFn, guided_velocity, sample
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONVERSATIONS = ("one_image", "two_images", "multi_turn", "whitespace")
@@ -41,7 +42,7 @@ TOLERANCES = {
 
 
 @dataclass(frozen=True)
-class World:
+class ParityCase:
     """The tiny checkpoint in one dtype, as the published code would run it, and its recorded outputs."""
 
     tag: str
@@ -53,10 +54,6 @@ class World:
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.tag]
-
-    @property
-    def rounding(self) -> bool:
-        return self.tag == "bf16"
 
     def check(self, name: str, actual: Tensor, key: str) -> None:
         wanted, bound = self.recorded[f"{self.tag}.{key}"], TOLERANCES[self.tag][name]
@@ -85,43 +82,40 @@ class World:
     def embeds(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """The LLM's input (B, T, D) and mask (B, T)."""
         batch = self.batch(names)
-        embeds = self.pipe.model.embed_inputs(
+        embeds = self.pipe.model.prepare_inputs_embeds(
             batch.input_ids, batch.pixel_values, batch.images_seq_mask, batch.images_emb_mask
         )
         return embeds, batch.attention_mask.bool()
 
     def tokens(
-        self, names: tuple[str, ...], choose, count: int = 24, eos: int | None = None
+        self, names: tuple[str, ...], sample_fn: SampleFn | None = None, eos: int = -1
     ) -> list[list[int]]:
-        """What decoding gives for recorded conversations, one batch, no EOS unless one is named."""
-        eos = -1 if eos is None else eos
-        if self.pipe.engine is not None:
-            choose = None if choose is greedy else choose
-            return self.pipe.engine.decode(self.batch(names), count, eos, choose, self.rounding)
-        return decode(self.pipe.model, *self.embeds(names), count, eos, choose, self.rounding)
+        """24 tokens for recorded conversations, one batch, greedy by default, no EOS unless one is named."""
+        return self.pipe.sampler.generate_tokens(self.batch(names), 24, eos, sample_fn)
 
     def velocity(self, prompt: str, weight: float):
         """The production sampler's velocity: cached prompt, unconditional rows of BOS alone."""
         ids = self.expected["generation"][prompt]["input_ids"][:-1]  # t_emb takes the generation tag's place
-        return (self.pipe.engine or self.pipe).velocity([ids], 2, weight, self.rounding)
+        return guided_velocity(self.pipe.sampler, [ids] * 2, weight)
 
     def noise(self, prompt: str) -> Tensor:
         return self.recorded[f"gen.{prompt}.noise"].to(self.dtype)
 
 
 @pytest.fixture(scope="module", params=DTYPES)
-def world(request, parity_dir, expected, recorded) -> World:
-    pipe = jf.load(parity_dir, device="cpu", dtype=DTYPES[request.param], progress=False, fast=False)
-    return World(request.param, pipe, recorded, expected, parity_dir)
+def world(request, parity_dir, expected, recorded) -> ParityCase:
+    options = {"dtype": DTYPES[request.param], "upstream_rounding": request.param == "bf16"}
+    pipe = jf.load(parity_dir, device="cpu", progress=False, **options)
+    return ParityCase(request.param, pipe, recorded, expected, parity_dir)
 
 
 @pytest.fixture(params=["plain", "fast"])
-def path(request, world) -> Iterator[World]:
-    """The same world on either path; the fast one with the plain form of its kernels, without graphs."""
+def path(request, world) -> Iterator[ParityCase]:
+    """The same case with either sampler; the fast one with the plain form of its kernels, without graphs."""
     if request.param == "fast":
-        world.pipe.fast, world.pipe._engine = True, Engine(world.pipe.model)
+        world.pipe.sampler = GraphSampler(world.pipe.model)
     yield world
-    world.pipe.fast, world.pipe._engine = False, None
+    world.pipe.sampler = None
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +127,6 @@ def no_gradients() -> Iterator[None]:
 def relative(actual: Tensor, wanted: Tensor) -> float:
     actual, wanted = actual.double(), wanted.double()
     return ((actual - wanted).norm() / wanted.norm()).item()
-
-
-def greedy(logits: Tensor) -> Tensor:
-    return sample(logits, 0.0, 0.95, 50, None)
 
 
 def fed(rows: list[list[int]]) -> Callable[[Tensor], Tensor]:
@@ -182,9 +172,9 @@ def test_stages_of_understanding(world, name):
     world.check("siglip", model.siglip(pixels[0]), f"{name}.siglip")
     ids = torch.tensor([world.expected["conversations"][name]["input_ids"]])
     masks = recorded[f"{name}.images_seq_mask"], recorded[f"{name}.images_emb_mask"]
-    embeds = model.embed_inputs(ids, pixels, *masks)
+    embeds = model.prepare_inputs_embeds(ids, pixels, *masks)
     world.check("inputs_embeds", embeds, f"{name}.inputs_embeds")
-    hidden = model.llm(embeds, upstream_rounding=world.rounding)
+    hidden = model.llm(embeds)
     world.check("hidden", hidden, f"{name}.hidden")
     world.check("logits_last", model.logits(hidden[:, -1]), f"{name}.logits_last")
 
@@ -196,7 +186,7 @@ def test_left_padded_batches(world, key):
     embeds, mask = world.embeds(BATCHES[key])
     assert torch.equal(mask.long(), world.recorded[f"{world.tag}.{key}.attention_mask"])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    hidden = world.pipe.model.llm(embeds, positions, mask, upstream_rounding=world.rounding)
+    hidden = world.pipe.model.llm(embeds, positions, mask)
     world.check("logits_last", world.pipe.model.logits(hidden[:, -1]), f"{key}.logits_last")
 
 
@@ -205,8 +195,16 @@ def test_the_order_of_rows_does_not_matter(world, key):
     """Stops: the empty slot of a row with fewer images taken for an image, which moves every later row's."""
     embeds, mask = world.embeds(BATCHES[key][::-1])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    hidden = world.pipe.model.llm(embeds, positions, mask, upstream_rounding=world.rounding)
+    hidden = world.pipe.model.llm(embeds, positions, mask)
     world.check("logits_last", world.pipe.model.logits(hidden[:, -1]).flip(0), f"{key}.logits_last")
+
+
+def with_rounding(llm: Llama, on: bool, embeds: Tensor) -> Tensor:
+    before, llm.upstream_rounding = llm.upstream_rounding, on
+    try:
+        return llm(embeds)
+    finally:
+        llm.upstream_rounding = before
 
 
 def test_bfloat16_needs_the_published_frequencies(world):
@@ -214,12 +212,12 @@ def test_bfloat16_needs_the_published_frequencies(world):
     from the recording. (Rounded ones are 0 with the kernels of the recording, torch 2.13's; 2.7's differ as much.)"""
     if world.tag == "fp32":
         embeds, _ = world.embeds(("one_image",))
-        exact, rounded = (world.pipe.model.llm(embeds, upstream_rounding=on) for on in (False, True))
+        exact, rounded = (with_rounding(world.pipe.model.llm, on, embeds) for on in (False, True))
         assert torch.equal(exact, rounded)
         return
     for name in CONVERSATIONS:
         embeds, _ = world.embeds((name,))
-        exact, rounded = (world.pipe.model.llm(embeds, upstream_rounding=on) for on in (False, True))
+        exact, rounded = (with_rounding(world.pipe.model.llm, on, embeds) for on in (False, True))
         wanted = world.recorded[f"bf16.{name}.hidden"]
         assert relative(rounded, wanted) < 0.95 * relative(exact, wanted)
 
@@ -248,7 +246,7 @@ def test_runs_of_the_sampler(path, prompt, weight, steps):
     for kind, alone in (("v_cond0", 1.0), ("v_uncond0", 0.0)):  # 0·v_cond + 1·v_uncond
         path.check("velocity", path.velocity(prompt, alone)(noise, start), f"{key}.{kind}")
     latents = []
-    euler(path.velocity(prompt, weight), noise, steps, lambda i, z: latents.append(z))
+    euler(path.velocity(prompt, weight), noise, time_grid(steps), lambda i, z: latents.append(z))
     end = end_of_run(weight)
     assert len(latents) == steps
     for i, z in enumerate(latents):
@@ -279,7 +277,6 @@ def test_painted_bytes(path, prompt, weight, steps):
         weight,
         steps,
         latents=path.noise(prompt),
-        upstream_rounding=path.rounding,
         progress=False,
     )
     key = f"{path.tag}.{run_key(prompt, weight, steps)}"
@@ -292,9 +289,9 @@ def test_painted_bytes(path, prompt, weight, steps):
 def test_a_step_from_recorded_velocities_is_exact(world, prompt, weight, steps):
     """Stops: 1/n, guidance or the sum rounded in another order or dtype than the published sampler's."""
     key = f"{world.tag}.{run_key(prompt, weight, steps)}"
-    v = guide(world.recorded[f"{key}.v_cond0"], world.recorded[f"{key}.v_uncond0"], weight)
+    v = classifier_free_guidance(world.recorded[f"{key}.v_cond0"], world.recorded[f"{key}.v_uncond0"], weight)
     latents = []
-    euler(lambda z, t: v, world.noise(prompt), steps, lambda i, z: latents.append(z))
+    euler(lambda z, t: v, world.noise(prompt), time_grid(steps), lambda i, z: latents.append(z))
     assert torch.equal(latents[0], world.recorded[f"{key}.z"][0])
 
 
@@ -331,7 +328,7 @@ def test_greedy_tokens(path, names):
         if names == members:
             wanted = path.expected[f"{key}_greedy_{path.tag}"]
     if path.tag == "fp32":
-        assert path.tokens(names, greedy) == wanted
+        assert path.tokens(names) == wanted
         return
     assert path.tokens(names, fed(wanted)) == wanted
 
@@ -342,8 +339,8 @@ def test_decoding_stops_at_eos(path):
     # In bfloat16, which of two best tokens that tie is chosen depends on torch's version and the processor.
     recorded = path.expected["conversations"]["one_image"][f"greedy_{path.tag}"]
     assert recorded[: len(stopped["ids"])] == stopped["ids"]
-    choose = greedy if path.tag == "fp32" else fed([recorded])
-    assert path.tokens(("one_image",), choose, eos=stopped["eos"]) == [stopped["ids"]]
+    sample_fn = None if path.tag == "fp32" else fed([recorded])
+    assert path.tokens(("one_image",), sample_fn, eos=stopped["eos"]) == [stopped["ids"]]
 
 
 @pytest.mark.parametrize("world", ["fp32"], indirect=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import janusflow_min as jf
-from janusflow_min import pipeline
-from janusflow_min.pipeline import DEFAULT_QUESTION, sample
+from janusflow_min import loading, pipeline
+from janusflow_min.flow import euler
+from janusflow_min.pipeline import DEFAULT_QUESTION
+from janusflow_min.sampling import sample
 
 SHORT = "a cat"
 LONG = "A photo of a red circle and a blue square on a green background"
@@ -190,12 +193,16 @@ def test_the_prompt_is_computed_once(pipe, paint):
     assert seen[1:] == [(12, 1 + pipe.model.num_image_tokens)] * STEPS
 
 
-def test_upstream_rounding_changes_bf16_alone(pipe, bf16):
+def test_upstream_rounding_changes_bf16_alone(pipe, bf16, parity_dir):
     """Stops: an option without effect, or one that also changes fp32."""
     options = {"parallel_size": 1, "num_inference_steps": STEPS, "seed": 1, "progress": False}
-    exact, rounded = (pipe.generate(LONG, upstream_rounding=on, **options).latents for on in (False, True))
+    rounding = [
+        jf.load(parity_dir, device="cpu", dtype=dtype, upstream_rounding=True, progress=False)
+        for dtype in ("float32", "bfloat16")
+    ]
+    exact, rounded = (p.generate(LONG, **options).latents for p in (pipe, rounding[0]))
     assert torch.equal(exact, rounded)
-    ours, published = (bf16.generate(LONG, upstream_rounding=on, **options).latents for on in (False, True))
+    ours, published = (p.generate(LONG, **options).latents for p in (bf16, rounding[1]))
     assert not torch.equal(ours, published)
     assert torch.equal(published, published.bfloat16().float())  # latents kept in bf16
     assert not torch.equal(ours, ours.bfloat16().float())  # and in fp32 by default
@@ -238,25 +245,37 @@ def test_other_sizes_are_a_lanczos_resize(paint, size):
 
 def test_defaults_are_the_published_demo_s(pipe, monkeypatch):
     """Stops: other defaults than 5 images, guidance 2, 30 steps, which the seed API's users rely on."""
-    steps = []
-    monkeypatch.setattr(
-        pipeline, "euler", lambda velocity, noise, n, on_step: steps.append((n, len(noise))) or noise
+    weights, times = [], []
+    guided = pipeline.guided_velocity
+
+    def note(sampler, prompts, weight):
+        weights.append((len(prompts), weight))
+        return guided(sampler, prompts, weight)
+
+    def solver(velocity, z, grid, on_step):
+        times.append(grid)
+        return z
+
+    monkeypatch.setattr(pipeline, "guided_velocity", note)
+    pipe.generate(SHORT, progress=False, solver=solver)
+    assert weights == [(5, 2.0)] and times == [[i / 30 for i in range(31)]]
+    assert pipe.generate(SHORT, parallel_size=1, seed=1, progress=False).latents.equal(
+        pipe.generate(SHORT, parallel_size=1, seed=1, progress=False, solver=euler).latents
     )
-    weights = []
-    monkeypatch.setattr(
-        jf.Pipeline, "velocity", lambda self, ids, each, weight, rounding: weights.append((len(ids), weight))
-    )
-    pipe.generate(SHORT, progress=False)
-    assert steps == [(30, 5)] and weights == [(5, 2.0)]
 
 
-def test_progress_shows_or_is_silent(paint, capfd):
-    """Stops: bars in logs of those who asked for none, and prints left behind."""
+def test_progress_is_for_terminals_and_may_be_silent(paint, capfd, monkeypatch):
+    """Stops: bars in logs, and at those who asked for none; prints left behind; a crash where there is no stderr."""
+    paint(progress=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)  # as in Python without a console
+        paint(progress=True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     paint(progress=False)
     assert capfd.readouterr() == ("", "")
     paint(progress=True)
     out, err = capfd.readouterr()
-    assert out == "" and "Painting" in err and f"/{STEPS}" in err
+    assert out == "" and "Generating" in err and f"/{STEPS}" in err
 
 
 def test_global_random_state_is_left_alone(pipe, paint):
@@ -556,7 +575,7 @@ def test_understanding_needs_no_vae(parity_dir, monkeypatch):
     def refuse(*args):
         raise AssertionError("the VAE was loaded")
 
-    monkeypatch.setattr(pipeline, "load_vae", refuse)
+    monkeypatch.setattr(loading, "load_vae", refuse)
     pipe = jf.load(parity_dir, device="cpu", dtype="float16", parts="understanding", progress=False)
     assert pipe.vae is None  # and float16, which the VAE refuses, is no matter
 
@@ -605,7 +624,7 @@ def test_the_present_dtypes_are_saved(bf16, tmp_path):
 
 
 def test_saving_refuses_what_is_there(pipe, tmp_path):
-    """Stops: somebody's folder overwritten without being asked."""
+    """Stops: somebody's files overwritten without being asked, or ever."""
     target = tmp_path / "taken"
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
@@ -613,7 +632,7 @@ def test_saving_refuses_what_is_there(pipe, tmp_path):
         jf.save(pipe, target)
     assert (target / "thesis.txt").read_text() == "mine" and list(tmp_path.iterdir()) == [target]
     jf.save(pipe, target, overwrite=True)
-    assert (target / "config.json").is_file() and not (target / "thesis.txt").exists()
+    assert (target / "config.json").is_file() and (target / "thesis.txt").read_text() == "mine"
 
 
 def test_dtypes_of_model_and_vae(pipe, bf16, parity_dir):
@@ -650,9 +669,9 @@ def test_auto_takes_the_best_device(monkeypatch, cuda, mps, chosen, dtype):
     """Stops: CUDA taken for granted, Apple's GPU forgotten, bfloat16 on a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    device = pipeline.pick_device("auto")
+    device = loading.pick_device("auto")
     assert device.type == chosen and device.index is None  # the current one, which torchrun sets
-    assert pipeline.pick_dtype("auto", device) == dtype
+    assert loading.pick_dtype("auto", device) == dtype
 
 
 def test_device_options(parity_dir):
@@ -696,8 +715,10 @@ def test_without_a_vae_folder_the_hub_s_is_taken(parity_dir, tmp_path, monkeypat
     assert asked == ["stabilityai/sdxl-vae"]
 
 
-def test_loading_is_quiet_when_asked(parity_dir, capfd):
-    """Stops: bars and diffusers' warnings in the logs of those who asked for none."""
+def test_loading_is_quiet_when_asked(parity_dir, capfd, monkeypatch):
+    """Stops: bars and diffusers' warnings in logs, and at those who asked for none."""
+    jf.load(parity_dir, device="cpu", parts="understanding", progress=True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     jf.load(parity_dir, device="cpu", progress=False)
     assert capfd.readouterr() == ("", "")
     jf.load(parity_dir, device="cpu", parts="understanding", progress=True)

@@ -32,10 +32,10 @@ from PIL import Image
 
 from janusflow_min.checkpoint import INDEX, load_model, save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
-from janusflow_min.flow import euler
+from janusflow_min.flow import euler, time_grid
 from janusflow_min.model import JanusFlow
-from janusflow_min.pipeline import Pipeline, decode, sample
 from janusflow_min.processor import CLIP_MEAN, CLIP_STD, Processor
+from janusflow_min.sampling import PlainSampler, guided_velocity, sample
 
 ROOT = os.environ.get("JANUS_ROOT")
 FILES = Path(__file__).parent / "fixtures" / "parity" / "tiny"
@@ -99,8 +99,10 @@ class Case:
     processor: Processor
     theirs: Any  # their processor
 
-    def ours(self, dtype: torch.dtype = torch.float32) -> JanusFlow:
-        return load_once(self.folder, dtype, None)
+    def ours(self, dtype: torch.dtype = torch.float32, upstream_rounding: bool = False) -> JanusFlow:
+        model = load_once(self.folder, dtype, None)
+        model.llm.upstream_rounding = upstream_rounding
+        return model
 
     def reference(self, dtype: torch.dtype = torch.float32, exact_frequencies: bool = False):
         return load_once(self.folder, dtype, exact_frequencies)
@@ -261,15 +263,15 @@ def batches(case: Case, rows: tuple[str, ...]):
 
 
 @torch.no_grad()
-def understand(model: JanusFlow, batch, upstream_rounding: bool = False) -> dict[str, torch.Tensor]:
+def understand(model: JanusFlow, batch) -> dict[str, torch.Tensor]:
     """Our side of `reference.understand`."""
     present = batch.images_emb_mask[..., 0]
-    embeds = model.embed_inputs(
+    embeds = model.prepare_inputs_embeds(
         batch.input_ids, batch.pixel_values, batch.images_seq_mask, batch.images_emb_mask
     )
     mask = batch.attention_mask.bool()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    hidden = model.llm(embeds, positions, None if mask.all() else mask, upstream_rounding=upstream_rounding)
+    hidden = model.llm(embeds, positions, None if mask.all() else mask)
     return {
         "siglip": model.siglip(batch.pixel_values[present].to(model.dtype)),
         "inputs_embeds": embeds,
@@ -285,18 +287,17 @@ def paint(
     prompts: list[list[int]],
     noise: torch.Tensor,
     weight: float,
-    upstream_rounding: bool = False,
 ) -> dict:
     """Our side of `reference.paint`, through the pipeline's own velocity; several prompts make one batch."""
-    pipe = Pipeline(model, case.processor, None)
     each = len(noise) // len(prompts)
     z, steps = noise.to(model.dtype), []
     start = torch.zeros(len(z), dtype=z.dtype)
 
     def velocity(weight: float):
-        return pipe.velocity(prompts, each, weight, upstream_rounding)
+        rows = [prompt for prompt in prompts for _ in range(each)]
+        return guided_velocity(PlainSampler(model), rows, weight)
 
-    euler(velocity(weight), z, STEPS, lambda i, new: steps.append(new))
+    euler(velocity(weight), z, time_grid(STEPS), lambda i, new: steps.append(new))
     return {  # guidance 1 is the conditional velocity alone, 0 the unconditional one
         "v_cond": velocity(1.0)(z, start),
         "v_uncond": velocity(0.0)(z, start),
@@ -375,7 +376,7 @@ def test_understanding_fp32(case, rows, largest):
         check(largest, stage, value[pick], expected[stage][pick], FP32, f"{case.name} {rows}")
 
     eos = case.processor.tokenizer.eos_id
-    tokens = decode(model, actual["inputs_embeds"], real, NEW_TOKENS, eos, lambda logits: logits.argmax(-1))
+    tokens = PlainSampler(model).generate_tokens(ours, NEW_TOKENS, eos)
     embeds = expected["inputs_embeds"]
     assert tokens == reference.answer(witness, embeds, theirs.attention_mask, NEW_TOKENS, eos)
 
@@ -392,13 +393,8 @@ def test_sampled_tokens(case, rows):
         expected = reference.answer(witness, embeds, theirs.attention_mask, NEW_TOKENS, eos, **options)
         torch.manual_seed(123)
         with torch.no_grad():
-            actual = decode(
-                model,
-                understand(model, ours)["inputs_embeds"],
-                ours.attention_mask.bool(),
-                NEW_TOKENS,
-                eos,
-                lambda logits, t=temperature, p=top_p: sample(logits, t, p, 50, None),
+            actual = PlainSampler(model).generate_tokens(
+                ours, NEW_TOKENS, eos, lambda logits, t=temperature, p=top_p: sample(logits, t, p, 50, None)
             )
         assert actual == expected, options
 
@@ -412,10 +408,8 @@ def test_stops_at_eos(case):
     eos = free[1][5]
     expected = reference.answer(witness, embeds, theirs.attention_mask, NEW_TOKENS, eos)
     assert len(expected[1]) <= 6
-    embeds = understand(model, ours)["inputs_embeds"]
-    mask = ours.attention_mask.bool()
     with torch.no_grad():
-        assert decode(model, embeds, mask, NEW_TOKENS, eos, lambda logits: logits.argmax(-1)) == expected
+        assert PlainSampler(model).generate_tokens(ours, NEW_TOKENS, eos) == expected
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids="+".join)
@@ -423,7 +417,7 @@ def test_understanding_bf16(case, rows, largest, frequencies):
     """The tolerances of the recorded outputs hold for other models too."""
     ours, theirs = batches(case, rows)
     witness = case.reference(torch.bfloat16, exact_frequencies=frequencies == "exact")
-    actual = understand(case.ours(torch.bfloat16), ours, upstream_rounding=frequencies == "published")
+    actual = understand(case.ours(torch.bfloat16, frequencies == "published"), ours)
     expected = reference.understand(witness, theirs)
     real = ours.attention_mask.bool()
     for stage, value in actual.items():
@@ -481,8 +475,8 @@ def test_generation_bf16(case, prompt, weight, largest, frequencies):
     ids, noise = case.processor.generation_prompt(prompt)[0], starting_noise(case, 2)
     witness = case.reference(torch.bfloat16, exact_frequencies=frequencies == "exact")
     expected = reference.paint(witness, ids, noise, weight, STEPS, case.processor.tokenizer.pad_id)
-    model, published = case.ours(torch.bfloat16), frequencies == "published"
-    actual = paint(case, model, [ids[:-1]], noise, weight, upstream_rounding=published)
+    model = case.ours(torch.bfloat16, frequencies == "published")
+    actual = paint(case, model, [ids[:-1]], noise, weight)
     for stage in ("v_cond", "v_uncond"):
         check(largest, stage, actual[stage], expected[stage], 0.02, f"{case.name} w {weight}")
     limit = 0.05 if weight > 2 else 0.02

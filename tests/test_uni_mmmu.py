@@ -24,7 +24,7 @@ from janusflow_min.benchmarks import uni_mmmu
 from janusflow_min.benchmarks.runner import Settings, World
 from janusflow_min.benchmarks.uni_mmmu import boards, generation, prompts, readers, rules, scoring
 from janusflow_min.cli import main
-from janusflow_min.pipeline import load
+from janusflow_min.loading import load
 
 MAZE = ["######", "#S  ##", "## ###", "##  G#", "######", "######"]
 

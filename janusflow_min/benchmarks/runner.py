@@ -203,7 +203,7 @@ def _public_name(source: str) -> str:
 
 def paint_settings(settings: Settings) -> dict[str, Any]:
     """What of `settings` changes pixels, "auto" resolved on this machine."""
-    from ..pipeline import pick_device, pick_dtype
+    from ..loading import pick_device, pick_dtype
 
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
@@ -320,7 +320,7 @@ def load_pipe(settings: Settings, world: World, parts: str = "generation") -> Pi
     """The pipeline that `settings` describe, on this rank's own device where there are several."""
     import torch
 
-    from ..pipeline import load, pick_device
+    from ..loading import load, pick_device
 
     device = pick_device(settings.device)
     if device.type == "cuda" and device.index is None:
@@ -332,6 +332,7 @@ def load_pipe(settings: Settings, world: World, parts: str = "generation") -> Pi
         torch.cuda.set_device(world.local_rank)
         device = torch.device("cuda", world.local_rank)
     options: dict[str, Any] = dict(parts=parts, fast=settings.fast, compile=settings.compile)
+    options["upstream_rounding"] = settings.upstream_rounding
     if parts != "understanding":
         options |= dict(vae_path=settings.vae, vae_dtype=settings.vae_dtype)
     quiet = not settings.progress or world.local_rank != 0
@@ -396,7 +397,6 @@ def paint(
                 cfg_weight=settings.cfg_weight,
                 num_inference_steps=settings.num_inference_steps,
                 seed=seeds,
-                upstream_rounding=settings.upstream_rounding,
                 progress=False,
             ).images
             for writing in pending:  # of the block before: no more than one waits in memory, errors are told

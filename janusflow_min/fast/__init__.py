@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The same numbers, several times faster on a GPU. The path to read is the plain one: `model.py`, `pipeline.py`."""
+"""The same numbers, several times faster on a GPU. The path to read is the plain one: `model.py`, `sampling.py`."""

@@ -5,8 +5,6 @@ What they save: every intermediate is read and written once; nothing is masked, 
 row's products with the weights (decoding) run at the bandwidth of the memory, norm and activation included.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -61,20 +59,20 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _turn(first, second, cos, sin):
+def _apply_rotary(first, second, cos, sin):
     """Rotate the two halves of heads, rounding every operation as the plain path does."""
     ty = first.dtype
     x, y, c, s = first.to(tl.float32), second.to(tl.float32), cos.to(tl.float32), sin.to(tl.float32)
-    turned = (x * c).to(ty).to(tl.float32) - (y * s).to(ty).to(tl.float32)
+    rotated = (x * c).to(ty).to(tl.float32) - (y * s).to(ty).to(tl.float32)
     other = (y * c).to(ty).to(tl.float32) + (x * s).to(ty).to(tl.float32)
-    return turned.to(ty), other.to(ty)
+    return rotated.to(ty), other.to(ty)
 
 
 @triton.jit
-def _turn_heads(read, write, cos, sin, mask, HALF: tl.constexpr):
-    """Turn heads on their way from one place to another, which may be the same."""
+def _rotate_heads(read, write, cos, sin, mask, HALF: tl.constexpr):
+    """Rotate heads on their way from one place to another, which may be the same."""
     first, second = tl.load(read, mask=mask, other=0.0), tl.load(read + HALF, mask=mask, other=0.0)
-    first, second = _turn(first, second, cos, sin)
+    first, second = _apply_rotary(first, second, cos, sin)
     tl.store(write, first, mask=mask)
     tl.store(write + HALF, second, mask=mask)
 
@@ -93,12 +91,14 @@ def _rope_store(
     base = qkv + (row * tokens + c) * (H + 2 * G) * 2 * HALF
     # queries
     at = h * 2 * HALF + j
-    _turn_heads(base + at, q_out + (row * tokens + c) * H * 2 * HALF + at, co, si, (h < H) & (j < HALF), HALF)
+    _rotate_heads(
+        base + at, q_out + (row * tokens + c) * H * 2 * HALF + at, co, si, (h < H) & (j < HALF), HALF
+    )
     # keys and values
     mask, at = (g < G) & (j < HALF), g * 2 * HALF + j
     to = (row * slots + where) * G * 2 * HALF + at
     base += H * 2 * HALF
-    _turn_heads(base + at, keys + to, co, si, mask, HALF)
+    _rotate_heads(base + at, keys + to, co, si, mask, HALF)
     base += G * 2 * HALF
     tl.store(values + to, tl.load(base + at, mask=mask, other=0.0), mask=mask)
     tl.store(values + to + HALF, tl.load(base + HALF + at, mask=mask, other=0.0), mask=mask)
@@ -124,7 +124,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 @triton.jit
-def _turn_keys(
+def _rotate_keys(
     qkv, cos, sin, position, tokens,
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +135,7 @@ def _turn_keys(
     co = tl.load(cos + where * HALF + j, mask=j < HALF, other=0.0)
     si = tl.load(sin + where * HALF + j, mask=j < HALF, other=0.0)
     at = qkv + ((row * tokens + c) * (H + 2 * G) + H + g) * 2 * HALF + j
-    _turn_heads(at, at, co, si, mask, HALF)
+    _rotate_heads(at, at, co, si, mask, HALF)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def _attend_image(
     base = qkv + row * tokens * stride
     at = base + i[:, None] * stride + h * 2 * HALF + j[None, :]
     where = (tl.load(position + row) + i)[:, None] * HALF + j[None, :]
-    q1, q2 = _turn(
+    q1, q2 = _apply_rotary(
         tl.load(at, mask=mask, other=0.0), tl.load(at + HALF, mask=mask, other=0.0),
         tl.load(cos + where, mask=mask, other=0.0), tl.load(sin + where, mask=mask, other=0.0),
     )  # fmt: skip
@@ -212,12 +212,12 @@ def _attend_image(
 
 
 def attend_image(qkv, cos, sin, position, heads, prefix) -> Tensor:
-    """Flash attention straight from the products: only the keys are written back, turned; queries are turned on the
-    way."""
+    """Flash attention straight from the products: only the keys are written back, rotated; queries are rotated on
+    the way."""
     prefix_keys, prefix_values, source, length = prefix
     (rows, tokens, _), (_, slots, groups, dim) = qkv.shape, prefix_keys.shape
     half = triton.next_power_of_2(dim // 2)
-    _turn_keys[(rows, tokens)](
+    _rotate_keys[(rows, tokens)](
         qkv, cos, sin, position, tokens, H=heads, G=groups, HALF=dim // 2,
         GB=triton.next_power_of_2(groups), DB=half, num_warps=4,
     )  # fmt: skip

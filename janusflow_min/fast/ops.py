@@ -46,8 +46,8 @@ def norm_mlp(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
     return silu_mul(linear(rms_norm(x, norm, eps), gate_up))
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
-    """Turn queries or keys (R, T, H, d); position (R,) of each row's first token."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+    """Rotate queries or keys (R, T, H, d); position (R,) of each row's first token."""
     where = position[:, None] + torch.arange(x.shape[1], device=x.device)  # (R, T)
     c, s = cos[where][:, :, None], sin[where][:, :, None]  # (R, T, 1, d/2)
     first, second = x.chunk(2, dim=-1)
@@ -63,7 +63,7 @@ def rope_store(
     values: Tensor,
     heads: int,
 ) -> Tensor:
-    """Turn queries and keys, put keys and values into the cache, return the queries (R, T, H, d).
+    """Rotate queries and keys, put keys and values into the cache, return the queries (R, T, H, d).
 
     qkv (R, T, (H + 2G)·d); cos, sin (positions, d/2); position (R,) of each row's first token, in the cache too;
     keys, values (R, C, G, d).
@@ -72,8 +72,8 @@ def rope_store(
     q, k, v = qkv.unflatten(2, (-1, keys.shape[3])).split([heads, keys.shape[2], keys.shape[2]], dim=2)
     row = torch.arange(rows, device=qkv.device)[:, None]
     into = position[:, None] + torch.arange(tokens, device=qkv.device)
-    keys[row, into], values[row, into] = turn(k, cos, sin, position), v
-    return turn(q, cos, sin, position)
+    keys[row, into], values[row, into] = apply_rotary(k, cos, sin, position), v
+    return apply_rotary(q, cos, sin, position)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, **options) -> Tensor:
@@ -98,20 +98,20 @@ def attend_image(
     heads: int,
     prefix: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """Turn queries and keys; then causal attention of each row's tokens among themselves and to all of its prompt.
+    """Rotate queries and keys; then causal attention of each row's tokens among themselves and to all of its prompt.
 
     qkv (R, T, (H + 2G)·d), which may be overwritten; position (R,) of each row's first token. prefix = keys
-    (P, L, G, d), turned, values, source (R,), length (R,): row r continues the first length[r] tokens of prompt
+    (P, L, G, d), rotated, values, source (R,), length (R,): row r continues the first length[r] tokens of prompt
     source[r]. -> (R·T, H·d)
     """
     prefix_keys, prefix_values, source, length = prefix
     (rows, tokens, _), (_, slots, groups, dim) = qkv.shape, prefix_keys.shape
     q, k, v = qkv.unflatten(2, (-1, dim)).split([heads, groups, groups], dim=2)
-    k = torch.cat([prefix_keys[source], turn(k, cos, sin, position)], dim=1)  # (R, L + T, G, d)
+    k = torch.cat([prefix_keys[source], apply_rotary(k, cos, sin, position)], dim=1)  # (R, L + T, G, d)
     v = torch.cat([prefix_values[source], v], dim=1)
     mask = torch.ones(rows, tokens, slots + tokens, dtype=torch.bool, device=qkv.device).tril(slots)
     mask[:, :, :slots] = (torch.arange(slots, device=qkv.device) < length[:, None])[:, None]
-    return attention(turn(q, cos, sin, position), k, v, attn_mask=mask[:, None])
+    return attention(apply_rotary(q, cos, sin, position), k, v, attn_mask=mask[:, None])
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:

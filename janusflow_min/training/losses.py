@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flow import TIME_SCALE, flow_loss, interpolate
-from ..model import JanusFlow, place_images
+from ..model import JanusFlow, merge_image_embeds
 
 IGNORE = -100  # label of a token that carries no loss; processor_config.json's ignore_id
 
@@ -93,7 +93,7 @@ def generation_loss(
         text_embeds=model.llm.embed_tokens(input_ids),
         position_ids=torch.cat([positions, positions[:, -1:] + offsets], dim=1),
         attention_mask=torch.cat([mask, mask.new_ones(len(mask), count)], dim=1),
-        tap=tap,
+        hidden_layer=tap,
     )
     with torch.no_grad():
         features = model.siglip(pixels)  # (B, N, P); stopped: only the LLM's states move towards it
@@ -117,7 +117,7 @@ def understanding_loss(
     """
     embeds = model.llm.embed_tokens(input_ids)
     if pixels is not None:
-        embeds = place_images(embeds, model.embed_images(pixels), images_seq_mask)
+        embeds = merge_image_embeds(embeds, model.embed_images(pixels), images_seq_mask)
     hidden = model.llm(embeds, attention_mask=attention_mask)
     logits = model.logits(hidden[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
@@ -201,13 +201,13 @@ class JanusFlowLoss(nn.Module):
         embeds = model.llm.embed_tokens(batch.input_ids)  # (B, T, D)
         if batch.und_pixels is not None:
             images = model.embed_images(batch.und_pixels.to(embeds.dtype))  # (M, 1 + N, D)
-            embeds = place_images(embeds, images, batch.und_places)
+            embeds = merge_image_embeds(embeds, images, batch.und_places)
         if batch.t is not None:
             z, target = interpolate(batch.latents, batch.noise, batch.t)
             x, t_emb, skip = model.encode_latents(z.to(embeds.dtype), batch.t * TIME_SCALE)
             tokens = torch.cat([t_emb[:, None], x], dim=1)  # (G, 1 + N, D)
-            embeds = place_images(embeds, tokens, batch.gen_places)
-        hidden, tapped = model.llm(embeds, batch.position_ids, tap=self.alignment_layer)
+            embeds = merge_image_embeds(embeds, tokens, batch.gen_places)
+        hidden, tapped = model.llm(embeds, batch.position_ids, hidden_layer=self.alignment_layer)
         flow = alignment = cross_entropy = hidden.new_zeros(0, dtype=torch.float32)
         if batch.t is not None:
             v = model.decode_velocity(pick(hidden, batch.gen_index).view_as(x), skip, t_emb)

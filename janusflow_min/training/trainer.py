@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from ..checkpoint import load_model
 from ..hub import resolve, resolve_vae
+from ..loading import pick_device, pick_dtype, save
 from ..model import JanusFlow
-from ..pipeline import Pipeline, pick_device, pick_dtype, save
+from ..pipeline import Pipeline
 from ..processor import Processor, check_processor_matches
 from ..vae import load_vae
 from . import checkpoints

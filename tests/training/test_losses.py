@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from janusflow_min.checkpoint import load_model
-from janusflow_min.model import JanusFlow, place_images
+from janusflow_min.model import JanusFlow, merge_image_embeds
 from janusflow_min.processor import Processor
 from janusflow_min.training.batch import conversation_example
 from janusflow_min.training.losses import (
@@ -396,7 +396,7 @@ def test_place_images_is_masked_scatter(counts):
     images = torch.randn(sum(counts), tokens, width, generator=g)
     upstream = torch.randn(rows, length, width, generator=g)
     results = []
-    for place in (place_images, lambda e, i, m: e.masked_scatter(m[..., None], i)):
+    for place in (merge_image_embeds, lambda e, i, m: e.masked_scatter(m[..., None], i)):
         e, i = embeds.clone().requires_grad_(), images.clone().requires_grad_()
         out = place(e, i, mask)
         out.backward(upstream)
@@ -409,5 +409,5 @@ def test_place_images_is_masked_scatter(counts):
 def test_place_images_casts_to_the_embeddings(model):
     """Stops: bf16 embeddings that turn into fp32 because a picture was put among them."""
     mask = torch.tensor([[False, True, True]])
-    out = place_images(torch.zeros(1, 3, 2, dtype=torch.bfloat16), torch.ones(1, 2, 2), mask)
+    out = merge_image_embeds(torch.zeros(1, 3, 2, dtype=torch.bfloat16), torch.ones(1, 2, 2), mask)
     assert out.dtype == torch.bfloat16 and out[0, :, 0].tolist() == [0, 1, 1]

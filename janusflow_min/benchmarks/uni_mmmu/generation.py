@@ -225,7 +225,6 @@ def _paint(pipe: Pipeline, runs: Sequence[Run], settings: Settings) -> None:
         cfg_weight=settings.cfg_weight,
         num_inference_steps=settings.num_inference_steps,
         seed=[run.seeds[-1] for run, _ in ready],
-        upstream_rounding=settings.upstream_rounding,
         progress=False,
     ).images
     for (run, _), image in zip(ready, images, strict=True):

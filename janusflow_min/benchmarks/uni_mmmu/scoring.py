@@ -68,7 +68,7 @@ class DreamSim:
     name = "DreamSim ensemble"
 
     def __init__(self, cache: str | Path, device: str = "auto"):
-        from ...pipeline import pick_device
+        from ...loading import pick_device
 
         try:
             from dreamsim import dreamsim

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""From files to a `Pipeline` and back: `load` and `save`, devices and dtypes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import check_config, is_checkpoint_entry, load_model, save_model
+from .files import atomic_directory, expand
+from .hub import resolve, resolve_vae
+from .model import PARTS, Parts
+from .pipeline import Pipeline
+from .processor import FILES, Processor, check_processor_matches
+from .vae import check_vae_dtype, load_vae
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    source: str | Path = "tiny",
+    vae_path: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    vae_dtype: str | torch.dtype | None = None,
+    parts: Parts = "all",
+    progress: bool = True,
+    fast: bool = True,
+    compile: bool = False,
+    upstream_rounding: bool = False,
+) -> Pipeline:
+    """Load a checkpoint in the official layout.
+
+    source: "tiny" (the trained default inside this package), a folder, or a hub id such as
+    "deepseek-ai/JanusFlow-1.3B". vae_path: folder or hub id; by default the checkpoint's own `vae/`, else
+    stabilityai/sdxl-vae from the hub. device "auto": CUDA, then MPS, then the CPU. dtype "auto": bfloat16 on CUDA,
+    else float32. vae_dtype: the model's where that is possible. parts: "all", or "generation" or "understanding" to
+    load only what that task needs. progress: bars, where stderr is a terminal.
+    fast: on an NVIDIA GPU in bfloat16 use the kernels and CUDA graphs of `fast/`; False is the plain path. compile:
+    torch.compile what those leave over (UViT, SigLIP, VAE), a minute or more at the first use, then from torch's
+    cache on disk. upstream_rounding: round time, step, latents and rotary frequencies to the model's dtype as the
+    published code does; by default they stay in fp32, which is closer to the true flow.
+    Raises FileNotFoundError or ValueError, which name what is wrong.
+    """
+    if parts not in PARTS:
+        raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    if parts != "understanding":
+        usual = torch.float32 if dtype == torch.float16 else dtype  # float16 is no dtype for the VAE
+        vae_dtype = check_vae_dtype(usual if vae_dtype is None else pick_dtype(vae_dtype, device))
+    folder = resolve(source, progress)
+    check_config(folder)  # the commonest mistake first: not a JanusFlow checkpoint
+    # Before the weights, which take long.
+    vae_folder = None if parts == "understanding" else resolve_vae(folder, vae_path, progress)
+    model = load_model(folder, device, dtype, parts, progress)
+    model.llm.upstream_rounding = bool(upstream_rounding)
+    processor = Processor.from_folder(folder, model.config.llm.vocab_size)
+    check_processor_matches(folder, model.config, processor)
+    vae = None
+    if vae_folder is not None:
+        vae = load_vae(vae_folder, device, vae_dtype)
+        channels = model.config.latent_channels
+        if vae.latent_channels != channels:
+            raise ValueError(
+                f"the VAE in {vae_folder} has {vae.latent_channels} latent channels, the model {channels}"
+            )
+        if compile:
+            vae.compile_decoder()
+    return Pipeline(model, processor, vae, fast, compile)
+
+
+def save(
+    pipe: Pipeline, folder: str | Path, overwrite: bool = False, max_shard_size: int | None = None
+) -> Path:
+    """Write the pipeline in the official layout, VAE included, in its present dtypes; returns the folder.
+
+    The folder appears only when everything is written. FileExistsError where something is there already, unless
+    `overwrite`: then a checkpoint's files give way, and whatever else the folder holds stays. max_shard_size in
+    bytes splits the weights. ValueError for a pipeline that was loaded in parts, and for a model that is wrapped
+    (torch.compile, peft, accelerate), whose weights nobody could load.
+    """
+    with atomic_directory(
+        folder, overwrite, lambda name: name in FILES or is_checkpoint_entry(name)
+    ) as temporary:
+        save_model(pipe.model, temporary, max_shard_size)
+        for name, content in pipe.processor.files.items():
+            (temporary / name).write_bytes(content)
+        pipe.vae.autoencoder.save_pretrained(temporary / "vae")
+    return expand(folder)
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """ "auto": CUDA, then Apple's MPS, then the CPU. ValueError for a device that this machine lacks."""
+    if str(device) == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    if str(device).split(":")[0] == "meta":
+        raise ValueError('device "meta" holds no weights; to look at a checkpoint, use `janusflow-min info`')
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"device {str(device)!r} is not usable here: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto": bfloat16 on CUDA, else float32. Names as in torch, with or without "torch."."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return chosen

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: MIT
+"""Sampling from a loaded model: the guided velocity that a solver of `flow.py` integrates, and the token loop.
+
+A `Sampler` runs the LLM: `PlainSampler` here, the one to read, and `fast.sampler.GraphSampler`, the same numbers
+several times faster on a GPU. What is not about speed stands here once: which rows the LLM computes for a list of
+prompts (`plan_rows`), guidance, the choice of a token.
+
+Follows the reference's `demo/app_janusflow.py` and `inference.py`. A prompt's keys and values are computed once for
+every distinct prompt and stay in the cache over all steps, which causal attention makes exact.
+
+Legend: B images, R rows of the LLM's batch, P distinct prompts, T text tokens, N image tokens, C h w latent,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .flow import Velocity, classifier_free_guidance
+from .llama import mask_positions
+from .model import JanusFlow
+from .processor import Batch
+
+SampleFn = Callable[[Tensor], Tensor]  # fp32 logits (B, V) -> the next token's id of each row (B,)
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """Which prompts the LLM reads, and where each row of image tokens goes on."""
+
+    prompts: list[tuple[int, ...]]  # P distinct ones, token ids
+    source: list[int]  # (R,) which of them a row continues: the images' own, then the unconditional ones
+    position: list[int]  # (R,) of the row's first image token
+    images: int  # B; R is B, or 2B with guidance
+
+
+def plan_rows(prompts: Sequence[Sequence[int]], guided: bool) -> RowPlan:
+    """The rows for B images, one prompt (token ids without the generation tag) each.
+
+    As published, an unconditional row sees BOS alone and stands at the positions of its conditional twin.
+    """
+    bos_only = tuple(prompts[0][:1])
+    # BOS is read without guidance too: the LLM's batch, and so the last bit, does not depend on the weight.
+    distinct = [*dict.fromkeys(map(tuple, prompts)), bos_only]
+    source = [distinct.index(tuple(prompt)) for prompt in prompts]
+    position = [len(prompt) for prompt in prompts]
+    if guided:
+        source, position = source + [len(distinct) - 1] * len(prompts), position * 2
+    return RowPlan(distinct, source, position, len(prompts))
+
+
+class Sampler(Protocol):
+    """How a model is run. What a call returns is never changed by a later one."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it still runs the model's present weights."""
+
+    def prefill(self, plan: RowPlan) -> Velocity:
+        """Read the prompts; returns (z (B, C, h, w), timestep (B,)) -> velocity (R, C, h, w) in z's dtype."""
+
+    def generate_tokens(
+        self, batch: Batch, max_new_tokens: int, eos_id: int, sample_fn: SampleFn | None = None
+    ) -> list[list[int]]:
+        """Answer the processor's batch (on the CPU): ids of each row, the EOS that ended it included.
+
+        sample_fn None is greedy; else its logits are valid until it returns. FloatingPointError for logits that are
+        not finite.
+        """
+
+
+def guided_velocity(sampler: Sampler, prompts: Sequence[Sequence[int]], cfg_weight: float) -> Velocity:
+    """The velocity (z (B, C, h, w), timestep (B,)) -> (B, C, h, w) for B prompts, token ids without the generation
+    tag. A cfg_weight of 1 leaves the unconditional rows out."""
+    guided = cfg_weight != 1.0
+    rows_velocity = sampler.prefill(plan_rows(prompts, guided))
+
+    def velocity(z: Tensor, timestep: Tensor) -> Tensor:
+        v = rows_velocity(z, timestep)
+        return classifier_free_guidance(*v.chunk(2), cfg_weight) if guided else v
+
+    return velocity
+
+
+class PlainSampler:
+    """The modules as they are, on any device and in any dtype."""
+
+    is_current = True
+
+    def __init__(self, model: JanusFlow):
+        self.model = model
+
+    def prefill(self, plan: RowPlan) -> Velocity:
+        model, device = self.model, self.model.device
+        image_tokens = 1 + model.num_image_tokens  # t_emb in front
+        ids, mask = left_pad(plan.prompts, device)  # (P, T)
+        prompts = model.new_cache(*ids.shape)
+        model.llm(model.llm.embed_tokens(ids), mask_positions(mask), mask, prompts)
+        # One row of cache for every row of image tokens.
+        length, source = ids.shape[1], torch.tensor(plan.source, device=device)
+        cache = prompts.select(source, length + image_tokens)
+        seen = torch.cat([mask[source], mask.new_ones(len(source), image_tokens)], dim=1)  # (R, T + 1 + N)
+        attention_mask = None if bool(seen.all()) else seen
+        first = torch.tensor(plan.position, device=device)
+        positions = first[:, None] + torch.arange(image_tokens, device=device)  # (R, 1 + N)
+
+        def velocity(z: Tensor, timestep: Tensor) -> Tensor:
+            cache.length = length  # forget the image tokens of the last evaluation
+            v = model.velocity(
+                z, timestep, position_ids=positions, attention_mask=attention_mask, cache=cache
+            )
+            return v.to(z.dtype)
+
+        return velocity
+
+    def generate_tokens(
+        self, batch: Batch, max_new_tokens: int, eos_id: int, sample_fn: SampleFn | None = None
+    ) -> list[list[int]]:
+        model, device = self.model, self.model.device
+        embeds = model.prepare_inputs_embeds(
+            batch.input_ids.to(device),
+            batch.pixel_values.to(device),
+            batch.images_seq_mask.to(device),
+            batch.images_emb_mask.to(device),
+        )
+        mask = batch.attention_mask.to(device).bool()
+        rows, length = mask.shape
+        full = bool(mask.all())
+        mask = torch.cat([mask, mask.new_ones(rows, max_new_tokens)], dim=1)
+        positions = mask_positions(mask)  # (B, T + new)
+        cache = model.new_cache(rows, length + max_new_tokens)
+        ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        columns, start = [], 0
+        for end in range(length, length + max_new_tokens):
+            seen = None if full else mask[:, :end]
+            hidden = model.llm(embeds, positions[:, start:end], seen, cache)
+            logits = model.logits(hidden[:, -1])
+            if sample_fn is None:
+                best, ids = logits.max(-1)
+                check_logits(best)
+            else:
+                ids = sample_fn(logits)
+            ids = ids.masked_fill(ended, eos_id)  # a row that has ended is filled up with EOS
+            columns.append(ids)
+            ended = ended | (ids == eos_id)
+            if ended.all():
+                break
+            embeds, start = model.llm.embed_tokens(ids)[:, None], end
+        return cut_at_eos(torch.stack(columns, dim=1).tolist(), eos_id)
+
+
+def sample(
+    logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None
+) -> Tensor:
+    """fp32 logits (B, V) -> ids (B,): temperature, top-k, top-p and one draw; the best token at temperature 0.
+
+    Top-p as in transformers: in ascending order, tokens whose cumulative probability stays at or below 1 - p go;
+    the best always stays. The draw is over the whole vocabulary, on the CPU. FloatingPointError for logits that are
+    not finite.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    scores = logits / temperature
+    if 0 < top_k < scores.shape[-1]:
+        worst = scores.topk(top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < worst, float("-inf"))
+    if top_p < 1:
+        ascending, order = scores.sort()
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[:, -1] = False
+        scores = scores.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+    probabilities = scores.softmax(-1).cpu()
+    check_logits(probabilities.amax(-1))
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+
+
+def check_logits(best: Tensor) -> None:
+    """FloatingPointError unless the largest logit of each row is finite; NaN counts as the largest."""
+    if not torch.isfinite(best).all():
+        raise FloatingPointError(
+            "the model's logits are NaN or infinite, so there is no answer; float16 can overflow, bfloat16 and "
+            "float32 hardly ever do: check the weights or load with another dtype"
+        )
+
+
+def cut_at_eos(rows: list[list[int]], eos_id: int) -> list[list[int]]:
+    """Each row up to its first EOS, which stays."""
+    return [ids[: ids.index(eos_id) + 1] if eos_id in ids else ids for ids in rows]
+
+
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids of different lengths -> ids (P, T), padded with 0 on the left, and their mask (P, T)."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, mask
