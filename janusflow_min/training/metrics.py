@@ -26,7 +26,7 @@ class Report:
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in rows(folder / name) if row["step"] <= step]
             atomic_write(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
-        if config.report.tensorboard:
+        if config.report.tracker == "tensorboard":
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:

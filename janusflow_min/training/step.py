@@ -22,6 +22,7 @@ from .config import Config
 from .losses import AlignmentHead, JanusFlowLoss, Losses, MixedBatch, by_time
 from .optimizer import AdamW
 
+LLM_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BINS = 4  # of t, in the metrics
 UNIT = 2**28  # parameters that FSDP2 gathers at once, at least: 0.5 GiB in bf16
 KIND_PARTS = {  # field of a batch: what it alone makes use of
@@ -225,6 +226,6 @@ def add_lora(model: JanusFlow, config: Config) -> None:
         raise ImportError("lora.rank needs the package peft: pip install 'janusflow-min[train]'") from None
     lora = config.lora
     settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets) or LLM_LAYERS, lora_dropout=0.0
     )
     inject_adapter_in_model(settings, model.llm)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janusflow_min.training import config as training_config
 from janusflow_min.training.config import Config
+from janusflow_min.training.settings import read
 
 
 def talk(question: str, answer: str, *images: str) -> dict[str, Any]:
@@ -79,11 +79,11 @@ def settings_for(parity_dir, manifest) -> Callable[..., Config]:
             "optimizer": {"lr": 1e-3, "warmup": 2},
             "objective": {"alignment_layer": 2},
             "loader": {"workers": 0},
-            "report": {"every": 0, "tensorboard": False},
+            "report": {"every": 0, "tracker": "none"},
         }
         for key, value in changes.items():
             data[key] = data[key] | value if isinstance(data.get(key), dict) else value
-        return training_config.read(Config, data)
+        return read(Config, data)
 
     return make
 

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import typing
 from pathlib import Path
 
 import pytest
 
-from janusflow_min.training.config import COMPONENTS, Config, load_config, read
+from janusflow_min.training.config import COMPONENTS, Config, OptimizerConfig, SourceConfig, load_config
+from janusflow_min.training.settings import read, to_toml
 
 DATA = [{"kind": "generation", "manifest": "a.jsonl"}]
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
@@ -77,7 +81,7 @@ def test_defaults_are_the_papers():
         ({"optimizer": {"lrr": 1}}, ["unknown key optimizer.lrr"]),
         ({"steps": "many"}, ["steps", "whole number", "many"]),
         ({"steps": True}, ["steps", "whole number"]),
-        ({"steps": 0}, ["steps", "above 0"]),
+        ({"steps": 0}, ["steps", "from 1 to"]),
         ({"compile": 1}, ["compile", "true or false"]),
         ({"stage": "third"}, ["stage", "adaptation", "third"]),
         ({"optimizer": {"lr": "high"}}, ["optimizer.lr", "number"]),
@@ -100,6 +104,9 @@ def test_defaults_are_the_papers():
         ({"loader": {"on_bad_row": "ignore"}}, ["loader.on_bad_row", "skip, stop"]),
         ({"report": {"questions": ["a"], "images": ["b", "c"]}}, ["report.images"]),
         ({"objective": {"prompt_dropout": 1.5}}, ["objective.prompt_dropout", "from 0 to 1"]),
+        ({"steps": 3, "epochs": 2}, ["epochs", "left out"]),
+        ({"lora": {"rank": 4}, "stage": "adaptation"}, ["optimizer.lr_by_component.llm", "adaptation"]),
+        ({"report": {"keep_best": True}}, ["report.keep_best", "report.validation"]),
     ],
 )
 def test_errors_name_the_key(change, words):
@@ -126,6 +133,117 @@ def test_overrides(tmp_path):
         load_config(path)
     with pytest.raises(FileNotFoundError):
         load_config(tmp_path / "none.toml")
+
+
+NUMBERS = {  # every number of a configuration, with values that lie outside its limits
+    "seed": [-1],
+    "steps": [0, -5, 10**10],
+    "epochs": [0.0, -1.0],
+    "batch": [0, 10**8],
+    "micro_batch": [0],
+    "save_every": [0],
+    "keep": [0],
+    "objective.prompt_dropout": [-0.1, 1.5],
+    "objective.logit_mean": [math.inf],
+    "objective.logit_std": [0.0, -1.0],
+    "objective.alignment_layer": [0],
+    "objective.alignment_weight": [-1.0],
+    "objective.answer_weight": [-1.0],
+    "optimizer.lr": [0.0, -1.0, 10**400],
+    "optimizer.lr_by_component": [{"llm": -1.0}, {"llm": math.nan}],
+    "optimizer.betas": [[0.9, 1.0], [-0.1, 0.9], [0.9]],
+    "optimizer.eps": [0.0, -1e-8],
+    "optimizer.weight_decay": [-0.1],
+    "optimizer.max_grad_norm": [0.0],
+    "optimizer.warmup": [-1],
+    "optimizer.min_lr_ratio": [-0.1, 1.1],
+    "optimizer.ema_decay": [-0.1, 1.0],
+    "lora.rank": [-1, 10**6],
+    "lora.alpha": [0.0],
+    "lora.dropout": [-0.1, 1.0],
+    "loader.max_tokens": [0],
+    "loader.max_padding": [0.0],
+    "loader.workers": [-1, 10**6],
+    "report.log": [0],
+    "report.every": [-1],
+    "report.validation_rows": [0],
+    "report.num_inference_steps": [0, 10**7],
+    "report.cfg_weight": [math.nan],
+    "loader.timeout": [0],
+}
+
+
+def numbers(cls: type, where: str = "") -> set[str]:
+    """The keys of a configuration's tables that hold numbers."""
+    found = set()
+    for key, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found |= numbers(hint, f"{where}{key}.")
+        elif {int, float} & {hint, *typing.get_args(hint)}:
+            found.add(where + key)
+    return found
+
+
+def test_every_number_has_limits():
+    """Stops: a rate below zero that shows as an error of autograd, a standard deviation of 0, a batch of a billion."""
+    assert set(NUMBERS) >= numbers(Config)
+    for key, values in NUMBERS.items():
+        *table, last = key.split(".")
+        for value in values:
+            change = {table[0]: {last: value}} if table else {last: value}
+            with pytest.raises(ValueError, match=key):
+                read(Config, {"data": DATA} | change)
+    with pytest.raises(ValueError, match=r"optimizer\.eps must be above 0"):  # made in Python as well
+        Config(data=(SourceConfig("text", manifest="a"),), optimizer=OptimizerConfig(eps=0.0))
+
+
+def test_paths_count_from_the_file_that_names_them(tmp_path, monkeypatch):
+    """Stops: an output folder, alone of all paths, that counts from the caller's; a folder named ~; a data set's name
+    that becomes a path because the caller has a folder of that name."""
+    (tmp_path / "here" / "parquet").mkdir(parents=True)
+    (tmp_path / "file").mkdir()
+    path = tmp_path / "file" / "a.toml"
+    source = 'kind = "text"\ndataset = "parquet"\nfiles = ["b.parquet", "~/c.parquet"]\n'
+    path.write_bytes(
+        b"\xef\xbb\xbf" + f'output = "out"\n[[data]]\n{source}[loader]\ncache = "~/x"\n'.encode()
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = load_config(path, ["loader.crop=fixed"])
+    assert (config.output, config.loader.cache) == (
+        str(tmp_path / "file" / "out"),
+        str(tmp_path / "home" / "x"),
+    )
+    assert config.data[0].dataset == "parquet"
+    assert config.data[0].files == (
+        str(tmp_path / "file" / "b.parquet"),
+        str(tmp_path / "home" / "c.parquet"),
+    )
+    changed = load_config(path, ["loader.crop=fixed", "output=out", 'data.0.files=["d"]', "model=~/m"])
+    assert changed.output == str(tmp_path / "here" / "out") and changed.model == "~/m"
+    assert changed.data[0].files == (str(tmp_path / "here" / "d"),)
+
+
+def test_settings_are_written_as_they_are_read(tmp_path):
+    """Stops: a record of a run's settings that makes another run."""
+    odd = 'a "quoted" \\ line\nbreak, an ünïcode 猫 and a \x7f'
+    data = [
+        {"kind": "text", "manifest": "/b.jsonl", "columns": {"text": odd}},
+        {"kind": "text", "manifest": "/c"},
+    ]
+    report = {"prompts": [odd, ""], "questions": [odd]}
+    config = read(Config, {"data": data, "report": report, "optimizer": {"lr_by_component": {"llm": 1e-7}}})
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    written = load_config(path)
+    assert dataclasses.replace(written, output=config.output) == config
+
+
+def test_short_runs_warm_up_shortly():
+    """Stops: a run of 40 steps that ends before the stage's 1,000 steps of warm-up let it learn anything."""
+    made = {steps: read(Config, {"data": DATA, "steps": steps}).optimizer.warmup for steps in (1, 40, 26_000)}
+    assert made == {1: 0, 40: 8, 26_000: 1000}
+    assert read(Config, {"data": DATA, "steps": 40, "optimizer": {"warmup": 100}}).optimizer.warmup == 100
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)

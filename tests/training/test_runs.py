@@ -23,10 +23,11 @@ from torch.utils.data import get_worker_info
 import janusflow_min as jf
 from janusflow_min.training import checkpoints
 from janusflow_min.training.batch import SampleBuilder
-from janusflow_min.training.config import Config, OptimizerConfig, read
+from janusflow_min.training.config import Config, OptimizerConfig
 from janusflow_min.training.dataset import seeded_generator
 from janusflow_min.training.metrics import Report, rows
 from janusflow_min.training.optimizer import AdamW, rate_factor
+from janusflow_min.training.settings import read
 from janusflow_min.training.trainer import Trainer
 
 
@@ -124,7 +125,8 @@ CHILD = """
 import json, os, shutil, signal, sys, torch
 torch.set_num_threads(1)
 from janusflow_min.training import checkpoints
-from janusflow_min.training.config import Config, read
+from janusflow_min.training.config import Config
+from janusflow_min.training.settings import read
 from janusflow_min.training.metrics import Report
 from janusflow_min.training.trainer import Trainer
 
@@ -369,7 +371,7 @@ def test_reports(settings, undisturbed, manifest, monkeypatch):
         "validation": str(manifest),
         "validation_rows": 20,
         "num_inference_steps": 2,
-        "tensorboard": False,
+        "tracker": "none",
     }
     config = settings(report=report)
     train(config)
@@ -472,7 +474,8 @@ def test_schedules(settings):
 LAUNCH = """
 import json, sys, torch
 torch.set_num_threads(1)
-from janusflow_min.training.config import Config, read
+from janusflow_min.training.config import Config
+from janusflow_min.training.settings import read
 from janusflow_min.training.trainer import Trainer
 Trainer(read(Config, json.load(open(sys.argv[1]))), progress=False).run()
 """

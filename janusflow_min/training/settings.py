@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MIT
+"""Settings as frozen dataclasses: read strictly from plain data or TOML, checked against their annotations, written.
+
+An annotation is a type and, in `Annotated`, the limits of a number or the mark of a path. Every error names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+LIMITS = {  # what a number must be, in the words of the error
+    "above 0": lambda x: x > 0,
+    "0 or above": lambda x: x >= 0,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "0 or above and below 1": lambda x: 0 <= x < 1,
+    "from 1 to 1,000,000,000": lambda x: 1 <= x <= 10**9,
+    "from 1 to 100,000": lambda x: 1 <= x <= 10**5,
+    "from 0 to 1,000": lambda x: 0 <= x <= 1000,
+}
+Positive = Annotated[float, "above 0"]
+NotNegative = Annotated[float, "0 or above"]
+Share = Annotated[float, "from 0 to 1"]
+BelowOne = Annotated[float, "0 or above and below 1"]
+Steps = Annotated[int, "from 1 to 1,000,000,000"]
+Interval = Annotated[int, "0 or above"]  # in steps; 0: never
+Count = Annotated[int, "from 1 to 100,000"]
+Processes = Rank = Annotated[int, "from 0 to 1,000"]
+PathText = Annotated[str, "path"]  # relative ones count from the file that names them
+PathOrName = Annotated[str, "path or name"]  # a path where there is something, else a hub id or another name
+
+
+def to_toml(config: Any) -> str:
+    """The settings as TOML, which `load_config` reads back; None is left out."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, str):
+            escaped = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
+            return f'"{"".join(escaped)}"'
+        if isinstance(value, dict):
+            return "{ " + ", ".join(f"{text(key)} = {text(v)}" for key, v in value.items()) + " }"
+        return f"[{', '.join(map(text, value))}]" if isinstance(value, list | tuple) else repr(value)
+
+    def lines(title: str, table: Any) -> list[str]:
+        pairs = ((f.name, getattr(table, f.name)) for f in dataclasses.fields(table))
+        plain = [f"{k} = {text(v)}" for k, v in pairs if v is not None and not _has_tables(v)]
+        return [title, *plain, ""]
+
+    found = lines("# every setting of this run", config)
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            found += lines(f"[{f.name}]", value)
+        elif _has_tables(value):
+            found += [line for table in value for line in lines(f"[[{f.name}]]", table)]
+    return "\n".join(found)
+
+
+def _has_tables(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) or (isinstance(value, tuple) and any(map(_has_tables, value)))
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def load_toml(cls: type, path: Path, overrides: Sequence[str], defaults: Mapping[str, Any]) -> Any:
+    """A dataclass from a TOML file and overrides KEY=VALUE. Paths count from the file, in overrides from here."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}")
+    try:
+        data = parse_toml(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    data = anchored(cls, {**defaults, **data}, path.parent)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes KEY=VALUE, got {text!r}")
+        _put(cls, data, key.strip(), value.strip())
+    try:
+        return read(cls, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _put(kind: Any, data: dict[str, Any], key: str, text: str) -> None:
+    try:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        value = text  # a bare word is a string
+    table: Any = data
+    *way, last = key.split(".")
+    for part in way:
+        try:
+            table = table[int(part)] if isinstance(table, list) else table.setdefault(part, {})
+        except (ValueError, IndexError, AttributeError):
+            raise ValueError(f"--set {key}: there is no {part!r}") from None
+        kind = _inside(kind, part)
+    if not isinstance(table, dict):
+        raise ValueError(f"--set {key}: {'.'.join(way)} has no keys")
+    table[last] = anchored(_inside(kind, last), value, Path())
+
+
+def _inside(kind: Any, key: str) -> Any:
+    """The type behind a key of a dataclass, or of what a tuple holds."""
+    if dataclasses.is_dataclass(kind):
+        return typing.get_type_hints(kind, include_extras=True).get(key)
+    return next(iter(typing.get_args(kind)), None)
+
+
+def anchored(kind: Any, value: Any, folder: Path) -> Any:
+    """Plain data of a type with its paths made absolute: relative ones count from `folder`, `~` is the home folder."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        others = kind.not_paths(value, folder) if hasattr(kind, "not_paths") else ()
+        return {k: v if k in others else anchored(_inside(kind, k), v, folder) for k, v in value.items()}
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return [anchored(_inside(kind, ""), item, folder) for item in value]
+    if kind in (PathText, PathOrName) and isinstance(value, str) and value and "://" not in value:
+        path = folder / Path(value).expanduser()
+        if kind == PathText or path.exists():
+            return str(path.resolve())
+    return value
+
+
+def read(cls: type, data: Any, where: str = "") -> Any:
+    """A dataclass from plain data, strictly. ValueError names the key and what would be right."""
+    require(isinstance(data, Mapping), where or "the configuration", "a table", data)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    dot = f"{where}." if where else ""
+    for key in data:
+        if key not in hints:
+            raise ValueError(f"unknown key {dot}{key}; the keys there are {', '.join(hints)}")
+    for f in dataclasses.fields(cls):
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in data:
+            raise ValueError(f"{dot}{f.name} is missing")
+    return cls(**{key: checked(hints[key], value, f"{dot}{key}") for key, value in data.items()})
+
+
+def checked(kind: Any, value: Any, where: str) -> Any:
+    """The value as its annotated type has it, checked. ValueError names the key."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, kind):
+            return read(kind, value, where)
+        hints = typing.get_type_hints(
+            kind, include_extras=True
+        )  # made in Python: its values are checked here
+        for key, hint in hints.items():
+            checked(hint, getattr(value, key), f"{where}.{key}" if where else key)
+        return value
+    if origin in (Union, types.UnionType):  # X | None; TOML has no null, but `to_dict` has
+        return None if value is None else checked(inner[0], value, where)
+    if origin is Annotated:
+        value, limit = checked(inner[0], value, where), inner[1]
+        require(limit not in LIMITS or LIMITS[limit](value), where, limit, value)
+        return value
+    if origin is Literal:
+        require(value in inner and isinstance(value, str), where, f"one of {', '.join(inner)}", value)
+        return value
+    if origin is tuple:
+        require(isinstance(value, list | tuple), where, "a list", value)
+        return tuple(checked(inner[0], item, f"{where}.{i}") for i, item in enumerate(value))
+    if origin is dict:
+        require(isinstance(value, Mapping), where, "a table", value)
+        return {key: checked(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 2**1000 else math.inf
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    good = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    require(good and (kind is not float or math.isfinite(value)), where, names[kind], value)
+    return value
+
+
+def require(good: bool, key: str, wanted: str, got: Any) -> None:
+    if not good:
+        raise ValueError(f"{key} must be {wanted}, got {got!r:.120}")
