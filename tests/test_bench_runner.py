@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import janusflow_min as jf
@@ -164,7 +166,8 @@ def test_holes_are_filled_with_the_same_pictures_and_the_rest_is_left_alone(
     (folder.images / "00002/samples/00001.png").unlink()
     (folder.images / "00006/metadata.jsonl").unlink()
     kept = folder.images / "00000/samples/00000.png"
-    kept.write_bytes(b"mine")
+    Image.new("RGB", (3, 3)).save(kept)
+    mine = kept.read_bytes()
     painted = []
     generate = jf.Pipeline.generate
 
@@ -175,7 +178,7 @@ def test_holes_are_filled_with_the_same_pictures_and_the_rest_is_left_alone(
     monkeypatch.setattr(jf.Pipeline, "generate", spy)
     runner.paint(pipe, folder, items, 2, settings, World())
     assert painted == [2, 1]  # the two blocks with holes, whole
-    assert kept.read_bytes() == b"mine"
+    assert kept.read_bytes() == mine
     assert tree(tmp_path) | {"images/00000/samples/00000.png": b""} == whole | {
         "images/00000/samples/00000.png": b""
     }
@@ -184,6 +187,59 @@ def test_holes_are_filled_with_the_same_pictures_and_the_rest_is_left_alone(
         raise AssertionError("nothing is missing, so nothing is loaded")
 
     assert runner.paint(fail, folder, items, 2, settings, World()).complete
+
+
+def test_broken_images_are_missing_ones(tmp_path, pipe, items, settings):
+    """Stops: an empty or a cut image, of a full disk for instance, that counts as generated for ever."""
+    folder = RunFolder(tmp_path)
+    runner.paint(pipe, folder, items, 2, settings, World())
+    whole = tree(folder.images)
+    for i, cut in enumerate((0, 1, 7, 8, 11, 19, 60, -1)):
+        path = folder.images / f"{i // 2:05d}/samples/{i % 2:05d}.png"
+        path.write_bytes(path.read_bytes()[:cut])
+    (folder.images / "00006/samples/00001.png").write_bytes(b"<html>no image</html>")
+    (folder.images / "00005/metadata.jsonl").write_text("")
+    found = runner.coverage(items, folder.images)
+    assert (found.present, found.expected) == (5, 14)
+    assert runner.paint(pipe, folder, items, 2, settings, World()).complete
+    assert tree(folder.images) == whole
+    other = tmp_path / "another.png"
+    Image.new("RGB", (4, 4)).save(other, "JPEG")  # of other people's tools; readable all the same
+    assert runner.is_whole(other) and not runner.is_whole(tmp_path) and not runner.is_whole(tmp_path / "none")
+
+
+def test_the_number_of_threads_changes_no_byte(tmp_path, data):
+    """Stops: torchrun, which sets one thread, painting other images than one process that takes them all; and a
+    caller whose own number is changed."""
+    before = torch.get_num_threads()
+    settings = Settings(device="cpu", num_inference_steps=4, progress=False)
+    items = [
+        Item(i, f"a photo of {text}", (f"{i}.png",)) for i, text in enumerate(("a red star", "two rings"))
+    ]
+    images = {}
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            runner.run("x", items, {}, tmp_path / str(threads), 1, settings)
+            assert torch.get_num_threads() == threads
+            images[threads] = tree(tmp_path / str(threads) / "images")
+        with pytest.raises(RuntimeError), runner.cpu_threads(3):
+            assert torch.get_num_threads() == 3
+            raise RuntimeError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert images[1] == images[2]
+    with pytest.raises(ValueError, match=r"settings\.threads: 1 there, 2 now"):
+        runner.run("x", items, {}, tmp_path / "1", 1, replace(settings, threads=2))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_inference_steps", "threads", "limit"])
+def test_numbers_are_checked_before_anything_is_made(tmp_path, items, settings, name):
+    """Stops: a division by zero, or a run of nothing, once the weights are loaded."""
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        runner.run("x", items, {}, tmp_path / "run", 2, replace(settings, **{name: 0}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_dies_leaves_whole_files(tmp_path, pipe, items, settings, monkeypatch):
@@ -227,8 +283,6 @@ def test_no_temporary_file_ever_lies_among_the_images(tmp_path, pipe, items, set
 
 
 def test_a_limit_paints_the_first_prompts_as_the_whole_run_would(tmp_path, pipe, items, settings):
-    from dataclasses import replace
-
     part, one = RunFolder(tmp_path / "part"), RunFolder(tmp_path / "one")
     found = runner.paint(pipe, part, items, 2, replace(settings, limit=3), World())
     assert (found.present, found.expected) == (6, 14)

@@ -8,9 +8,12 @@ whole. `manifest.json` says what was painted and how; a rerun with anything else
 Seeds come from an item's place in the benchmark's own order (`image_seed`), never from the order of painting. Items
 are painted in blocks, cut once from the whole list: floating-point sums depend on a batch's shape and on the longest
 prompt in it, so a block is always painted with the same neighbours, whichever rank has it and however many of its
-files are there already. Rank r of w has blocks r, r + w, r + 2 w, …; ranks share a folder and need no other contact,
-so that one that dies leaves the others' files usable and a rerun fills its holes. `torchrun` sets the ranks, on one
-machine or on many with a shared folder; RANK and WORLD_SIZE in the environment do as well.
+files are there already. On a CPU the number of threads counts too, so a run has its own number (`cpu_threads`),
+whatever torchrun or the machine says.
+
+Rank r of w has blocks r, r + w, r + 2 w, …; ranks share a folder and need no other contact, so one that dies leaves
+the others' files usable and a rerun fills its holes. `torchrun` sets the ranks, on one machine or on many with a
+shared folder; RANK and WORLD_SIZE in the environment do as well.
 """
 
 from __future__ import annotations
@@ -72,6 +75,7 @@ class Settings:
     upstream_rounding: bool = False
     fast: bool = True  # as `load` takes it, like the next
     compile: bool = False
+    threads: int = 1  # of a process, on a CPU
     limit: int | None = None  # only the first items; a later run without it goes on
     progress: bool = True
 
@@ -219,7 +223,42 @@ def paint_settings(settings: Settings) -> dict[str, Any]:
         "vae_dtype": usual if settings.vae_dtype is None else _name(pick_dtype(settings.vae_dtype, device)),
         "fast": settings.fast,
         "compile": settings.compile,
+        "threads": settings.threads if device.type == "cpu" else None,
     }
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Within the block torch computes with so many threads: their number decides how sums are cut, so last bits."""
+    import torch
+
+    if count < 1:
+        raise ValueError(f"threads must be at least 1, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and not empty; an image must not be cut off either: a PNG ends with its IEND chunk."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        start = f.read(8)
+        if start == b"\x89PNG\r\n\x1a\n":
+            f.seek(max(0, path.stat().st_size - 12))
+            return f.read() == b"\0\0\0\0IEND\xaeB`\x82"
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        return start != b""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception:  # whatever Pillow raises for broken bytes: struct.error, SyntaxError, OSError, …
+        return False
+    return True
 
 
 def write_manifest(
@@ -286,7 +325,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a benchmark is there."""
+    """How much of a benchmark is there. An empty or a cut image counts as missing."""
 
     expected: int
     present: int
@@ -306,7 +345,7 @@ class Coverage:
 def coverage(items: Sequence[Item], images: Path) -> Coverage:
     """Of image files in the folder that scorers list."""
     names = [name for item in items for name in item.files]
-    missing = tuple(name for name in names if not (images / name).is_file())
+    missing = tuple(name for name in names if not is_whole(images / name))
     return Coverage(len(names), len(names) - len(missing), missing)
 
 
@@ -368,7 +407,7 @@ def paint(
             item.index
             for place, item in block
             if place < wanted
-            and not all((folder.images / name).is_file() for name in [*item.files, *item.texts])
+            and not all(is_whole(folder.images / name) for name in [*item.files, *item.texts])
         ]
         if lacking:
             todo.append(([item for _, item in block], set(lacking)))
@@ -417,12 +456,12 @@ def paint(
 
 
 def _write(folder: RunFolder, item: Item, images: Sequence[Image.Image], compose: Callable | None) -> None:
-    """An item's files, those that are there already left alone."""
+    """An item's files, those that are there whole already left alone."""
     for name, text in item.texts.items():
-        if not (folder.images / name).is_file():
+        if not is_whole(folder.images / name):
             folder.write_text(folder.images / name, text)
     for name, image in zip(item.files, images if compose is None else compose(images), strict=True):
-        if not (folder.images / name).is_file():
+        if not is_whole(folder.images / name):
             folder.write_image(folder.images / name, image)
 
 
@@ -438,15 +477,22 @@ def run(
 ) -> Coverage:
     """A benchmark's generation stage: manifest, then `paint`. choices: the benchmark's own settings."""
     world = World.from_environment()
-    for name in ("batch_size", "num_inference_steps"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    check_settings(settings)
     folder = RunFolder(out)
     own = {"images_per_prompt": images_per_prompt, "items": len(items)} | dict(choices or {})
     write_manifest(folder, benchmark, inputs, paint_settings(settings) | own, checkpoint_identity(settings))
-    return paint(
-        lambda: load_pipe(settings, world), folder, items, images_per_prompt, settings, world, compose
-    )
+    with cpu_threads(settings.threads):
+        return paint(
+            lambda: load_pipe(settings, world), folder, items, images_per_prompt, settings, world, compose
+        )
+
+
+def check_settings(settings: Settings) -> None:
+    """ValueError for what would fail only once the model is loaded."""
+    for name in ("batch_size", "num_inference_steps", "threads", "limit"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _name(dtype: Any) -> str:

@@ -33,6 +33,9 @@ SETTINGS = (  # of Settings, for every benchmark; `seed` and the like keep their
     Option("--upstream-rounding", "round as the published code does", DEFAULTS.upstream_rounding, bool),
     Option("--fast", "kernels and CUDA graphs where the GPU has them", DEFAULTS.fast, bool),
     Option("--compile", "torch.compile for what those leave over", DEFAULTS.compile, bool),
+    Option(
+        "--threads", "CPU threads of a process; part of what decides the last bits", DEFAULTS.threads, int
+    ),
     Option("--limit", "only the first prompts; a run without it goes on", DEFAULTS.limit, int),
 )
 EXAMPLES = """examples:

@@ -24,7 +24,10 @@ from ..runner import (
     Settings,
     World,
     blocks,
+    check_settings,
     checkpoint_identity,
+    cpu_threads,
+    is_whole,
     load_pipe,
     paint,
     paint_settings,
@@ -60,6 +63,7 @@ def read(cases: int = 100, draw_seed: int = 0) -> tuple[list[tuple[str, str]], l
 def generate(settings: Settings, out: str | Path, cases: int = 100, draw_seed: int = 0) -> Coverage:
     """Paint `out`/images/NNNNN.png and answer into `out`/answers/NNNNN.json, a block of questions each."""
     world, folder = World.from_environment(), RunFolder(out)
+    check_settings(settings)
     prompts, questions = read(cases, draw_seed)
     asked = json.dumps([prompts, [(qa.kind, qa.question, qa.answer) for qa, _ in questions]])
     write_manifest(
@@ -77,7 +81,13 @@ def generate(settings: Settings, out: str | Path, cases: int = 100, draw_seed: i
             pipes.append(load_pipe(settings, world, "all"))
         return pipes[0]
 
-    found = paint(pipe, folder, items, 1, settings, world)
+    with cpu_threads(settings.threads):
+        found = paint(pipe, folder, items, 1, settings, world)
+        _answer(pipe, folder, questions, settings, world)
+    return found
+
+
+def _answer(pipe, folder: RunFolder, questions: list, settings: Settings, world: World) -> None:
     share = shard(list(enumerate(blocks(questions, 1, settings.batch_size))), world.rank, world.size)
     hidden = not settings.progress or world.local_rank != 0
     for i, block in tqdm(share, desc="Answering", unit="batch", disable=hidden):
@@ -88,7 +98,6 @@ def generate(settings: Settings, out: str | Path, cases: int = 100, draw_seed: i
             [qa.question for qa, _ in block], [picture for _, picture in block], max_new_tokens=ANSWER_TOKENS
         )
         folder.write_json(path, [answer.text for answer in answers])
-    return found
 
 
 def score(
@@ -109,7 +118,7 @@ def score(
     painted, answered = [], []
     for i, (family, prompt) in enumerate(tqdm(prompts, desc="Judging", disable=not progress)):
         path = folder.images / f"{i:05d}.png"
-        if path.is_file():
+        if is_whole(path):
             with Image.open(path) as picture:
                 right, reason = reader.check(picture.convert("RGB"), prompt)
             painted.append(evaluate.Case(family, prompt, right, reason))

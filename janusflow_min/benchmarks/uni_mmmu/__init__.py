@@ -79,15 +79,22 @@ def generate(
     prompts: str | Path | None = None,
 ) -> Coverage:
     """Answer and paint what is missing into `out`/TASK/CASE/; `settings.limit` counts for each task."""
-    from ..runner import checkpoint_identity, load_pipe, paint_settings, write_manifest
+    from ..runner import (
+        check_settings,
+        checkpoint_identity,
+        cpu_threads,
+        load_pipe,
+        paint_settings,
+        write_manifest,
+    )
     from .generation import MODES, SEED_RULE, is_done, run_tasks, write_summaries
     from .prompts import PROMPTS, override, prompts_hash
 
     if uni_mode not in MODES:
         raise ValueError(f"uni_mode must be one of {', '.join(MODES)}, got {uni_mode!r}")
-    for name, value in (("batch_size", settings.batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_settings(settings)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     folder, world = RunFolder(out), World.from_environment()
     texts = override(PROMPTS, prompts)
     cases = _cases(data, tasks, uni_mode)
@@ -105,16 +112,17 @@ def generate(
         checkpoint_identity(settings),
         seed_rule=SEED_RULE,
     )
-    run_tasks(
-        lambda: load_pipe(settings, world, "all"),
-        folder,
-        cases,
-        uni_mode,
-        texts,
-        settings,
-        max_new_tokens,
-        world,
-    )
+    with cpu_threads(settings.threads):
+        run_tasks(
+            lambda: load_pipe(settings, world, "all"),
+            folder,
+            cases,
+            uni_mode,
+            texts,
+            settings,
+            max_new_tokens,
+            world,
+        )
     write_summaries(folder, cases)
     usable = [case for of_task in cases.values() for case in of_task if case.usable]
     missing = tuple(case.folder for case in usable if not is_done(folder, case))

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..runner import RunFolder, Settings, World, blocks, read_json, shard
+from ..runner import RunFolder, Settings, World, blocks, is_whole, read_json, shard
 from .prompts import fill
 from .readers import TASKS, Case
 
@@ -307,7 +307,7 @@ def is_done(folder: RunFolder, case: Case) -> bool:
     if not (here / "_done.ok").is_file() or not (here / "result.json").is_file():
         return False
     record = read_json(here / "result.json")
-    return all((here / name).is_file() for name in record.get("files", ()))
+    return all(is_whole(here / name) for name in record.get("files", ()))
 
 
 def write_case(folder: RunFolder, run: Run, mode: str) -> None:
