@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoint import INDEX, WEIGHTS, check_config, index_files
+from .checkpoint import read_config, read_index
 from .files import expand
-from .processor import FILES
-from .vae import FILES as VAE_FILES
+from .official import CONFIG, INDEX, PROCESSOR_FILES, VAE_FILES, WEIGHTS
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 SDXL_VAE = "stabilityai/sdxl-vae"
@@ -29,10 +28,10 @@ def resolve(source: str | Path, progress: bool = True) -> Path:
         return TINY
     if (folder := _local("source", source)) is not None:
         return folder
-    small = ["config.json", INDEX, *FILES]
+    small = [CONFIG, INDEX, *PROCESSOR_FILES]
     folder = _download("source", str(source), small, progress)
-    check_config(folder)
-    weights = index_files(folder) if (folder / INDEX).is_file() else [WEIGHTS]
+    read_config(folder)
+    weights = sorted(set(read_index(folder).values())) if (folder / INDEX).is_file() else [WEIGHTS]
     return _download("source", str(source), [*weights, *(f"vae/{name}" for name in VAE_FILES)], progress)
 
 
@@ -46,7 +45,7 @@ def resolve_vae(folder: Path, vae_path: str | Path | None = None, progress: bool
     if found is None:
         names = [*VAE_FILES, *(f"vae/{name}" for name in VAE_FILES)]
         found = _download("vae_path", str(source), names, progress)
-    return found / "vae" if (found / "vae" / "config.json").is_file() else found
+    return found / "vae" if (found / "vae" / CONFIG).is_file() else found
 
 
 def _local(name: str, source: str | Path) -> Path | None:
@@ -54,10 +53,11 @@ def _local(name: str, source: str | Path) -> Path | None:
     path, text = expand(source), str(source)
     if path.is_dir():
         return path
-    if path.is_file():
-        raise FileNotFoundError(f"{name} {text!r} is a file; give the folder that holds it")
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.exists():
-        raise FileNotFoundError(f"{name} {text!r} is neither a folder nor a hub id of the form owner/name")
+        hint = "; it is a file: give the folder that holds it" if path.is_file() else ""
+        raise FileNotFoundError(
+            f"{name} {text!r} is neither a folder nor a hub id of the form owner/name{hint}"
+        )
     return None
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import check_config, is_checkpoint_entry, load_model, save_model
+from .checkpoint import load_model, read_config, save_model
 from .files import atomic_directory, expand
 from .hub import resolve, resolve_vae
 from .model import PARTS, Parts
+from .official import is_checkpoint_entry
 from .pipeline import Pipeline
-from .processor import FILES, Processor, check_processor_matches
-from .vae import check_vae_dtype, load_vae
+from .processor import Processor, check_processor_matches
+from .vae import check_vae_dtype, load_vae, save_vae
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,23 +52,16 @@ def load(
         usual = torch.float32 if dtype == torch.float16 else dtype  # float16 is no dtype for the VAE
         vae_dtype = check_vae_dtype(usual if vae_dtype is None else pick_dtype(vae_dtype, device))
     folder = resolve(source, progress)
-    check_config(folder)  # the commonest mistake first: not a JanusFlow checkpoint
-    # Before the weights, which take long.
-    vae_folder = None if parts == "understanding" else resolve_vae(folder, vae_path, progress)
-    model = load_model(folder, device, dtype, parts, progress)
-    model.llm.upstream_rounding = bool(upstream_rounding)
-    processor = Processor.from_folder(folder, model.config.llm.vocab_size)
-    check_processor_matches(folder, model.config, processor)
+    config = read_config(folder)  # the commonest mistake first: not a JanusFlow checkpoint
+    processor = Processor.from_folder(folder, config.llm.vocab_size)
+    check_processor_matches(folder, config, processor)
     vae = None
-    if vae_folder is not None:
-        vae = load_vae(vae_folder, device, vae_dtype)
-        channels = model.config.latent_channels
-        if vae.latent_channels != channels:
-            raise ValueError(
-                f"the VAE in {vae_folder} has {vae.latent_channels} latent channels, the model {channels}"
-            )
+    if parts != "understanding":  # before the weights, which take long
+        vae = load_vae(resolve_vae(folder, vae_path, progress), device, vae_dtype, config.latent_channels)
         if compile:
             vae.compile_decoder()
+    model = load_model(folder, device, dtype, parts, progress)
+    model.llm.upstream_rounding = bool(upstream_rounding)
     return Pipeline(model, processor, vae, fast, compile)
 
 
@@ -81,13 +75,12 @@ def save(
     bytes splits the weights. ValueError for a pipeline that was loaded in parts, and for a model that is wrapped
     (torch.compile, peft, accelerate), whose weights nobody could load.
     """
-    with atomic_directory(
-        folder, overwrite, lambda name: name in FILES or is_checkpoint_entry(name)
-    ) as temporary:
+    with atomic_directory(folder, overwrite, is_checkpoint_entry) as temporary:
+        if pipe.vae is not None:
+            save_vae(pipe.vae, temporary / "vae")
         save_model(pipe.model, temporary, max_shard_size)
         for name, content in pipe.processor.files.items():
             (temporary / name).write_bytes(content)
-        pipe.vae.autoencoder.save_pretrained(temporary / "vae")
     return expand(folder)
 
 

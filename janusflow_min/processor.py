@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .config import JanusFlowConfig
 from .files import read_json
+from .official import PROCESSOR_FILES
 from .pixels import ImageSource, check_image_source, open_image
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -45,8 +46,6 @@ SYSTEM_PROMPT = (
 )
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # the reference's defaults; the folder's own values win
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-FILES += ("processor_config.json", "preprocessor_config.json")
 
 
 def _check(good: bool, key: str, wanted: str, value: Any) -> None:
@@ -259,7 +258,7 @@ class Processor:
         tags = {key: config.get(key, tag) for key, tag in TAGS.items()}
         _check(all(isinstance(tag, str) and tag for tag in tags.values()), f"{path}: tags", "strings", tags)
         tokenizer, image_processor = Tokenizer(folder, vocab_size, tags), ImageProcessor.from_folder(folder)
-        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        files = {name: (folder / name).read_bytes() for name in PROCESSOR_FILES if (folder / name).is_file()}
         return cls(tokenizer, image_processor, count, files)
 
     def template(self, messages: Sequence[Mapping[str, Any]], system_prompt: str = SYSTEM_PROMPT) -> str:

@@ -1,22 +1,42 @@
 # SPDX-License-Identifier: MIT
-"""The picture's latent space: diffusers' AutoencoderKL (SDXL's VAE officially), frozen. The only import of
-diffusers, made when a VAE is first loaded.
+"""The image's latent space: diffusers' AutoencoderKL (SDXL's VAE officially), frozen.
+
+The only import of diffusers, made when a VAE is first loaded; its weights are read here, as strictly as the model's.
 
 Legend: B batch, C h w latent, H W pixels.
 """
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .files import read_json
+from .checkpoint import (
+    Stored,
+    build_on_meta,
+    check_counts,
+    check_keys,
+    check_state,
+    read_header,
+    read_tensors,
+)
+from .checks import number, whole
+from .diagnose import explain_folder
+from .files import printable, read_json, set_default_mode
+from .official import VAE_FILES
 
-FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+CONFIG, WEIGHTS = VAE_FILES
+OLD_NAMES = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # diffusers before 0.15
+NOT_COMPUTED = ("shift_factor", "latents_mean", "latents_std")  # of other models' latents
 
 
 class VAE(nn.Module):
@@ -28,7 +48,6 @@ class VAE(nn.Module):
         self.scaling_factor = float(autoencoder.config.scaling_factor)
         self.latent_channels = int(autoencoder.config.latent_channels)
         self._decode = self.autoencoder.decode
-        self.downscale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,73 +72,99 @@ class VAE(nn.Module):
         posterior = self.autoencoder.encode(pixels.to(self.dtype)).latent_dist
         z = posterior.mean
         if generator is not None:
-            noise = torch.randn(z.shape, generator=generator).to(z)
+            noise = torch.randn(z.shape, generator=generator, dtype=torch.float32, device="cpu").to(z)
             z = z + posterior.std * noise
         return z * self.scaling_factor
 
 
 def check_vae_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in (torch.float32, torch.bfloat16):
-        reason = ": SDXL's VAE overflows in it, and pictures turn black" if dtype == torch.float16 else ""
+        reason = ": SDXL's VAE overflows in it, and images turn black" if dtype == torch.float16 else ""
         raise ValueError(
             f"the VAE runs in bfloat16 or float32, not {str(dtype).removeprefix('torch.')}{reason}"
         )
     return dtype
 
 
-def load_vae(folder: str | Path, device: torch.device, dtype: torch.dtype) -> VAE:
+def load_vae(
+    folder: str | Path, device: torch.device | str, dtype: torch.dtype, latent_channels: int | None = None
+) -> VAE:
     """From a folder in diffusers' layout (config.json, diffusion_pytorch_model.safetensors), or one that holds it
-    as `vae/`. Strict: missing, unexpected or mis-shaped weights raise ValueError."""
+    as `vae/`. latent_channels: the model's, where it is known. Strict: see `build_vae`."""
     check_vae_dtype(dtype)
+    autoencoder, stored = build_vae(folder, latent_channels)
+    tensors = dict(read_tensors({name: stored[name] for name in autoencoder.state_dict()}, device, dtype))
+    autoencoder.load_state_dict(tensors, strict=True, assign=True)
+    return VAE(autoencoder)
+
+
+def save_vae(vae: VAE, folder: str | Path) -> None:
+    """Write the folder in diffusers' layout. ValueError for a wrapped or offloaded one, before anything is written."""
+    from diffusers import AutoencoderKL
+
+    config = dict(vae.autoencoder.config)
+    known = {
+        key: value for key, value in config.items() if key in inspect.signature(AutoencoderKL).parameters
+    }
+    check_state("the VAE", vae.autoencoder, lambda: AutoencoderKL(**known))
+    vae.autoencoder.save_pretrained(folder)
+    set_default_mode(Path(folder))
+
+
+def build_vae(folder: str | Path, latent_channels: int | None = None) -> tuple[nn.Module, dict[str, Stored]]:
+    """AutoencoderKL on the meta device, and where its weights lie; only JSON and headers are read.
+
+    Raises FileNotFoundError for missing files; ValueError for broken ones, for weights that do not fit, and for
+    settings that are not computed here.
+    """
     folder = Path(folder)
-    if (folder / "vae" / "config.json").is_file():
+    if (folder / "vae" / CONFIG).is_file():
         folder = folder / "vae"
     if not folder.is_dir():
         raise FileNotFoundError(f"no VAE at {folder}; vae_path takes a folder with diffusers' AutoencoderKL")
-    kind = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
+    path = folder / CONFIG
+    config = read_json(path)
+    kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
-        raise ValueError(f"{folder / 'config.json'} describes a {kind}; an AutoencoderKL is needed")
-    if not any(folder.glob("diffusion_pytorch_model*")):
-        raise FileNotFoundError(f"{folder} has no diffusion_pytorch_model.safetensors")
+        raise ValueError(f"{path} describes a {printable(str(kind)):.80}; an AutoencoderKL is needed")
+    channels = config.get("latent_channels", 4)
+    if latent_channels not in (None, channels):
+        raise ValueError(
+            f"the VAE in {folder} has {channels!r:.80} latent channels, the model {latent_channels}"
+        )
+    for key in NOT_COMPUTED:
+        if config.get(key):
+            raise ValueError(f"{path}: {key} = {config[key]!r:.80} is not supported, only null")
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}{explain_folder(folder, WEIGHTS)}")
+    stored = {_today(name): entry for name, entry in read_header(folder / WEIGHTS).items()}
+    autoencoder = _build(path, config, stored)
+    check_keys(folder, stored, {name: tensor.shape for name, tensor in autoencoder.state_dict().items()})
+    return autoencoder, stored
+
+
+def _build(path: Path, config: dict[str, Any], stored: dict[str, Stored]) -> nn.Module:
     from diffusers import AutoencoderKL
-    from diffusers.utils import logging
 
-    if (autoencoder := _build(AutoencoderKL, folder, device, dtype)) is not None:
-        return VAE(autoencoder)
-    try:
-        options = dict(torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False)
-        with _quiet(logging):
-            autoencoder, info = AutoencoderKL.from_pretrained(
-                str(folder), output_loading_info=True, **options
-            )
-    except Exception as error:  # of many kinds, and all mean that the folder is not usable
-        raise ValueError(f"the VAE in {folder} cannot be loaded: {error}") from error
-    problems = [f"{kind.removesuffix('_keys')}: {keys}" for kind, keys in info.items() if keys]
-    if problems:
-        raise ValueError(f"the VAE in {folder} does not fit its config.json; {'; '.join(problems)}")
-    return VAE(autoencoder.to(device))
-
-
-def _build(kind: type, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
-    """The autoencoder without the time to draw random weights first; None where the file is not one whole set of
-    its weights under today's names, which diffusers then converts or explains."""
-    try:
-        state = load_file(folder / "diffusion_pytorch_model.safetensors")
-        with torch.device("meta"):
-            autoencoder = kind.from_config(read_json(folder / "config.json"))
-        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
-        autoencoder.load_state_dict(state, strict=True, assign=True)
-    except Exception:
-        return None
-    return autoencoder
+    signature = inspect.signature(AutoencoderKL)
+    known = {key: value for key, value in config.items() if key in signature.parameters}
+    full = {key: p.default for key, p in signature.parameters.items()} | known
+    number(f"{path}: scaling_factor", full["scaling_factor"], 0, above=True)
+    for key in ("in_channels", "out_channels"):
+        whole(f"{path}: {key}", full[key], 3, 3)
+    blocks = full["block_out_channels"]
+    if not isinstance(blocks, list | tuple):
+        raise ValueError(f"{path}: block_out_channels must be a list, got {blocks!r:.80}")
+    counts = {"layers_per_block": whole(f"{path}: layers_per_block", full["layers_per_block"])}
+    check_counts(path, counts | {"the number of block_out_channels": len(blocks)}, stored)
+    for i, channels in enumerate(blocks):
+        whole(f"{path}: block_out_channels[{i}]", channels, 1, 2**20)
+    whole(f"{path}: latent_channels", full["latent_channels"], 1, 2**20)
+    return build_on_meta(path, lambda: AutoencoderKL(**known))
 
 
-@contextlib.contextmanager
-def _quiet(logging):
-    """diffusers warns about what the check after it reports."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+def _today(name: str) -> str:
+    """The name that diffusers gives a weight of the attention today."""
+    before, attention, part = name.partition(".attentions.0.")
+    old, dot, rest = part.partition(".")
+    return f"{before}{attention}{OLD_NAMES[old]}{dot}{rest}" if old in OLD_NAMES else name

@@ -509,7 +509,7 @@ def test_a_vae_with_other_keys_is_refused(folder):
     weights = load_file(path)
     key = "decoder.conv_out.bias"
     save_file({k: v for k, v in weights.items() if k != key}, path)
-    with pytest.raises(ValueError, match=rf"does not fit its config.json; missing: .*{key}"):
+    with pytest.raises(ValueError, match=rf"vae do not fit its config.json:\n  1 missing: {key}"):
         load(folder)
     save_file(weights | {"decoder.extra.weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match=r"unexpected: .*decoder.extra.weight"):
@@ -523,7 +523,7 @@ def test_a_broken_vae_file_is_named(folder):
     """Stops: an error of safetensors that does not say which of the two files is truncated."""
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"the VAE in .*vae cannot be loaded"):
+    with pytest.raises(ValueError, match=rf"vae/{path.name} is not a whole safetensors file"):
         load(folder)
 
 

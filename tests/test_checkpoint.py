@@ -17,17 +17,19 @@ from torch import Tensor
 import janusflow_min as jf
 from janusflow_min import checkpoint
 from janusflow_min.checkpoint import (
+    load_model,
+    save_model,
+)
+from janusflow_min.hub import resolve
+from janusflow_min.official import (
     INDEX,
     POOLING_HEAD,
     PREFIXES,
+    PROCESSOR_FILES,
     WEIGHTS,
     from_official,
-    load_model,
-    save_model,
     to_official,
 )
-from janusflow_min.hub import resolve
-from janusflow_min.processor import FILES
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +276,7 @@ def test_an_index_must_name_files_and_keys_that_are_there(folder, tensors):
     with pytest.raises(ValueError, match=rf"{file} lacks keys that {INDEX} says are there: beg_of_und_embed"):
         load(folder)
     (folder / file).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{file} does not exist"):
+    with pytest.raises(FileNotFoundError, match=rf"{INDEX} names 1 files that are absent: {file}"):
         load(folder)
 
 
@@ -395,7 +397,7 @@ def test_a_hub_id_is_downloaded_and_loaded(parity_dir, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     pipe = jf.load("someone/some-model", device="cpu", progress=False)
-    small = {"config.json", INDEX, *FILES}
+    small = {"config.json", INDEX, *PROCESSOR_FILES}
     large = {WEIGHTS, "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
     assert asked == [("someone/some-model", small), ("someone/some-model", large)]
     assert pipe.model.config.llm.vocab_size == 640

@@ -14,8 +14,8 @@ from janusflow_min.config import (
     LlamaConfig,
     SiglipConfig,
     UViTConfig,
-    read_json,
 )
+from janusflow_min.files import read_json
 
 # As the published config.json of JanusFlow-1.3B reads: most values of the language model are left to defaults.
 OFFICIAL = {

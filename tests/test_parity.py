@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import janusflow_min as jf
-from janusflow_min.checkpoint import POOLING_HEAD, to_official
 from janusflow_min.fast.sampler import GraphSampler
 from janusflow_min.flow import classifier_free_guidance, euler, time_grid
 from janusflow_min.llama import Llama
+from janusflow_min.official import POOLING_HEAD, to_official
 from janusflow_min.pixels import to_uint8
 from janusflow_min.sampling import SampleFn, guided_velocity, sample
 

@@ -30,10 +30,11 @@ import pytest
 import torch
 from PIL import Image
 
-from janusflow_min.checkpoint import INDEX, load_model, save_model
+from janusflow_min.checkpoint import load_model, save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
 from janusflow_min.flow import euler, time_grid
 from janusflow_min.model import JanusFlow
+from janusflow_min.official import INDEX
 from janusflow_min.processor import CLIP_MEAN, CLIP_STD, Processor
 from janusflow_min.sampling import PlainSampler, guided_velocity, sample
 

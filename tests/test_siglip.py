@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from janusflow_min.config import SIGLIP_PRESETS, SiglipConfig
+from janusflow_min.config import SiglipConfig
+from janusflow_min.official import SIGLIP_PRESETS
 from janusflow_min.siglip import Siglip
 
 SIZES = {
