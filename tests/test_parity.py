@@ -347,6 +347,11 @@ def test_decoding_stops_at_eos(path):
 def test_seeded_sampling(path):
     """Stops: another order of temperature, top-k and top-p, logits below float32, more than one draw a step.
     (In bfloat16 a draw turns on the last bit of the logits.)"""
+    draws = torch.multinomial(torch.full((600,), 1 / 600), 4, generator=torch.Generator().manual_seed(123))
+    if draws.tolist() != [292, 418, 556, 558]:
+        pytest.skip(
+            "draws other numbers than the recording's torch (2.6 did); test_pipeline.py has another witness"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(123)
         ids = path.tokens(("one_image",), lambda logits: sample(logits, 0.7, 0.95, 50, None))
