@@ -82,6 +82,7 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
         self._bpe.no_padding()
         self._bpe.no_truncation()
+        self._bpe.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)  # changes no id
         self.add_bos = config.get("add_bos_token") is not False
 
         def named(key: str, default: str) -> str:

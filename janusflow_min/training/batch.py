@@ -75,16 +75,22 @@ def read_conversation(row: Mapping[str, Any], image_tag: str) -> list[dict[str, 
             texts = []
             for part in content:
                 kind = part.get("type")
-                texts.append(image_tag + "\n" if kind in ("image", "image_url") else part["text"])
+                if kind not in ("text", "image", "image_url"):
+                    raise ValueError(
+                        f"a part of a message must be text, image or image_url, got {part!r:.80}"
+                    )
+                texts.append(part["text"] if kind == "text" else image_tag + "\n")
                 image = part.get(kind) if kind != "text" else None
                 image = image.get("url", image) if isinstance(image, Mapping) else image
                 images += [] if image is None else [image]
             content = "".join(texts)
+        if not isinstance(content, str | None):
+            raise ValueError(f"a message's content must be text or parts, got {content!r:.80}")
         found.append({"role": ROLES.get(role, role), "content": content or "", "images": images})
     beside = row.get("images") if row.get("images") is not None else row.get("image")
     if beside is not None and found:
         found[0]["images"] = list(beside) if isinstance(beside, list | tuple) else [beside]
-    if key != CONVERSATIONS[0] and any(m["images"] for m in found):
+    if any(m["images"] for m in found) and not any(image_tag in m["content"] for m in found):
         found = [m | {"content": m["content"].replace("<image>", image_tag)} for m in found]
     return found
 
@@ -237,7 +243,7 @@ class SampleBuilder:
     def understanding(self, row: Mapping[str, Any], folder: Path | None) -> Sample:
         processor, system_prompt = self.processor, SYSTEM_PROMPT
         messages = read_conversation(row, processor.tokenizer.image_tag)
-        if messages and messages[0]["role"] == "system":
+        if messages and str(messages[0]["role"]).lower() == "system":
             system_prompt = messages[0]["content"].strip()
             messages[1:2] = [m | {"images": messages[0]["images"] + m["images"]} for m in messages[1:2]]
             messages = messages[1:]

@@ -16,6 +16,21 @@ from janusflow_min.training.config import Config
 from janusflow_min.training.settings import read
 
 
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory):
+    """Hugging Face `datasets`, offline and with a cache of the session's own."""
+    module = pytest.importorskip("datasets")
+    import huggingface_hub
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+            patch.setattr(huggingface_hub.constants, name, True)
+            patch.setattr(module.config, name, True, raising=False)
+        patch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(module.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+        yield module
+
+
 def talk(question: str, answer: str, *images: str) -> dict[str, Any]:
     """A conversation's row."""
     user = {"role": "User", "content": "<image_placeholder>\n" * len(images) + question}

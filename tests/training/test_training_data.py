@@ -260,12 +260,8 @@ def test_the_cache_knows_its_pictures_and_weights(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_parquet(settings, processor, model, tmp_path, manifest, streaming, monkeypatch):
+def test_parquet(settings, processor, model, tmp_path, manifest, streaming, datasets):
     """Stops: columns under other names, undecoded images or streams that cannot be read on from a position."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(
-        datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False
-    )  # seconds a reading
     picture = (manifest.parent / "0.png").read_bytes()
     rows = {"jpg": [{"bytes": picture, "path": None}] * 7, "txt": [f"row {i}" for i in range(7)]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
@@ -286,9 +282,8 @@ def test_parquet(settings, processor, model, tmp_path, manifest, streaming, monk
     assert data.samples == 6 and not data.bad and data.batches[0].images is not None
 
 
-def test_webdataset(settings, processor, model, tmp_path, manifest):
+def test_webdataset(settings, processor, model, tmp_path, manifest, datasets):
     """Stops: shards whose pictures or texts come as bytes that nobody decodes."""
-    pytest.importorskip("datasets")
     import tarfile
 
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:

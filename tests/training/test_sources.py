@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: MIT
+"""Every kind of source, and what a user's data may look like: the same rows for any workers, clear errors."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from janusflow_min.checkpoint import load_model
+from janusflow_min.processor import Processor
+from janusflow_min.training.batch import SampleBuilder, StepBatches, StepDataset, load_steps
+from janusflow_min.training.config import Config
+from janusflow_min.training.dataset import Source, Stream, open_sources
+
+ROWS = 23
+
+
+@pytest.fixture(scope="module")
+def model(parity_dir):
+    return load_model(parity_dir, progress=False)
+
+
+@pytest.fixture(scope="module")
+def processor(parity_dir) -> Processor:
+    return Processor.from_folder(parity_dir, 640)
+
+
+@pytest.fixture
+def dataset(settings, processor, model, datasets) -> Callable[..., StepDataset]:
+    """The data of a configuration."""
+
+    def make(rank: int = 0, world: int = 1, **changes: Any) -> StepDataset:
+        config: Config = settings(**changes)
+        return StepDataset(config, open_sources(config), SampleBuilder(config, processor, model), rank, world)
+
+    return make
+
+
+def png(colour: int | str) -> bytes:
+    """An image that tells which row it is of."""
+    buffer = io.BytesIO()
+    rgb = (10 * colour, 5, 200) if isinstance(colour, int) else colour
+    Image.new("RGB", (70, 66), rgb).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, datasets) -> Path:
+    """The same 23 captioned images in every form, tables and archives in two shards of unequal length."""
+    folder = tmp_path_factory.mktemp("sources")
+    rows = [{"image": f"images/{i:02}.png", "text": f"row {i}"} for i in range(ROWS)]
+    (folder / "images").mkdir()
+    for i, row in enumerate(rows):
+        (folder / row["image"]).write_bytes(png(i))
+        (folder / row["image"]).with_suffix(".txt").write_text(row["text"])
+    (folder / "rows.json").write_text(json.dumps(rows, indent=1))
+    halves = rows[:9], rows[9:]
+    for k, half in enumerate(halves):
+        (folder / f"{k}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in half))
+        with (folder / f"{k}.csv").open("w", newline="") as f:
+            writer = csv.DictWriter(f, ("image", "text"))
+            writer.writeheader()
+            writer.writerows(half)
+        encoded = {
+            "image": [{"bytes": (folder / row["image"]).read_bytes(), "path": None} for row in half],
+            "text": [row["text"] for row in half],
+        }
+        table = datasets.Dataset.from_dict(encoded).cast_column("image", datasets.Image())
+        table.to_parquet(folder / f"{k}.parquet")
+        with tarfile.open(folder / f"{k}.tar", "w") as tar:
+            for row in half:
+                for name in (row["image"], row["image"].replace(".png", ".txt")):
+                    tar.add(folder / name, Path(name).name)
+        if k:
+            table.save_to_disk(folder / "saved")
+    return folder
+
+
+WEB = {"columns": {"image": "png", "text": "txt"}}
+SOURCES: dict[str, dict[str, Any]] = {
+    "manifest": {"manifest": "0.jsonl"},
+    "array": {"manifest": "rows.json"},
+    "folder": {"folder": "images"},
+    "csv": {"dataset": "csv", "files": ["0.csv", "1.csv"]},
+    "csv, streamed": {"dataset": "csv", "files": ["0.csv", "1.csv"], "streaming": True},
+    "json": {"dataset": "json", "files": ["*.jsonl"]},
+    "json, streamed": {"dataset": "json", "files": ["*.jsonl"], "streaming": True},
+    "parquet": {"dataset": "parquet", "files": ["*.parquet"]},
+    "parquet, streamed": {"dataset": "parquet", "files": ["*.parquet"], "streaming": True},
+    "WebDataset": {"dataset": "webdataset", "files": ["*.tar"], **WEB},
+    "WebDataset, streamed": {"dataset": "webdataset", "files": ["*.tar"], "streaming": True, **WEB},
+    "saved": {"dataset": "saved"},
+    "saved, streamed": {"dataset": "saved", "streaming": True},
+}
+
+
+def source_at(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """The table of a source, its paths as a configuration's reader leaves them."""
+    table = {"kind": "generation", **SOURCES[name], **changes}
+    for key in ("manifest", "folder"):
+        if key in table:
+            table[key] = str(folder / table[key])
+    if table.get("dataset") == "saved":
+        table["dataset"] = str(folder / "saved")
+    return table | ({"files": [str(folder / f) for f in table["files"]]} if "files" in table else {})
+
+
+def opened(dataset, table: dict[str, Any], **changes: Any) -> Source:
+    return dataset(data=[table], **changes).sources[0]
+
+
+def digests(steps: Any) -> list[tuple]:
+    """What each step holds, to the bit, and its bad rows."""
+    found = []
+    for data in steps:
+        assert isinstance(data, StepBatches)
+        content = hashlib.sha256()
+        for batch in data.batches:
+            for field in fields(batch):
+                value = getattr(batch, field.name)
+                content.update(field.name.encode() if value is None else value.numpy().tobytes())
+        found.append((data.step, data.samples, data.tokens, tuple(data.bad), content.hexdigest()))
+    return found
+
+
+# Order -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_epoch_holds_every_row_once(dataset, files, name):
+    """Stops: rows of a source that are never seen or seen twice, that come in file order though they are shuffled,
+    whose image is another row's, or whose path counts from the caller's folder."""
+    source = opened(dataset, source_at(files, name))
+    count = {"manifest": 9, "saved": 14, "saved, streamed": 14}.get(name, ROWS)
+    rows = [source(k) for k in range(2 * count)]
+    texts = [str(row.values["text"]) for row in rows]
+    assert len(set(texts[:count])) == count and sorted(texts[:count]) == sorted(texts[count:])
+    assert texts[:count] != texts[count:]
+    builder = dataset(data=[source_at(files, name)]).builder
+    for row in rows[:3]:
+        sample = builder(row.values, "generation", __import__("torch").Generator(), 0.0, row.folder)
+        text = row.values["text"]
+        text = text[0] if isinstance(text, list) else text
+        assert int(sample.image[0, 0, 0]) == 10 * int(str(text).removeprefix("row "))
+    again = opened(dataset, source_at(files, name))
+    for k in (count + 2, count + 3, 1):
+        assert again(k).values["text"] == rows[k].values["text"]
+    plain = opened(dataset, source_at(files, name, shuffle=False))
+    assert [plain(k).line for k in range(3)] == ([0, 0, 0] if name == "folder" else [1, 2, 3])
+
+
+def test_workers_and_ranks_change_no_row(dataset, files):
+    """Stops: a stream whose shards `datasets` shares out among the workers, rows that two ranks take, a run that
+    learns other rows when it goes on with other workers: for every kind of source."""
+    data = [source_at(files, name) for name in SOURCES]
+    whole = dataset(data=data, batch=26, steps=8)
+    expected = digests(load_steps(whole, 0))
+    assert len(expected) == 8 and all(samples == 26 and not bad for _, samples, _, bad, _ in expected)
+    one, two = ({"workers": n} for n in (1, 2))
+    assert digests(load_steps(dataset(data=data, batch=26, steps=8, loader=two), 0)) == expected
+    assert digests(load_steps(dataset(data=data, batch=26, steps=8, loader=one), 5)) == expected[5:]
+    for rank in range(2):
+        alone = dataset(rank, 2, data=data, batch=26, steps=3)
+        assert digests(load_steps(alone, 0)) == digests(alone[step] for step in range(3))
+    tokens = [
+        sum(dataset(rank, 2, data=data, batch=26, steps=3)[k].tokens for rank in range(2)) for k in range(3)
+    ]
+    assert tokens == [row[2] for row in expected[:3]]
+
+
+# Faults -----------------------------------------------------------------------
+
+
+def texts_of(source: Source, count: int) -> tuple[list[str], list[str]]:
+    """Good rows and reasons of bad ones at the first positions."""
+    rows = [source(k) for k in range(count)]
+    good = [str(row.values["text"]) for row in rows if not isinstance(row.values, Exception)]
+    return good, [f"{row.source}: {row.values}" for row in rows if isinstance(row.values, Exception)]
+
+
+def test_a_stream_that_breaks_is_read_again(files, monkeypatch):
+    """Stops: a bare StopIteration, rows lost or taken twice, or a run's end, where the net fails once."""
+
+    class Rows:
+        n_shards, broken = 1, 0
+
+        def iter(self, batch_size: int):
+            for i in range(9):
+                if i in (4, 6) and self.broken < i:
+                    Rows.broken = i
+                    raise ConnectionError("the net is down")
+                yield {"text": [f"row {i}"]}
+
+    stream = Stream("s", [(None, Rows())], 0, (0, "a"))
+    rows = [stream.row(k, k) for k in range(18)]
+    assert [row.values["text"] for row in rows] == [f"row {i}" for i in range(9)] * 2
+
+
+DAMAGED = [(name, how) for name in ("parquet", "json") for how in ("cut", "flipped")]
+DAMAGED += [(f"{name}, streamed", how) for name, how in DAMAGED] + [("WebDataset, streamed", "cut")]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGED)
+def test_a_damaged_file_is_left_out(dataset, files, tmp_path, name, damage):
+    """Stops: a run that ends because one of its files is cut or damaged, or that does not tell which; and one that
+    goes on though on_bad_row says stop."""
+    suffix = {"p": "parquet", "W": "tar", "j": "jsonl"}[name[0]]
+    for k in range(2):
+        content = bytearray((files / f"{k}.{suffix}").read_bytes())
+        if k and suffix == "tar":
+            with tarfile.open(files / "1.tar") as tar:
+                content = content[: tar.getmembers()[16].offset_data + 100]
+        elif k and damage == "cut":
+            content = content[: len(content) * 2 // 3]
+        elif k:
+            start = len(content) // 2 // 512 * 512
+            content[start : start + 512] = bytes([255]) * 512
+        (tmp_path / f"{k}.{suffix}").write_bytes(content)
+    (tmp_path / "images").symlink_to(files / "images")
+    table = source_at(tmp_path, name, files=[f"*.{suffix}"])
+    table["files"] = [str(tmp_path / f"*.{suffix}")]
+    source = opened(dataset, table)
+    good, bad = texts_of(source, 60)
+    told = [str(row) for row in source.bad] + bad
+    assert {f"row {i}" for i in range(9)} <= set(good)
+    assert told and ("1." + suffix in told[0] or "shard 2 of 2" in told[0]), told
+    data = dataset(data=[table], batch=12)[2]
+    assert data.samples == 12
+    with pytest.raises(ValueError, match=r"data\.0|a bad row"):
+        strict = dataset(data=[table], batch=12, loader={"workers": 0, "on_bad_row": "stop"})
+        for step in range(4):
+            strict[step]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_nothing_but_damaged_files(dataset, tmp_path, streaming):
+    """Stops: an endless search, or an error that does not say what is wrong with the files."""
+    for k in range(2):
+        (tmp_path / f"{k}.parquet").write_bytes(b"PAR1 and nothing else")
+    table = source_at(tmp_path, "parquet, streamed", streaming=streaming)
+    with pytest.raises(ValueError, match=r"data\.0: .*0\.parquet.*[Pp]arquet"):
+        opened(dataset, table)
+
+
+MANIFESTS: dict[str, tuple[bytes, list[str]]] = {
+    "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), ["UTF-16", "UTF-8"]),
+    "UTF-16 without a mark": ('{"text": "a"}\n'.encode("utf-16-le"), ["UTF-16", "UTF-8"]),
+    "nested": (b"[" * 100_000, ["no good row", "line 1", "RecursionError"]),
+    "metadata": (b'{"file_name": "a.png", "caption": "a cat"}\n', ["file_name, caption", "columns"]),
+    "another kind": (b'{"conversation": []}\n' * 3, ["no good row of kind text", "3 of kind understanding"]),
+    "broken array": (b'[{"text": "a"}, {"text": ]', ["JSON array", "entry 2"]),
+    "cut array": (b'[{"text": "a"}, {"text": "b"}', ["JSON array", "entry 2"]),
+    "empty array": (b"[]", ["no good row", "found no row"]),
+    "empty": (b"", ["no good row", "found no row"]),
+    "csv": (b"text\na cat\n", ["no good row", "line 1", "Expecting value"]),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_of_other_trainers(dataset, tmp_path, name):
+    """Stops: "no good row, bad ones: 0" where the file could say what lies there and what to do."""
+    (tmp_path / "a.jsonl").write_bytes(MANIFESTS[name][0])
+    with pytest.raises(ValueError) as caught:
+        opened(dataset, {"kind": "text", "manifest": str(tmp_path / "a.jsonl")})
+    assert all(word in str(caught.value) for word in ["a.jsonl", *MANIFESTS[name][1]]), str(caught.value)
+
+
+def test_byte_order_marks_and_nested_lines_among_good_ones(dataset, tmp_path):
+    """Stops: a whole manifest refused for a mark that Windows writes, or for one absurd line."""
+    mark = b"\xef\xbb\xbf"
+    lines = [
+        mark + b'{"text": "one"}',
+        b"[" * 100_000,
+        mark + '{"text": "zwölf"}'.encode(),
+        b'{"text": "b"}\r',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    source = opened(dataset, {"kind": "text", "manifest": str(tmp_path / "a.jsonl"), "shuffle": False})
+    assert texts_of(source, 3)[0] == ["one", "zwölf", "b"] and [row.line for row in source.bad] == [2]
+    (tmp_path / "b.json").write_bytes(mark + ' [ {"text": "zwölf"},\n{"text": "b"} ] '.encode())
+    source = opened(dataset, {"kind": "text", "manifest": str(tmp_path / "b.json"), "shuffle": False})
+    assert texts_of(source, 2)[0] == ["zwölf", "b"]
+
+
+def test_columns_are_named(dataset, files, tmp_path):
+    """Stops: a misspelt column that is noticed after a thousand rows, without the names there are; columns of a
+    manifest without effect; a captions folder without captions that does not say so."""
+    for name in ("csv", "csv, streamed", "WebDataset, streamed"):
+        with pytest.raises(ValueError, match=r'data\.0: columns.image = "jpeg".*there are .*te?xt'):
+            opened(dataset, source_at(files, name, columns={"image": "jpeg", "text": "txt"}))
+    with pytest.raises(ValueError, match=r"data\.0: the columns are .*png, txt.* there is no image or text"):
+        opened(dataset, source_at(files, "WebDataset, streamed", columns={}))
+    with pytest.raises(ValueError, match="conversation or messages or conversations"):
+        opened(dataset, source_at(files, "csv", kind="understanding"))
+    with pytest.raises(FileNotFoundError, match=r"data\.0: files: nothing at .*none"):
+        opened(dataset, source_at(files, "csv", files=["none-*.csv"]))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "info": {"caption": "a cat"}}\n')
+    (tmp_path / "a.png").write_bytes(png(1))
+    columns = {"image": "file_name", "text": "info.caption"}
+    table = {"kind": "generation", "manifest": str(tmp_path / "metadata.jsonl"), "columns": columns}
+    data = dataset(data=[table], batch=1)[0]
+    assert data.samples == 1 and not data.bad
+    with pytest.raises(ValueError, match=r"no image with a caption .*\.txt.* without one: 1"):
+        opened(dataset, {"kind": "generation", "folder": str(tmp_path)})
+
+
+def test_a_data_set_of_several_configurations(dataset, tmp_path):
+    """Stops: data that cannot be named, or an error without the names there are."""
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files: en.jsonl\n- config_name: de\n  data_files: de.jsonl\n---\n"
+    )
+    for name in ("en", "de"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    table = {"kind": "text", "dataset": str(tmp_path)}
+    assert opened(dataset, table | {"subset": "de"})(0).values["text"] == "de"
+    with pytest.raises(ValueError, match=r"data\.0.*(?s:.*)en.*de"):
+        opened(dataset, table)
