@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from janusflow_min import cli
-from janusflow_min.benchmarks import geneval
+from janusflow_min.benchmarks import detection, geneval
 from janusflow_min.benchmarks.geneval import CLASSES, COLOURS, TAGS, Detection, Rules, judge, keep, relations
+from janusflow_min.benchmarks.reading import text_sha256
 
 KITES = {
     "tag": "counting",
@@ -97,7 +98,7 @@ def test_the_published_file_is_read(tmp_path):
         ({"include": [{"class": "cat", "count": True}]}, "at least 1, got True"),
         ({"include": [{"class": "cat", "count": 1, "color": "grey"}]}, "color must be one of red"),
         ({"include": [{"class": "cat", "count": 1, "position": ["near", 0]}]}, "position must be"),
-        ({"include": [{"class": "cat", "count": 1, "position": ["above", 3]}]}, "index of a clause"),
+        ({"include": [{"class": "cat", "count": 1, "position": ["above", 3]}]}, "index of an earlier clause"),
         ({"exclude": [{"class": "cat"}]}, r"exclude\[0\].count"),
     ],
 )
@@ -112,7 +113,7 @@ def test_a_bad_line_is_named(tmp_path, change, message):
 def test_what_is_no_benchmark_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"tag": "counting"\n')
-    with pytest.raises(ValueError, match=rf"{path}:1: no JSON object"):
+    with pytest.raises(ValueError, match=rf"{path}:1: not JSON"):
         geneval.read(path, subset=True)
     write_lines(path, [{"tag": "counting", "prompt": "three kites"}])
     with pytest.raises(ValueError, match="'include' is missing"):
@@ -243,11 +244,11 @@ def test_the_colour_judge_sees_the_object_alone():
 def test_masks_survive_the_disk(shape):
     rng = np.random.default_rng(0)
     for mask in (rng.random(shape) > 0.5, np.zeros(shape, bool), np.ones(shape, bool)):
-        record = geneval.encode_mask(mask)
-        assert np.array_equal(geneval.decode_mask(json.loads(json.dumps(record))), mask)
-    assert geneval.encode_mask(np.array([[1, 0], [1, 0]], bool)) == {"size": [2, 2], "counts": [0, 2, 2]}
+        record = detection.encode_mask(mask)
+        assert np.array_equal(detection.decode_mask(json.loads(json.dumps(record))), mask)
+    assert detection.encode_mask(np.array([[1, 0], [1, 0]], bool)) == {"size": [2, 2], "counts": [0, 2, 2]}
     with pytest.raises(ValueError, match="needs 4 pixels, got 3"):
-        geneval.decode_mask({"size": [2, 2], "counts": [3]})
+        detection.decode_mask({"size": [2, 2], "counts": [3]})
 
 
 def test_bad_saved_detections_are_named(tmp_path):
@@ -263,7 +264,7 @@ def test_bad_saved_detections_are_named(tmp_path):
     ):
         write_lines(path, [good, bad])
         with pytest.raises(ValueError, match=message) as error:
-            geneval.SavedDetections(path)
+            detection.SavedDetections(path)
         assert f"{path}:2" in str(error.value)
 
 
@@ -333,8 +334,9 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
         geneval.score(tmp_path / "run", detector=detector, clip=FakeColours(), **options)
 
 
-def test_the_whole_benchmark_has_a_headline(tmp_path, capsys):
-    """All 2,212 images, saved detections: every second image of single_object right, all others wrong."""
+def test_the_whole_benchmark_has_a_headline(tmp_path, capsys, monkeypatch):
+    """Stops: a headline for other prompts, other thresholds or fewer images. All 2,212 images, saved detections: every
+    second image of single_object right, all others wrong."""
     lines = whole_benchmark()
     data, images = write_lines(tmp_path / "data.jsonl", lines), tree(tmp_path / "run/images", lines, size=1)
     records = []
@@ -346,6 +348,18 @@ def test_the_whole_benchmark_has_a_headline(tmp_path, capsys):
             records.append({"filename": f"{i:05d}/samples/{k:05d}.png", "detections": found})
     saved = write_lines(tmp_path / "saved.jsonl", records)
     command = ["bench", "geneval", "score", "--data", str(data), "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main([*command, "--detections", str(saved)]) == 0  # invented prompts of the right numbers
+    assert "2,212 scored, but not the published set" in capsys.readouterr().out
+    monkeypatch.setattr(geneval, "DATA_SHA256", text_sha256(data))
+    for other in (
+        ["--threshold", "0.31"],
+        ["--bgcolor", "original"],
+        ["--no-crop"],
+        ["--max-overlap", "0.9"],
+    ):
+        assert cli.main([*command, "--detections", str(saved), *other]) == 0
+        assert "2,212 scored, but not the published set" in capsys.readouterr().out
+    data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes().replace(b"\n", b"\r\n"))  # the same text
     assert cli.main([*command, "--detections", str(saved)]) == 0
     assert "overall, mean of the six tags: 0.0833 (2,212 scored)" in capsys.readouterr().out
     score = json.loads((tmp_path / "run/score.json").read_text())
@@ -372,9 +386,92 @@ def test_the_whole_benchmark_has_a_headline(tmp_path, capsys):
 
 
 def test_images_of_other_prompts_are_refused(tmp_path):
-    data, images = write_lines(tmp_path / "data.jsonl", [CAT, KITES]), tree(tmp_path / "images", [KITES, CAT])
-    with pytest.raises(ValueError, match="is not line 1 of --data"):
-        geneval.score(tmp_path / "run", data, subset=True, images=images, detector=FakeDetector())
+    """Stops: images judged by what other prompts ask for."""
+    data, images = write_lines(tmp_path / "data.jsonl", [CAT, KITES]), tree(tmp_path / "images", [CAT, LEFT])
+    options = dict(subset=True, images=images, detector=FakeDetector(), progress=False)
+    with pytest.raises(ValueError, match=r"00001/metadata.jsonl is not of a line of --data"):
+        geneval.score(tmp_path / "run", data, **options)
+    (images / "00001/metadata.jsonl").unlink()
+    (images / "00001").rename(images / "00002")
+    with pytest.raises(ValueError, match=r"images/00002 is not of a line of --data"):
+        geneval.score(tmp_path / "run", data, **options)
+
+
+def test_names_of_any_digits_are_taken(tmp_path):
+    """Stops: a tree that is refused or half read, though the official README shows it and the official scorer takes
+    it: `samples/0000.png`, folders not padded, numbered otherwise or without metadata.jsonl."""
+    lines = [CAT, KITES, LEFT]
+    data, images = write_lines(tmp_path / "data.jsonl", lines), tree(tmp_path / "images", lines, 2)
+    for k in range(2):
+        (images / f"00000/samples/{k:05d}.png").rename(images / f"00000/samples/{k:04d}.png")
+        (images / f"00001/samples/{k:05d}.png").rename(images / f"00001/samples/{10 - k}.png")
+    (images / "00001").rename(images / "17")
+    (images / "00002").rename(images / "2")
+    (images / "2/metadata.jsonl").unlink()
+    (images / "00000/samples/grid.png").write_bytes(b"")
+    (images / "_gen_workspace").mkdir()
+    (images / "3").mkdir()
+    found = geneval.find_images(images, geneval.read(data, subset=True))
+    assert [(prompt.tag, name) for prompt, name in found] == [
+        ("single_object", "00000/samples/0000.png"),
+        ("single_object", "00000/samples/0001.png"),
+        ("position", "2/samples/00000.png"),
+        ("position", "2/samples/00001.png"),
+        ("counting", "17/samples/9.png"),
+        ("counting", "17/samples/10.png"),
+    ]
+
+
+def test_more_images_than_expected_are_no_silent_choice(tmp_path):
+    """Stops: a score of the first four of five images, or of all five, sold as the benchmark's four."""
+    data, images = write_lines(tmp_path / "data.jsonl", [CAT]), tree(tmp_path / "images", [CAT], 5)
+    options = dict(subset=True, images=images, detector=FakeDetector(), progress=False)
+    with pytest.raises(
+        ValueError, match="has 5 images of one prompt, 'a photo of a cat', where 4 are expected"
+    ):
+        geneval.score(tmp_path / "run", data, **options)
+    assert geneval.score(tmp_path / "run", data, images_per_prompt=5, **options)["n_scored"] == 5
+    score = geneval.score(tmp_path / "run", data, official_compat=True, **options)
+    assert (score["n_scored"], score["n_expected"], score["headline"]) == (5, 4, None)
+
+
+def test_a_broken_image_is_left_out_and_named(tmp_path):
+    """Stops: one image of 2,212 that is cut off and ends the scoring of all, without its name."""
+    data, images = write_lines(tmp_path / "data.jsonl", [CAT]), tree(tmp_path / "images", [CAT])
+    whole = (images / "00000/samples/00000.png").read_bytes()
+    (images / "00000/samples/00001.png").write_bytes(whole[: len(whole) // 2])
+    score = geneval.score(
+        tmp_path / "run", data, subset=True, images=images, detector=FakeDetector(), progress=False
+    )
+    assert (score["n_scored"], score["complete"]) == (3, False)
+
+
+def test_a_low_threshold_sees_what_the_detector_saw(tmp_path):
+    """Stops: --threshold 0.01 that finds nothing between 0.01 and 0.05, since only fainter ones were not saved."""
+    data, images = write_lines(tmp_path / "data.jsonl", [CAT]), tree(tmp_path / "images", [CAT], 1)
+    detector = FakeDetector()
+    detector.detect = lambda image: [seen("cat", 0.04), seen("cat", 0.5), seen("dog", 0.009)]
+    options = dict(subset=True, images=images, images_per_prompt=1, progress=False)
+    geneval.score(tmp_path / "low", data, detector=detector, threshold=0.01, **options)
+    line = json.loads((tmp_path / "low/results.jsonl").read_text())
+    assert [box[4] for box in json.loads(line["details"])["cat"]] == [0.5, 0.04]
+    geneval.score(tmp_path / "usual", data, detector=detector, **options)
+    with pytest.raises(ValueError, match=r"of another judge: .*0\.05.* there, .*0\.01.* now"):
+        geneval.score(tmp_path / "usual", data, detector=detector, threshold=0.01, **options)
+    saved = dict(detections=tmp_path / "usual/detections.jsonl", **options)
+    with pytest.raises(ValueError, match=r"detections.jsonl:1 has the detections above 0.05 alone"):
+        geneval.score(tmp_path / "other", data, threshold=0.01, **saved)
+    assert geneval.score(tmp_path / "other", data, **saved)["n_scored"] == 1
+
+
+def test_edges_and_ties_fall_as_in_float32():
+    """Stops: a score of exactly the threshold that counts since 0.3 in float32 is a little more, and the earlier of
+    two equal scores first."""
+    third = float(np.float32(0.3))
+    assert third > 0.3 and keep([seen("cat", third)], "colors") == {}
+    first, second = seen("cat", 0.5, (0, 0, 1, 1)), seen("cat", 0.5, (2, 2, 3, 3))
+    assert keep([first, second], "colors")["cat"] == [second, first]
+    assert keep([first, second], "colors", Rules(max_objects=1))["cat"] == [second]
 
 
 def test_the_tree_is_the_official_one(tmp_path, parity_dir):

@@ -49,12 +49,16 @@ def test_masks_are_upsampled_as_logits_and_padding_is_cut():
 
 
 def test_images_are_prepared_as_mmdet_does():
+    """Stops: padding after normalising, with a grey that the official detector was not shown."""
     square, size = judge_models.prepare_for_mmdet(Image.new("RGB", (384, 384), (124, 116, 104)), 800, 1333)
     assert square.shape == (1, 3, 800, 800) and size == (800, 800)
     assert square.abs().max() < 0.02
     wide, size = judge_models.prepare_for_mmdet(Image.new("RGB", (100, 50), "white"), 100, 150)
     assert size == (75, 150) and wide.shape == (1, 3, 96, 160)
-    assert wide[0, :, 75:].abs().max() == 0 and wide[0, :, :, 150:].abs().max() == 0
+    grey = [(128 - mean) / std for mean, std in ((123.675, 58.395), (116.28, 57.12), (103.53, 57.375))]
+    for i, value in enumerate(grey):
+        assert torch.allclose(wide[0, i, 75:], torch.tensor(value))
+        assert torch.allclose(wide[0, i, :, 150:], torch.tensor(value))
     assert wide[0, 0, 0, 0] == pytest.approx((255 - 123.675) / 58.395, rel=1e-4)
 
 

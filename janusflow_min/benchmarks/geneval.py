@@ -4,30 +4,31 @@
 Reads `evaluation_metadata.jsonl`, writes the tree that the official scorer reads, and scores such a tree by the
 official rules from an instance segmenter's detections and a CLIP colour classifier. Formats and rules follow
 djghosh13/geneval (`evaluation/evaluate_images.py`, `summary_scores.py`). The rules are pure Python: their only
-input are `Detection`s, and a saved file of them does as well as a detector.
+input are `Detection`s, and a saved file of them does as well as a detector. They compute in float32, as the official
+scorer does on mmdet's boxes, so edges and ties fall alike.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from . import judge_models
 from . import report as reports
-from .detection import CLASSES, COLOURS, Detection
+from .detection import CLASSES, COLOURS, SAVED_ABOVE, Detection, SavedDetections, detection_record
+from .judges import ColourJudge, Detector, Records, bar
+from .reading import UnreadableImage, json_lines, read_image, text_sha256
 from .report import Published
 from .runner import Coverage, Item, Option, RunFolder, Settings, read_json, run, sha256
-
-if TYPE_CHECKING:
-    from .judges import ColourJudge, Detector
 
 TITLE = "GenEval"
 SUMMARY = "objects, counts, colours, positions: 553 prompts, 4 images each"
@@ -40,10 +41,8 @@ TAGS = {  # lines of each in the published file
     "color_attr": 100,
 }
 RELATIONS = ("left of", "right of", "above", "below")
-BEGINNING = (
-    "a photo of "  # of every published prompt, of none of the lengthened ones that TorchUMM has beside them
-)
-SAVED_ABOVE = 0.05  # score of the faintest detections that are kept on disk
+DATA_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # of the published file
+IMAGES_PER_PROMPT = 4
 PUBLISHED = (
     Published(
         "JanusFlow-1.3B, paper",
@@ -63,7 +62,11 @@ SUBSET = Option(
 )
 DATA = Option("--data", "evaluation_metadata.jsonl of djghosh13/geneval", kind=Path, required=True)
 OPTIONS = {
-    "generate": (DATA, SUBSET, Option("--images-per-prompt", "images of each prompt", 4, int)),
+    "generate": (
+        DATA,
+        SUBSET,
+        Option("--images-per-prompt", "images of each prompt", IMAGES_PER_PROMPT, int),
+    ),
     "score": (
         DATA,
         SUBSET,
@@ -84,6 +87,12 @@ OPTIONS = {
         Option("--position-threshold", "share of the sizes by which objects must be apart", 0.1, float),
         Option("--bgcolor", "colour around an object for CLIP, or original", "#999"),
         Option("--crop", "show CLIP the object's box alone", True, bool),
+        Option(
+            "--official-compat",
+            "score whatever images are there, by their folders' metadata.jsonl, as the official scorer does",
+            False,
+            bool,
+        ),
     ),
     "report": (),
 }
@@ -105,16 +114,8 @@ class Prompt:
 def read(path: str | Path, subset: bool = False) -> list[Prompt]:
     """The benchmark's lines. ValueError with file and line for what does not fit; for another number of prompts
     than the benchmark's too, unless `subset`."""
-    path = Path(path)
     prompts = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: no JSON object: {error}") from None
+    for place, line in json_lines(path):
         _check_line(line, place)
         prompts.append(Prompt(len(prompts), line["tag"], line["prompt"], line))
     counts = Counter(prompt.tag for prompt in prompts)
@@ -154,19 +155,20 @@ def _check_line(line: Any, place: str) -> None:
             need(whole, f"{where}.count must be a whole number of at least 1, got {count!r}")
             colour, position = clause.get("color"), clause.get("position")
             need(
-                colour is None or colour in COLOURS,
+                "color" not in clause or colour in COLOURS,
                 f"{where}.color must be one of {', '.join(COLOURS)}, got {colour!r}",
             )
-            fits = position is None or (
+            fits = "position" not in clause or (
                 isinstance(position, list)
                 and len(position) == 2
                 and position[0] in RELATIONS
                 and isinstance(position[1], int)
-                and 0 <= position[1] < len(clauses)
+                and 0 <= position[1] < i
             )
             need(
                 fits,
-                f"{where}.position must be [one of {', '.join(RELATIONS)}, index of a clause], got {position!r}",
+                f"{where}.position must be [one of {', '.join(RELATIONS)}, index of an earlier clause], got "
+                f"{position!r}",
             )
 
 
@@ -183,7 +185,11 @@ def items(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Item]:
 
 
 def generate(
-    settings: Settings, out: str | Path, data: str | Path, images_per_prompt: int = 4, subset: bool = False
+    settings: Settings,
+    out: str | Path,
+    data: str | Path,
+    images_per_prompt: int = IMAGES_PER_PROMPT,
+    subset: bool = False,
 ) -> Coverage:
     """Paint `out`/images/NNNNN/samples/NNNNN.png, beside metadata.jsonl."""
     prompts = read(data, subset)
@@ -216,20 +222,23 @@ def keep(detections: Sequence[Detection], tag: str, rules: Rules = Rules()) -> d
     limit = rules.counting_threshold if tag == "counting" else rules.threshold
     kept = {}
     for label in CLASSES:
-        found = [d for d in detections if d.label == label and d.score > limit]
-        found = sorted(found, key=lambda d: -d.score)[: rules.max_objects]
-        if rules.max_overlap < 1:
-            found = suppress(found, rules.max_overlap)
-        if found:
-            kept[label] = found
+        own = [d for d in detections if d.label == label]
+        rows = np.array([[*d.box, d.score] for d in own], np.float32).reshape(-1, 5)
+        best = np.argsort(rows[:, 4])[::-1]  # of equal scores the later one first
+        best = best[rows[best, 4] > limit][: rules.max_objects]
+        if rules.max_overlap != 1:
+            best = suppress(rows, best, rules.max_overlap)
+        if len(best):
+            kept[label] = [own[i] for i in best]
     return kept
 
 
-def suppress(detections: Sequence[Detection], limit: float) -> list[Detection]:
-    """Greedy non-maximum suppression of one class, best first: IoU of at least `limit` drops the fainter box."""
-    kept: list[Detection] = []
-    for candidate in detections:
-        if all(iou(candidate.box, better.box) < limit for better in kept):
+def suppress(boxes: np.ndarray, order: Sequence[int], limit: float) -> list[int]:
+    """Greedy non-maximum suppression of one class: of `order`, best first, those whose IoU with every better one that
+    stays is below `limit`."""
+    kept: list[int] = []
+    for candidate in order:
+        if all(iou(boxes[better], boxes[candidate]) < limit for better in kept):
             kept.append(candidate)
     return kept
 
@@ -237,22 +246,23 @@ def suppress(detections: Sequence[Detection], limit: float) -> list[Detection]:
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of boxes whose last pixel is part of them."""
 
-    def area(box: Sequence[float]) -> float:
-        return max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0)
+    def area(x1: float, y1: float, x2: float, y2: float) -> float:
+        return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
 
-    both = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
-    union = area(a) + area(b) - both
+    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    union = area(*a[:4]) + area(*b[:4]) - both
     return both / union if union else 0.0
 
 
 def relations(a: Sequence[float], b: Sequence[float], threshold: float = 0.1) -> set[str]:
     """Where box `a` lies as seen from box `b`: none, one or two of RELATIONS."""
-    offset = [(a[i] + a[i + 2]) / 2 - (b[i] + b[i + 2]) / 2 for i in (0, 1)]
-    size = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
-    apart = [math.copysign(max(abs(o) - threshold * s, 0.0), o) for o, s in zip(offset, size, strict=True)]
-    if all(abs(value) < 1e-3 for value in apart):
+    boxes = np.array([a[:4], b[:4]], np.float32)
+    centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, np.abs(boxes[:, 2:] - boxes[:, :2])
+    offset = centres[0] - centres[1]
+    apart = np.maximum(np.abs(offset) - threshold * (sizes[0] + sizes[1]), 0) * np.sign(offset)
+    if np.all(np.abs(apart) < 1e-3):
         return set()
-    x, y = (value / math.hypot(*offset) for value in apart)  # by the length before the sizes were taken off
+    x, y = apart / np.linalg.norm(offset)  # by the length before the sizes were taken off
     holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return {name for name, true in holds.items() if true}
 
@@ -276,12 +286,12 @@ def judge(
         wrong = ""
         if len(found) < count:
             wrong = f"expected {label}>={count}, found {len(found)}"
-        elif clause.get("color") is not None:
+        elif "color" in clause:
             seen = list(colours(label, found))
             if seen.count(clause["color"]) < count:
                 names = ", ".join(f"{n} {name}" for name, n in Counter(seen).items())
                 wrong = f"expected {clause['color']} {label}>={count}, found {seen.count(clause['color'])} ({names})"
-        if not wrong and clause.get("position") is not None:
+        if not wrong and "position" in clause:
             wrong = _misplaced(clause, found, groups, metadata["include"], position_threshold)
         if wrong:
             reasons.append(wrong)
@@ -295,7 +305,7 @@ def judge(
 
 def _misplaced(clause, found, groups, include, threshold: float) -> str:
     relation, index = clause["position"]
-    target = groups[index] if index < len(groups) else None
+    target = groups[index]
     name = include[index]["class"]
     if target is None:
         return f"no target {name} for {clause['class']} to be {relation}"
@@ -308,112 +318,27 @@ def _misplaced(clause, found, groups, include, threshold: float) -> str:
     return ""
 
 
-def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def aggregate(results: Sequence[Mapping[str, Any]], official_compat: bool = False) -> dict[str, Any]:
     """Accuracy by tag over images, their unweighted mean, and what the official summary prints beside it.
 
-    results: records with tag, correct and metadata. A tag without an image is None, and so is the mean then.
+    results: records with tag, correct and metadata. A tag without an image is None, and so is the mean then;
+    official_compat: the mean is over the other tags.
     """
     tags = {tag: [bool(r["correct"]) for r in results if r["tag"] == tag] for tag in TAGS}
     means = {tag: float(np.mean(values)) if values else None for tag, values in tags.items()}
     prompts: dict[str, bool] = {}
     for r in results:
         prompts[r["metadata"]] = prompts.get(r["metadata"], False) or bool(r["correct"])
+    there = [mean for mean in means.values() if mean is not None]
+    whole = len(there) == len(TAGS) or (official_compat and there)
     return {
         "tags": means,
-        "overall": None if None in means.values() else float(np.mean(list(means.values()))),
+        "overall": float(np.mean(there)) if whole else None,
         "images": len(results),
         "prompts": len(prompts),
         "correct_images": float(np.mean([bool(r["correct"]) for r in results])) if results else None,
         "correct_prompts": float(np.mean(list(prompts.values()))) if prompts else None,
     }
-
-
-# Saved detections -----------------------------------------------------------------------
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's uncompressed run lengths: column by column, zeros first."""
-    flat = np.asarray(mask, bool).flatten(order="F")
-    change = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate([[0], change, [flat.size]])).tolist()
-    if flat.size and flat[0]:
-        counts = [0, *counts]
-    return {"size": list(mask.shape), "counts": counts}
-
-
-def decode_mask(record: Mapping[str, Any]) -> np.ndarray:
-    height, width = record["size"]
-    counts = np.asarray(record["counts"], dtype=np.int64)
-    if counts.sum() != height * width:
-        raise ValueError(f"a mask of {height} x {width} needs {height * width} pixels, got {counts.sum()}")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape((height, width), order="F")
-
-
-def detection_record(found: Sequence[Detection]) -> list[dict[str, Any]]:
-    return [
-        {
-            "class": d.label,
-            "box": [float(v) for v in d.box],
-            "score": float(d.score),
-            **({} if d.mask is None else {"mask": encode_mask(d.mask)}),
-        }
-        for d in found
-        if d.score > SAVED_ABOVE
-    ]
-
-
-class SavedDetections(Mapping[str, list[Detection]]):
-    """file name -> detections of a detections.jsonl, read when asked for: with their masks they are large.
-
-    A line has `filename` and `detections` (class, box, score and, where there is one, mask); the last of a file name
-    counts. ValueError with file and line for what does not fit.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path, self.lines = Path(path), {}  # file name -> (number of the line, where it starts)
-        with open(self.path, "rb") as f:
-            number, start = 1, 0
-            for line in f:
-                self.lines[self._record(line, number)["filename"]] = (number, start)
-                number, start = number + 1, start + len(line)
-
-    def __getitem__(self, name: str) -> list[Detection]:
-        number, start = self.lines[name]
-        with open(self.path, "rb") as f:
-            f.seek(start)
-            record = self._record(f.readline(), number)
-        return [
-            Detection(
-                d["class"], tuple(d["box"]), d["score"], decode_mask(d["mask"]) if d.get("mask") else None
-            )
-            for d in record["detections"]
-        ]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.lines)
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def _record(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-            for d in record["detections"]:
-                if (
-                    d["class"] not in CLASSES
-                    or len([float(v) for v in d["box"]]) != 4
-                    or float(d["score"]) < 0
-                ):
-                    raise ValueError(f"class, box or score of {d}")
-            if not isinstance(record["filename"], str):
-                raise ValueError(f"the filename {record['filename']!r}")
-            return record
-        except (KeyError, TypeError, ValueError) as error:
-            form = '{"filename": "00000/samples/0.png", "detections": [{"class", "box": [x1, y1, x2, y2], "score"}]}'
-            raise ValueError(
-                f"{self.path}:{number}: a line needs {form}: {type(error).__name__}: {str(error)[:200]}"
-            ) from None
 
 
 # Scoring -----------------------------------------------------------------------
@@ -431,6 +356,7 @@ def score(
     device: str = "auto",
     bgcolor: str = "#999",
     crop: bool = True,
+    official_compat: bool = False,
     progress: bool = True,
     **rules: Any,
 ) -> dict[str, Any]:
@@ -438,76 +364,55 @@ def score(
 
     detector, clip: names for transformers, or objects with the protocols of `judges`. rules: fields of `Rules`.
     """
-    from . import judge_models, judges
-
     options = Rules(**rules)
     folder = RunFolder(run)
     root = folder.images if images is None else Path(images)
     prompts = read(data, subset)
     manifest = read_json(folder.manifest) if folder.manifest.is_file() and images is None else None
-    reports.check_inputs(manifest, "geneval", {"evaluation_metadata.jsonl": sha256(data)}, folder.root)
+    inputs = {"evaluation_metadata.jsonl": sha256(data)}
+    reports.check_inputs(manifest, "geneval", inputs, folder.root)
     if images_per_prompt is None:
-        images_per_prompt = manifest["settings"]["images_per_prompt"] if manifest else 4
-    whole = items(prompts, images_per_prompt)
-    _check_tree(root, whole)
-    there = [(prompt, name) for prompt, item in zip(prompts, whole, strict=True) for name in item.files]
-    there = [(prompt, name) for prompt, name in there if (root / name).is_file()]
-    if not there:
-        raise FileNotFoundError(f"no image of the layout NNNNN/samples/NNNNN.png in {root}")
-    names = [name for _, name in there]
+        images_per_prompt = manifest["settings"]["images_per_prompt"] if manifest else IMAGES_PER_PROMPT
+    there = find_images(root, prompts, official_compat)
+    excess = _check_numbers(root, there, images_per_prompt, official_compat)
     if (detector is None) == (detections is None):
         raise ValueError("give either --detector or --detections")
+    names, failures = [name for _, name in there], {}
+    faintest = min(SAVED_ABOVE, options.threshold, options.counting_threshold)
     if detections is not None:
-        saved, judge_name = SavedDetections(detections), f"saved detections, sha256 {sha256(detections)}"
+        saved, judge_name = (
+            SavedDetections(detections, faintest),
+            f"saved detections, sha256 {sha256(detections)}",
+        )
         if absent := [name for name in names if name not in saved]:
             raise ValueError(f"{detections} lacks {len(absent)} images of {root}, {absent[0]} for one")
     else:
-        detector = (
-            judge_models.Mask2FormerDetector(detector, device) if isinstance(detector, str) else detector
-        )
-        saved, judge_name = _detect(folder, root, names, detector, progress), detector.name
-    colour_names: list[str] = []
-
-    @functools.cache
-    def colour_judge() -> ColourJudge:  # only where a prompt names a colour
-        if clip is None:
-            raise ValueError("a prompt names a colour: --clip is needed")
-        chosen = judge_models.ClipColours(clip, device) if isinstance(clip, str) else clip
-        colour_names.append(chosen.name)
-        return chosen
-
-    def colours(name: str, label: str, found: Sequence[Detection]) -> Sequence[str]:
-        with Image.open(root / name) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-        return colour_judge().colours([view(image, d, bgcolor, crop) for d in found], label)
-
-    results = [
-        _result(prompt, name, keep(saved[name], prompt.tag, options), colours, options.position_threshold)
-        for prompt, name in judges.bar(there, "Judging", progress)
-    ]
+        if isinstance(detector, str):
+            detector = judge_models.Mask2FormerDetector(detector, device)
+        saved, failures = _detect(folder, root, names, detector, faintest, progress)
+        judge_name = detector.name
+    colours = Colours(root, clip, device, bgcolor, crop)
+    results = []
+    for prompt, name in bar(there, "Judging", progress):
+        if name not in failures:
+            try:
+                results.append(_result(prompt, name, saved[name], options, colours))
+            except UnreadableImage as error:
+                failures[name] = str(error)
     folder.write_text("results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
-    summary = aggregate(results)
+    summary = aggregate(results, official_compat)
+    usual = {"bgcolor": "#999", "crop": True, "images_per_prompt": IMAGES_PER_PROMPT}
+    used = {"bgcolor": bgcolor, "crop": crop, "images_per_prompt": images_per_prompt}
+    as_published = options == Rules() and used == usual and text_sha256(data) == DATA_SHA256
     of = Counter(prompt.tag for prompt in prompts)
-    standard = of == TAGS and all(prompt.prompt.startswith(BEGINNING) for prompt in prompts)
-    expected = len(prompts) * images_per_prompt
-    notes = [
-        f"{summary['correct_images']:.2%} of the images, {summary['correct_prompts']:.2%} of the prompts correct"
-    ]
-    if images_per_prompt != 4:
-        notes.append(f"{images_per_prompt} images a prompt; the benchmark has 4")
-    if detections is None:
-        notes.append(
-            "Meta's Mask2Former through transformers is not OpenMMLab's checkpoint of the official scorer: "
-            "scores differ slightly"
-        )
     return reports.write_score(
         folder,
         reports.Score(
             "geneval",
             headline=("overall, mean of the six tags", summary["overall"]),
             scale=1.0,
-            standard=standard,
-            n_expected=expected,
+            standard=as_published and not excess,
+            n_expected=len(prompts) * images_per_prompt,
             n_scored=len(results),
             scores={
                 tag: (
@@ -517,15 +422,11 @@ def score(
                 )
                 for tag in TAGS
             },
-            judge={
-                "detector": judge_name,
-                "colours": colour_names[0] if colour_names else "not asked",
-            },
-            options={f.name: getattr(options, f.name) for f in fields(options)}
-            | {"bgcolor": bgcolor, "crop": crop, "images_per_prompt": images_per_prompt},
-            inputs={"evaluation_metadata.jsonl": sha256(data)},
+            judge={"detector": judge_name, "colours": colours.name},
+            options=asdict(options) | used | {"official_compat": official_compat},
+            inputs=inputs,
             manifest=manifest,
-            notes=notes,
+            notes=_notes(summary, used, failures, detections is None, official_compat),
         ),
     )
 
@@ -534,16 +435,115 @@ def report(run: str | Path) -> list[Path]:
     return reports.write_report(RunFolder(run), TITLE, PUBLISHED)
 
 
+def find_images(
+    root: Path, prompts: Sequence[Prompt], official_compat: bool = False
+) -> list[tuple[Prompt, str]]:
+    """Every image that the official scorer would take, by its path below `root`, with its prompt.
+
+    Folders are named by digits, images by digits before .png, however many. What a folder's images are of, its
+    metadata.jsonl says, or without one its number, the prompt's index. ValueError where that is not one of `prompts`;
+    official_compat: metadata.jsonl has the last word.
+    """
+    by_line = {json.dumps(p.metadata, sort_keys=True): p for p in prompts}
+    found = []
+    folders = [path for path in root.iterdir() if path.name.isdigit()] if root.is_dir() else []
+    for folder in sorted(folders, key=lambda path: path.name.zfill(20)):
+        if not (folder / "samples").is_dir():
+            continue
+        path = folder / "metadata.jsonl"
+        if path.is_file():
+            line = read_json(path)
+            prompt = by_line.get(json.dumps(line, sort_keys=True))
+            if prompt is None and official_compat:
+                _check_line(line, str(path))
+                prompt = Prompt(-1, line["tag"], line["prompt"], line)
+        else:
+            index = int(folder.name) if folder.name.isdecimal() else len(prompts)
+            prompt = prompts[index] if index < len(prompts) else None
+        if prompt is None:
+            raise ValueError(
+                f"{path if path.is_file() else folder} is not of a line of --data: the images are of other prompts"
+            )
+        names = [
+            p.name for p in (folder / "samples").iterdir() if re.match(r"\d+\.png", p.name) and p.is_file()
+        ]
+        names.sort(key=lambda name: name.split(".")[0].zfill(20))
+        found += [(prompt, f"{folder.name}/samples/{name}") for name in names]
+    if not found:
+        raise FileNotFoundError(f"no image of the layout NNNNN/samples/NNNNN.png in {root}")
+    return found
+
+
+def _check_numbers(
+    root: Path, there: Sequence[tuple[Prompt, str]], images_per_prompt: int, official_compat: bool
+) -> bool:
+    """Whether a prompt has more images than expected: ValueError then, unless `official_compat`."""
+    most, count = Counter(json.dumps(prompt.metadata) for prompt, _ in there).most_common(1)[0]
+    if count > images_per_prompt and not official_compat:
+        raise ValueError(
+            f"{root} has {count} images of one prompt, {json.loads(most)['prompt']!r}, where {images_per_prompt} are "
+            f"expected; --images-per-prompt {count} expects so many"
+        )
+    return count > images_per_prompt
+
+
+def _notes(
+    summary: Mapping[str, Any],
+    used: Mapping[str, Any],
+    failures: Mapping[str, str],
+    own_detector: bool,
+    official_compat: bool,
+) -> list[str]:
+    notes = [
+        f"{summary['correct_images']:.2%} of the images, {summary['correct_prompts']:.2%} of the prompts correct"
+        if summary["images"]
+        else "no image could be judged"
+    ]
+    if official_compat:
+        notes.append(f"mean of the tags that have images: {summary['overall']}")
+    if failures:
+        some = "; ".join(list(failures.values())[:3])
+        notes.append(f"{len(failures)} images could not be read and are left out: {some}")
+    if used["images_per_prompt"] != IMAGES_PER_PROMPT:
+        notes.append(f"{used['images_per_prompt']} images a prompt; the benchmark has {IMAGES_PER_PROMPT}")
+    if own_detector:
+        notes.append(
+            "Meta's Mask2Former through transformers is not OpenMMLab's checkpoint of the official scorer: "
+            "scores differ slightly"
+        )
+    return notes
+
+
+class Colours:
+    """Names the colours of detections in images below `root`; the judge is loaded when first needed."""
+
+    def __init__(self, root: Path, clip: str | ColourJudge | None, device: str, bgcolor: str, crop: bool):
+        self.root, self.clip, self.device, self.bgcolor, self.crop = root, clip, device, bgcolor, crop
+        self.name = "not asked"
+
+    def __call__(self, name: str, label: str, found: Sequence[Detection]) -> Sequence[str]:
+        if self.clip is None:
+            raise ValueError("a prompt names a colour: --clip is needed")
+        if isinstance(self.clip, str):
+            self.clip = judge_models.ClipColours(self.clip, self.device)
+        self.name = self.clip.name
+        image = ImageOps.exif_transpose(read_image(self.root / name)).convert("RGB")
+        try:
+            views = [view(image, d, self.bgcolor, self.crop) for d in found]
+        except ValueError as error:
+            raise ValueError(f"{self.root / name}: {error}") from None
+        return self.clip.colours(views, label)
+
+
 def _result(
-    prompt: Prompt,
-    name: str,
-    objects: Mapping[str, Sequence[Detection]],
-    colours: Callable[[str, str, Sequence[Detection]], Sequence[str]],
-    position_threshold: float,
+    prompt: Prompt, name: str, found: Sequence[Detection], options: Rules, colours: Colours
 ) -> dict[str, Any]:
     """An image's line of results.jsonl, the official one."""
-    correct, reason = judge(prompt.metadata, objects, functools.partial(colours, name), position_threshold)
-    boxes = {label: [[*d.box, d.score] for d in found] for label, found in objects.items()}
+    objects = keep(found, prompt.tag, options)
+    correct, reason = judge(
+        prompt.metadata, objects, functools.partial(colours, name), options.position_threshold
+    )
+    boxes = {label: [[*d.box, d.score] for d in kept] for label, kept in objects.items()}
     return {
         "filename": name,
         "tag": prompt.tag,
@@ -556,42 +556,46 @@ def _result(
 
 
 def view(image: Image.Image, found: Detection, bgcolor: str = "#999", crop: bool = True) -> Image.Image:
-    """What the colour judge sees of an object: all else painted over, cut to its box."""
-    if bgcolor != "original" and found.mask is not None:
+    """What the colour judge sees of an object: everything else covered by `bgcolor`, cut to its box."""
+    if found.mask is not None:
         if found.mask.shape != (image.height, image.width):
             raise ValueError(
                 f"a mask must have the image's size {image.height} x {image.width}, got {found.mask.shape}"
             )
-        empty = Image.new("RGB", image.size, bgcolor)
-        image = Image.composite(image, empty, Image.fromarray(found.mask.astype(np.uint8) * 255))
-    return image.crop(tuple(round(v) for v in found.box)) if crop else image
-
-
-def _check_tree(root: Path, whole: Sequence[Item]) -> None:
-    """Every metadata.jsonl that is there is the file's own line: else the images are of other prompts."""
-    for item in whole:
-        for name, text in item.texts.items():
-            path = root / name
-            if path.is_file() and read_json(path) != json.loads(text):
-                raise ValueError(
-                    f"{path} is not line {item.index + 1} of --data: the images are of other prompts"
-                )
+        if bgcolor != "original":
+            empty = Image.new("RGB", image.size, bgcolor)
+            image = Image.composite(image, empty, Image.fromarray(found.mask.astype(np.uint8) * 255))
+    if crop:
+        image = image.crop(tuple(round(v) for v in found.box))
+        if 0 in image.size:
+            raise ValueError(f"no pixel lies in the box {found.box} of {found.label}")
+    return image
 
 
 def _detect(
-    folder: RunFolder, root: Path, names: Sequence[str], detector: Detector, progress: bool
-) -> SavedDetections:
-    """Detections of every image, those on disk taken where image and detector are the same."""
-    from .judges import Records, bar
-
+    folder: RunFolder,
+    root: Path,
+    names: Sequence[str],
+    detector: Detector,
+    faintest: float,
+    progress: bool,
+) -> tuple[SavedDetections, dict[str, str]]:
+    """Detections of every image, those on disk taken where image and detector are the same; and the images that
+    cannot be read: name -> why."""
     path = folder.root / "detections.jsonl"
-    records = Records(path, "filename", {"detector": detector.name}, keep=False)
+    identity = {"detector": detector.name, "saved_above": faintest}
+    records = Records(path, "filename", identity, keep=False)
     hashes = {name: sha256(root / name) for name in names}
+    failures = {}
     try:
         for name in bar([n for n in names if not records.has(n, hashes[n])], "Detecting", progress):
-            with Image.open(root / name) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-            records.add(name, hashes[name], {"detections": detection_record(detector.detect(image))})
+            try:
+                image = ImageOps.exif_transpose(read_image(root / name)).convert("RGB")
+            except UnreadableImage as error:
+                failures[name] = str(error)
+                continue
+            found = detector.detect(image)
+            records.add(name, hashes[name], {"detections": detection_record(found, faintest)})
     finally:
         records.close()
-    return SavedDetections(path)
+    return SavedDetections(path, faintest), failures

@@ -73,7 +73,7 @@ def prepare_for_mmdet(image: Image.Image, short: int, long: int) -> tuple[Tensor
     """An RGB image -> pixels (1, 3, H', W') as mmdet's test pipeline makes them, and (height, width) without padding.
 
     Scaled, keeping its shape, until its shorter side is `short` or its longer one `long`; bilinear without
-    antialiasing; normalised; padded with 0 on the right and below to multiples of 32.
+    antialiasing, to whole numbers; padded with 128 on the right and below to multiples of 32; normalised.
     """
     import torch
     import torch.nn.functional as F
@@ -82,10 +82,10 @@ def prepare_for_mmdet(image: Image.Image, short: int, long: int) -> tuple[Tensor
     scale = min(short / min(height, width), long / max(height, width))
     size = (int(height * scale + 0.5), int(width * scale + 0.5))
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False).round()
+    pixels = F.pad(pixels, (0, -size[1] % 32, 0, -size[0] % 32), value=128.0)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = (pixels - mean) / std
-    return F.pad(pixels, (0, -size[1] % 32, 0, -size[0] % 32)), size
+    return (pixels - mean) / std, size
 
 
 def instances(

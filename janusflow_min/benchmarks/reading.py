@@ -36,11 +36,15 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{place}: not JSON: {error}") from None
 
 
+class UnreadableImage(ValueError):
+    """An image file that is empty, cut off, damaged or too large; the text names it."""
+
+
 def read_image(path: str | Path) -> Image.Image:
-    """The whole image, decoded. ValueError naming the file for one that is empty, cut off, damaged or too large."""
+    """The whole image, decoded. Raises UnreadableImage."""
     try:
         with Image.open(path) as image:
             image.load()
     except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError and struct.error among them
-        raise ValueError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from None
+        raise UnreadableImage(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from None
     return image
