@@ -62,6 +62,16 @@ def test_images_are_prepared_as_mmdet_does():
     assert wide[0, 0, 0, 0] == pytest.approx((255 - 123.675) / 58.395, rel=1e-4)
 
 
+def test_clip_is_shown_whole_multiples():
+    """Stops: a crop of 5 x 45 px that becomes 2,015 px long instead of torchvision's 2,016, and so shifts by half."""
+    image = Image.new("RGB", (5, 45), "black")
+    image.paste("white", (0, 23, 5, 45))
+    pixels = judge_models._clip_pixels(image, 224)
+    longer = image.resize((224, 2016), Image.Resampling.BICUBIC).crop((0, 896, 224, 1120))
+    expected = np.asarray(longer, np.float32)[..., 0] / 255
+    assert np.allclose(pixels[0] * judge_models.CLIP_STD[0] + judge_models.CLIP_MEAN[0], expected, atol=1e-6)
+
+
 # Tiny random models -----------------------------------------------------------------------
 
 

@@ -167,8 +167,7 @@ def _clip_pixels(image: Image.Image, side: int, square: bool = False) -> Tensor:
     import torch
 
     image = image.convert("RGB")
-    scale = side / min(image.size)
-    size = (side, side) if square else tuple(max(side, int(v * scale)) for v in image.size)
+    size = (side, side) if square else tuple(int(side * v / min(image.size)) for v in image.size)
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((v - side) / 2) for v in image.size)
     pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
