@@ -70,8 +70,10 @@ def texts(name: str, value: Any) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value for a one-line error; of what is not text or a number, or is long, the kind alone."""
+    """A value for a one-line error; of what is neither short text nor a number, its kind alone."""
     if isinstance(value, str):
         return f"{value!r:.80}"
-    plain = value is None or isinstance(value, bool | float) or (is_whole(value) and abs(int(value)) < 10**20)
-    return repr(value) if plain else f"a {type(value).__name__}"
+    if is_whole(value) and abs(int(value)) >= 10**20:
+        return f"a number of {int(value).bit_length()} bits"
+    plain = value is None or isinstance(value, bool | float | np.floating) or is_whole(value)
+    return str(value) if plain else f"a {type(value).__name__}"

@@ -323,6 +323,94 @@ def test_decoding_options_are_checked(idle, options, message):
         idle.chat([USER], **options)
 
 
+ODD = ["2", b"2", torch.tensor(2), np.array(2), np.array([2.0]), [2], {2: 2}, (2,), 2j, object(), lambda: 2]
+OPTIONS = {
+    "generate": (
+        "parallel_size",
+        "cfg_weight",
+        "num_inference_steps",
+        "img_size",
+        "seed",
+        "latents",
+        "progress",
+    ),
+    "understand": ("max_new_tokens", "temperature", "top_p", "top_k", "seed"),
+}
+
+
+@pytest.mark.parametrize("call, name", [(call, name) for call in OPTIONS for name in OPTIONS[call]])
+@pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
+def test_options_of_another_type_are_refused_by_name(idle, call, name, value):
+    """Stops: an error of numpy's or torch's own for text, tensors, lists: each names the argument, what it must be
+    and what it was, in one line."""
+    if name == "seed" and isinstance(value, list | tuple) and call == "generate":
+        value = [value]  # a list of seeds is welcome, a list of lists is not
+    if name == "seed" and isinstance(value, np.ndarray) and value.ndim:
+        pytest.skip("an array of seeds; its values are checked")
+    prompt = {"generate": "a cat", "understand": "hi"}[call]
+    options = (QUIET if call == "generate" else {}) | {name: value}
+    with pytest.raises(ValueError, match=rf"^{name}(\[0\])? must be .*got ") as error:
+        getattr(idle, call)(prompt, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "name", ["parallel_size", "num_inference_steps", "img_size", "seed", "max_new_tokens"]
+)
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+def test_whole_numbers_of_numpy_are_numbers(pipe, name, kind):
+    """Stops: a refusal of what comes out of every array."""
+    value = kind(1 if name != "img_size" else 32)
+    if name == "max_new_tokens":
+        assert len(pipe.understand("hi", max_new_tokens=value, temperature=np.float32(0)).token_ids) == 1
+    else:
+        options = QUIET | {"num_inference_steps": 1, name: value, "cfg_weight": np.float32(2)}
+        assert len(pipe.generate("a cat", **options).images) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"parallel_size": 99_999_999_999}, r"99,999,999,999 images of 64x64 px are more than the 4 GiB"),
+        ({"img_size": 1_000_000}, "img_size must be a whole number from 1 to 8192, got 1000000"),
+        ({"img_size": 8192, "parallel_size": 50}, "50 images of 8192x8192 px .* holds 21 of them"),
+        ({"num_inference_steps": 10**9}, "num_inference_steps must be a whole number from 1 to 10000"),
+        ({"num_inference_steps": 10**5000}, "num_inference_steps must be a whole number .*, got a number of"),
+        ({"cfg_weight": 10**400}, "cfg_weight must be a finite number"),
+        ({"seed": 10**5000}, "seed must be a whole number"),
+    ],
+)
+def test_sizes_are_bounded_before_anything_is_made(idle, options, message):
+    """Stops: terabytes asked for, and the machine with them, for a slip of the key."""
+    with pytest.raises(ValueError, match=message):
+        idle.generate("a cat", **QUIET | options)
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number from 1 to"):
+        idle.understand("hi", max_new_tokens=10**12)
+
+
+def test_images_are_counted_before_they_are_opened(idle, parity_dir, monkeypatch):
+    """Stops: 200 photos decoded at full size, only to say that their tokens are too many."""
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("opened"))
+    path = str(parity_dir / "images" / "wide.png")
+    with pytest.raises(ValueError, match="positions; the model has 2048"):
+        idle.understand("What?", images=[path] * 200)
+    with pytest.raises(ValueError, match="positions; the model has 2048"):
+        idle.understand(["a", "b"], images=[path, [path] * 200])
+    with pytest.raises(FileNotFoundError, match="gone"):
+        idle.understand(["a"] * 40, images=[path] * 39 + ["gone.png"])
+
+
+def test_weights_elsewhere_are_named(parity_dir):
+    """Stops: errors from inside torch for a model that accelerate has moved out of memory."""
+    pipe = load(parity_dir)
+    pipe.model.to("meta")
+    for call in (lambda: pipe.generate("a cat", **QUIET), lambda: pipe.understand("hi")):
+        with pytest.raises(ValueError, match="meta device"):
+            call()
+    with pytest.raises(ValueError, match='device "meta" holds no weights'):
+        jf.load(device="meta")
+
+
 # Seeds and latents ------------------------------------------------------------------------------------------------
 
 

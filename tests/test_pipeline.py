@@ -224,6 +224,29 @@ def test_what_generate_returns(paint, bf16):
         assert out.prompts == [SHORT, SHORT, LONG, LONG] and len(out.seeds) == 4
 
 
+def test_latents_are_a_tensor_like_any_other(paint):
+    """Stops: an inference tensor, through which no gradient flows."""
+    latents = paint().latents
+    assert not latents.is_inference()
+    weight = torch.ones((), requires_grad=True)
+    (latents * weight).sum().backward()
+    assert weight.grad == latents.sum()
+    latents += 1  # in place, too
+
+
+def test_a_generation_prints_compares_and_hashes(paint):
+    """Stops: a ValueError from comparing tensors, a TypeError from hashing lists, pages of numbers in a terminal."""
+    one, two = paint(seed=1), paint(seed=1)
+    assert one == one and one != two and len({one, two, one}) == 2
+    assert repr(one) == "Generation(1 images of 64x64, seeds=[1], prompts=['a cat'])"
+
+
+def test_an_answer_compares_and_hashes(pipe):
+    """Stops: answers that cannot be counted in a set."""
+    one, two = (pipe.understand("hi", max_new_tokens=2) for _ in range(2))
+    assert one == two and len({one, two}) == 1 and len({one, pipe.understand("why", max_new_tokens=2)}) == 2
+
+
 def test_the_images_are_the_decoded_latents(pipe, paint):
     """Stops: images that are not those of `latents`, rounding instead of the published truncation."""
     out = paint(parallel_size=2, seed=4)
@@ -548,6 +571,16 @@ def test_parts_hold_only_what_their_task_needs(pipe, parity_dir):
         assert all(torch.equal(v, whole[k]) for k, v in state.items())
         assert half.model.extra_tensors == {}
     assert understanding.vae is None and generation.vae is not None
+    for half, names in (
+        (generation, ("siglip", "und_aligner", "und_begin")),
+        (
+            understanding,
+            ("uvit_encoder", "gen_in_aligner", "gen_out_norm", "gen_out_aligner", "uvit_decoder"),
+        ),
+    ):
+        for name in names:
+            assert getattr(half.model, name) is None and getattr(pipe.model, name) is not None
+    assert generation.model.llm.lm_head is None
     options = {"num_inference_steps": 2, "seed": 1, "progress": False}
     assert torch.equal(generation.generate(LONG, **options).latents, pipe.generate(LONG, **options).latents)
     assert understanding.understand("hi", max_new_tokens=4) == pipe.understand("hi", max_new_tokens=4)

@@ -147,7 +147,7 @@ def square(image: Image.Image, side: int, generator: torch.Generator | None) -> 
     if generator is None:
         left, top = room[0] // 2, room[1] // 2
     else:
-        left, top = (int(torch.randint(r + 1, (1,), generator=generator)) for r in room)
+        left, top = (int(torch.randint(r + 1, (1,), generator=generator, device="cpu")) for r in room)
     box = left, top, left + side, top + side
     if max(width, height) > 8 * side:  # a long strip may be too large as a whole
         scale = image.width / width, image.height / height
@@ -263,18 +263,23 @@ class SampleBuilder:
     ) -> Sample:
         settings, processor, text = self.config.objective, self.processor, row.get("text")
         if isinstance(text, list | tuple) and text:  # several captions, one of which is drawn
-            text = text[int(torch.randint(len(text), (1,), generator=generator)) if len(text) > 1 else 0]
+            text = text[
+                int(torch.randint(len(text), (1,), generator=generator, device="cpu")) if len(text) > 1 else 0
+            ]
         if settings.prompt_form == "chat":
             prompt = processor.generation_prompt(as_text(text))[0][:-1]  # t_emb takes the tag's place
         else:
             prompt = self._plain(as_text(text))
         side, fixed = processor.image_processor.image_size, self.config.loader.crop == "fixed"
         image = square(read_image(row.get("image"), folder), side, None if fixed else generator)
-        if self.config.loader.random_flip and torch.rand(1, generator=generator) < 0.5:
+        if (
+            self.config.loader.random_flip
+            and torch.rand(1, generator=generator, dtype=torch.float32, device="cpu") < 0.5
+        ):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         t = sample_time(1, settings.logit_mean, settings.logit_std, generator)
-        hidden = bool(torch.rand(1, generator=generator) < prompt_dropout)
-        noise = torch.randn(self.latent_shape, generator=generator)
+        hidden = bool(torch.rand(1, generator=generator, dtype=torch.float32, device="cpu") < prompt_dropout)
+        noise = torch.randn(self.latent_shape, generator=generator, dtype=torch.float32, device="cpu")
         image_tokens = 1 + self.num_image_tokens
         positions = list(range(len(prompt) + image_tokens))
         if hidden:
@@ -328,13 +333,13 @@ def collate(samples: Sequence[Sample], processor: Processor) -> MixedBatch:
     """Samples as one right-padded batch, images still uint8: see `unpack`."""
     tokenizer, count = processor.tokenizer, processor.num_image_tokens
     length = max(len(s.ids) for s in samples)
-    ids = torch.full((len(samples), length), tokenizer.pad_id)  # (B, T)
-    positions = torch.zeros(len(samples), length, dtype=torch.int64)
-    gen_places = torch.zeros(len(samples), length, dtype=torch.bool)
+    ids = torch.full((len(samples), length), tokenizer.pad_id, dtype=torch.int64, device="cpu")  # (B, T)
+    positions = torch.zeros(len(samples), length, dtype=torch.int64, device="cpu")
+    gen_places = torch.zeros(len(samples), length, dtype=torch.bool, device="cpu")
     index, labels, weights, gen_index = [], [], [], []
     for row, s in enumerate(samples):
-        ids[row, : len(s.ids)] = torch.tensor(s.ids)
-        positions[row, : len(s.ids)] = torch.tensor(s.positions)
+        ids[row, : len(s.ids)] = torch.tensor(s.ids, device="cpu")
+        positions[row, : len(s.ids)] = torch.tensor(s.positions, device="cpu")
         here = [k for k, label in enumerate(s.labels) if label != IGNORE]
         index += [row * length + k - 1 for k in here]  # the token before says the next
         labels += [s.labels[k] for k in here]
@@ -345,14 +350,16 @@ def collate(samples: Sequence[Sample], processor: Processor) -> MixedBatch:
             gen_index += range(first, first + count)
     batch: dict[str, Any] = {}
     if labels:
-        batch |= dict(label_index=torch.tensor(index), labels=torch.tensor(labels))
-        batch["label_weight"] = torch.tensor(weights)
+        batch |= dict(
+            label_index=torch.tensor(index, device="cpu"), labels=torch.tensor(labels, device="cpu")
+        )
+        batch["label_weight"] = torch.tensor(weights, dtype=torch.float32, device="cpu")
     if images := [image for s in samples for image in s.und_images]:
         places = (ids == tokenizer.image_id) | (ids == tokenizer.image_start_id)
         batch |= dict(und_pixels=torch.stack(images), und_places=places & ~gen_places)
     generated = [s for s in samples if s.kind == "generation"]
     if generated:
-        batch |= dict(gen_places=gen_places, gen_index=torch.tensor(gen_index))
+        batch |= dict(gen_places=gen_places, gen_index=torch.tensor(gen_index, device="cpu"))
         batch |= dict(t=torch.cat([s.t for s in generated]), noise=torch.stack([s.noise for s in generated]))
         for name in ("latents", "features"):
             if all(name in s.cached for s in generated):

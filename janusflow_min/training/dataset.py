@@ -55,7 +55,7 @@ class BadRow(NamedTuple):
 def seeded_generator(*key: Any) -> torch.Generator:
     """A CPU generator that depends on the key alone."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def rename(row: Any, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -396,15 +396,15 @@ class Stream:
                 yield from self._shard(*shard)
             return
         held: list[Row] = []
-        for index in torch.randperm(len(self.shards), generator=generator).tolist():
+        for index in torch.randperm(len(self.shards), generator=generator, device="cpu").tolist():
             for row in self._shard(*self.shards[index]):
                 if len(held) < self.buffer:
                     held.append(row)
                     continue
-                k = int(torch.randint(len(held), (1,), generator=generator))
+                k = int(torch.randint(len(held), (1,), generator=generator, device="cpu"))
                 yield held[k]
                 held[k] = row
-        for k in torch.randperm(len(held), generator=generator).tolist():
+        for k in torch.randperm(len(held), generator=generator, device="cpu").tolist():
             yield held[k]
 
     def _shard(self, folder: Path | None, rows: Any, count: int, index: int) -> Iterator[Row]:
@@ -469,7 +469,10 @@ class Source:
             if self.config.shuffle:
                 if epoch != self._epoch:
                     generator = seeded_generator(self.seed, self.key, epoch)
-                    self._epoch, self._order = epoch, torch.randperm(len(self.rows), generator=generator)
+                    self._epoch, self._order = (
+                        epoch,
+                        torch.randperm(len(self.rows), generator=generator, device="cpu"),
+                    )
                 index = int(self._order[index])
             try:
                 row = self.rows[index]

@@ -15,6 +15,7 @@ batch: T tokens of all sorts, G painted images, M images that are asked about, L
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,13 +35,9 @@ class AlignmentHead(nn.Module):
     def __init__(self, hidden_size: int, width: int, inner: int | None = None):
         super().__init__()
         inner = inner or hidden_size
-        self.layers = nn.Sequential(
-            nn.Linear(hidden_size, inner),
-            nn.SiLU(),
-            nn.Linear(inner, inner),
-            nn.SiLU(),
-            nn.Linear(inner, width),
-        )
+        linear = partial(nn.Linear, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        layers = linear(hidden_size, inner), nn.SiLU(), linear(inner, inner), nn.SiLU(), linear(inner, width)
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, P)"""

@@ -153,7 +153,7 @@ class AdamW:
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """Euclidean norm over all, shards of other ranks included: ()."""
         if not gradients:
-            return torch.zeros((), device=next(iter(self.master.values())).device)
+            return torch.zeros((), dtype=torch.float32, device=next(iter(self.master.values())).device)
         norms = torch._foreach_norm([local(g) for g in gradients], 2, torch.float32)
         square = torch.stack(norms).square().sum()
         if isinstance(gradients[0], DTensor):  # then all are

@@ -102,7 +102,7 @@ class TrainStep:
         """
         optimizer, sharded = self.optimizer, self.parallel == "fsdp"
         count, signal, grad_for_unused = self.sync_ranks(batches, signal)
-        sums = torch.zeros(6 + 2 * BINS, device=self.device)
+        sums = torch.zeros(6 + 2 * BINS, dtype=torch.float32, device=self.device)
         for i in range(count):
             real = float(i < len(batches))  # sharded ranks make equally many passes; the last may be idle
             if real:
@@ -127,7 +127,7 @@ class TrainStep:
         if self.world == 1:
             return len(batches), signal, ()
         kinds = [any(getattr(b, name) is not None for b in batches) for name in KIND_PARTS]
-        numbers = torch.tensor([len(batches), signal, *kinds], dtype=torch.int64)
+        numbers = torch.tensor([len(batches), signal, *kinds], dtype=torch.int64, device="cpu")
         dist.all_reduce(numbers, dist.ReduceOp.MAX)  # on the CPU: the GPU's queue is not waited for
         most, signal, *kinds = numbers.tolist()
         if self.parallel != "fsdp":
@@ -138,7 +138,7 @@ class TrainStep:
     def sum_over_ranks(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """fp32 sums, in buckets of 64 M numbers. A rank without a gradient that others have gives zeros."""
         names = list(self.optimizer.params)
-        here = torch.tensor([name in gradients for name in names], dtype=torch.int32)
+        here = torch.tensor([name in gradients for name in names], dtype=torch.int32, device="cpu")
         dist.all_reduce(here, dist.ReduceOp.MAX)
         used = [name for name, anywhere in zip(names, here.tolist(), strict=True) if anywhere]
         summed, bucket = {}, []
@@ -146,7 +146,7 @@ class TrainStep:
             bucket.append(name)
             if k + 1 == len(used) or sum(self.optimizer.params[n].numel() for n in bucket) > 2**26:
                 shapes = [self.optimizer.params[n].shape for n in bucket]
-                zeros = (torch.zeros(s, device=self.device) for s in shapes)
+                zeros = (torch.zeros(s, dtype=torch.float32, device=self.device) for s in shapes)
                 parts = [
                     gradients[n].float() if n in gradients else z for n, z in zip(bucket, zeros, strict=True)
                 ]
@@ -161,11 +161,11 @@ class TrainStep:
 def sums_of(losses: Losses, batch: MixedBatch) -> Tensor:
     """total, flow, painted samples, alignment, cross-entropy, answered samples, then flow and samples by t."""
     device = losses.total.device
-    answers, answered = torch.zeros((), device=device), torch.zeros((), device=device)
+    answers, answered = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(2))
     if batch.labels is not None:
         answers, answered = (losses.cross_entropy * batch.label_weight).sum(), batch.label_weight.sum()
     t = batch.t if batch.t is not None else losses.flow
-    painted = torch.full((), float(len(losses.flow)), device=device)
+    painted = torch.full((), float(len(losses.flow)), dtype=torch.float32, device=device)
     parts = [losses.total, losses.flow.sum(), painted, losses.alignment.sum(), answers, answered]
     return torch.cat([torch.stack([part.detach().float() for part in parts]), *by_time(losses.flow, t, BINS)])
 

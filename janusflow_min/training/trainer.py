@@ -211,7 +211,7 @@ class Trainer:
 
     def validation_loss(self) -> dict[str, float]:
         """Over the first rows of the validation manifest, with times and noise of their own, no prompt hidden."""
-        report, sums = self.config.report, torch.zeros(6 + 2 * BINS, device=self.device)
+        report, sums = self.config.report, torch.zeros(6 + 2 * BINS, dtype=torch.float32, device=self.device)
         rows = Manifest(report.validation, limit=report.validation_rows)
         count = len(rows)
         samples = []
