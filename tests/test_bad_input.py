@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import janusflow_min as jf
 from janusflow_min import loading
-from janusflow_min.processor import BOS, EOS
+from janusflow_min.tokenizer import BOS, EOS
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_what_is_no_list_is_no_conversation(idle, conversation):
         ([{"role": "User", "content": [{"type": "text"}]}], "content must be a str"),
         (
             [{"role": "User", "content": "hi", "image": "a.png"}],
-            r"keys must be role, content and images, got \['image'",
+            "keys must be role, content and images, got 'image'",
         ),
         ([{"role": "User", "content": "hi", "images": "a.png"}], "images must be a list"),
         (

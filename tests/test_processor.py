@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from janusflow_min.pixels import open_image
-from janusflow_min.processor import BOS, EOS, PAD, ImageProcessor, Processor, Tokenizer
+from janusflow_min.processor import ImageProcessor, Processor
+from janusflow_min.tokenizer import BOS, EOS, PAD, Tokenizer
 
 ROWS = 640  # of the tiny checkpoint's embedding
 TAGS = ["<image_placeholder>", "<｜begin▁of▁generation｜>", "<begin_of_image>", "<end_of_image>"]
