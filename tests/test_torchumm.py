@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janusflow_min import InferencePipeline, InferenceRequest, JanusFlowBackbone, torchumm
+from janusflow_min import InferencePipeline, InferenceRequest, JanusFlowBackbone
 from janusflow_min.pipeline import DEFAULT_QUESTION
+from janusflow_min.torchumm import backend
 
 FAST = {"num_inference_steps": 1, "parallel_size": 2, "img_size": 64}
 ONE = FAST | {"parallel_size": 1}
@@ -135,10 +136,21 @@ def test_the_backbone_is_torchumm_s():
         "understand": ["batch", "understanding_cfg"],
     }.items():
         assert list(inspect.signature(getattr(backbone, method)).parameters)[: len(names)] == names
-    with pytest.raises(RuntimeError, match=r"not loaded; call load"):
-        backbone.generation("a cat")
-    with pytest.raises(RuntimeError, match=r"not loaded; call load"):
-        backbone.understanding("hi")
+    names = ["model_path", "janus_root", "vae_path", "seed", "torch_dtype"]
+    assert list(inspect.signature(JanusFlowBackbone).parameters) == names
+    batch = {"prompt": "hi", "images": ["a.png"], "videos": []}
+    request = InferenceRequest("janus_flow", "understanding", "hi", ["a.png"])
+    assert request.to_batch() == batch
+    request.metadata["id"] = 5
+    assert request.to_batch() == batch | {"metadata": {"id": 5}}
+
+
+def test_a_call_before_load_loads_what_the_constructor_names(parity_dir):
+    """Stops: a backbone that TorchUMM's users construct and call, and that then asks for another call first."""
+    backbone = JanusFlowBackbone(str(parity_dir), seed=9, torch_dtype="fp32")
+    first = backbone.generation("a cat", generation_cfg=ONE)
+    assert str(backbone.pipe.model.dtype) == "torch.float32"
+    assert pixels(first) == pixels(paint(make(parity_dir, seed=9)))
 
 
 def test_batches_go_the_same_way(pipeline, image, tmp_path):
@@ -176,9 +188,9 @@ def test_understanding_defaults(pipeline, asked):
     assert asked.pop("images") in (None, [])
     assert asked == {
         "prompt": "hi",
-        "max_new_tokens": 512,
+        "max_new_tokens": 5120,
         "temperature": 0.0,
-        "top_p": 0.95,
+        "top_p": 1.0,
         "top_k": 50,
         "seed": None,
     }
@@ -193,12 +205,14 @@ def test_a_request_overrides_load_which_overrides_the_defaults(parity_dir, asked
     )
     monkeypatch.setattr(other.backbone, "pipe", pipeline.backbone.pipe)
     request = {"backbone": "janus_flow", "task": "generation", "prompt": "a cat"}
-    other.run(request | {"params": {"cfg_weight": 3, "max_new_tokens": 9, "nonsense": object()}})
+    with pytest.warns(UserWarning, match="no params nonsense; they are ignored"):
+        other.run(request | {"params": {"cfg_weight": 3, "max_new_tokens": 9, "nonsense": object()}})
     assert (asked["cfg_weight"], asked["num_inference_steps"], asked["parallel_size"]) == (3.0, 7, 5)
     other.run(request)
     assert asked["cfg_weight"] == 5.0
     question = {"backbone": "janus_flow", "task": "understanding", "prompt": "hi"}
-    other.run(question | {"params": {"top_k": 3, "cfg_weight": 2.0, "nonsense": object()}})
+    with pytest.warns(UserWarning, match="no params nonsense"):
+        other.run(question | {"params": {"top_k": 3, "cfg_weight": 2.0, "nonsense": object()}})
     assert (asked["max_new_tokens"], asked["top_k"], asked["temperature"]) == (5120, 3, 0.0)
     other.run(question)
     assert asked["top_k"] == 50
@@ -212,7 +226,7 @@ def test_a_null_of_a_yaml_file_means_the_default(parity_dir, asked, pipeline, mo
     paint(other, cfg_weight=None, seed=None)
     assert asked["cfg_weight"] == 2.0 and asked["seed"] == 42
     ask(other, "hi", temperature=None, top_p=None, seed=None)
-    assert (asked["temperature"], asked["top_p"], asked["seed"]) == (0.0, 0.95, None)
+    assert (asked["temperature"], asked["top_p"], asked["seed"]) == (0.0, 1.0, None)
     assert other.run(
         {"backbone": "janus_flow", "task": "understanding", "prompt": "hi", "images": None, "params": None}
     )
@@ -236,9 +250,41 @@ def test_a_null_of_a_yaml_file_means_the_default(parity_dir, asked, pipeline, mo
 )
 def test_do_sample_and_temperature(pipeline, asked, monkeypatch, at_load, request_, temperature):
     """Stops: `do_sample: false` that samples all the same, and sampling at temperature 0."""
-    monkeypatch.setattr(pipeline.backbone, "understanding_cfg", torchumm.UNDERSTANDING | at_load)
+    monkeypatch.setattr(pipeline.backbone, "default_understanding_cfg", backend.UNDERSTANDING | at_load)
     ask(pipeline, "hi", **request_)
     assert asked["temperature"] == temperature
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("bf16", "bfloat16"), ("FP32", "float32"), ("torch.bfloat16", "bfloat16"), ("float", "float32")],
+)
+def test_short_names_of_dtypes(parity_dir, name, dtype):
+    """Stops: `torch_dtype: bf16`, which TorchUMM takes, refused."""
+    assert str(make(parity_dir, torch_dtype=name).backbone.pipe.model.dtype) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize(
+    "cfg, message",
+    [
+        ({"modelpath": "x"}, "backbone_cfg: unknown keys modelpath; known ones are model_path, janus_root"),
+        ({"generation_cfg": {"guidance": 3}}, "backbone_cfg.generation_cfg: unknown keys guidance"),
+        ({"understanding_cfg": {"max_length": 3}}, "backbone_cfg.understanding_cfg: unknown keys max_length"),
+        ({"generation_cfg": [1]}, r"backbone_cfg.generation_cfg must be a mapping, got \[1\]"),
+        ({"torch_dtype": "int8"}, "dtype must be one of auto"),
+    ],
+)
+def test_a_wrong_backbone_cfg_is_refused_before_the_work(cfg, message):
+    """Stops: a misspelt setting without effect, noticed after a whole benchmark if at all."""
+    with pytest.raises(ValueError, match=message):
+        InferencePipeline("janus_flow", {"model_path": "/nowhere"} | cfg)
+
+
+@pytest.mark.parametrize("name", ["janus-flow", "Janus_Flow "])
+def test_other_spellings_of_the_name(parity_dir, name):
+    """Stops: a name that TorchUMM's own runners take refused."""
+    pipe = InferencePipeline(name, {"model_path": str(parity_dir), "device": "cpu"})
+    assert pipe.run_many([InferenceRequest(name, "generation", "a cat", params=ONE)], batch_size=4)
 
 
 def test_numbers_may_come_as_text(pipeline, asked):
@@ -253,16 +299,17 @@ def test_numbers_may_come_as_text(pipeline, asked):
     ):
         with pytest.raises(ValueError, match=f"{key} must be a whole number"):
             paint(pipeline, **{key: value})
+    with pytest.raises(ValueError, match="cfg_weight must be a number, got 'high'"):
+        paint(pipeline, cfg_weight="high")
 
 
 @pytest.mark.parametrize("key", ["parallel_size", "num_inference_steps", "img_size"])
 @pytest.mark.parametrize("value", [0, -2])
 def test_sizes_and_steps_of_zero_are_refused(pipeline, tmp_path, key, value):
     """Stops: an IndexError for no images, or a stream of seeds that runs backwards."""
-    before = pipeline.backbone.next_seed
     with pytest.raises(ValueError, match=f"{key} must be a whole number"):
         paint(pipeline, output_path=str(tmp_path / "a.png"), **{key: value})
-    assert pipeline.backbone.next_seed >= before and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 # Saving -----------------------------------------------------------------------------------------------------------
@@ -295,13 +342,28 @@ def test_the_extension_says_the_format(pipeline, tmp_path, name, form):
     assert Image.open(path).format == form
 
 
-def test_an_unknown_extension_is_refused_before_the_work(pipeline, tmp_path, monkeypatch):
-    """Stops: minutes of painting thrown away for a typing error."""
-    monkeypatch.setattr(pipeline.backbone.pipe, "generate", lambda *a, **k: pytest.fail("painted first"))
-    for name in ("a.pgn", "out/a.txt"):
-        with pytest.raises(ValueError, match="is no image format"):
-            paint(pipeline, output_path=str(tmp_path / name))
-    assert list(tmp_path.iterdir()) == []
+def test_names_are_torchumm_s(pipeline, tmp_path, monkeypatch):
+    """Stops: a dot in a name taken for an unknown format, and files that a runner then looks for in vain."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, count, files in (
+        ("uo/v1.5_out", 1, ["v1.5_out"]),
+        ("two/v1.5_out", 2, ["v1_0.5_out", "v1_1.5_out"]),
+        ("~/home/a.tmp", 1, ["a.tmp"]),
+        ("three/.hidden", 1, [".hidden.png"]),
+    ):
+        path = name if name.startswith("~") else str(tmp_path / name)
+        result = paint(pipeline, output_path=path, parallel_size=count)
+        folder = tmp_path / Path(name).parent.name
+        assert result["saved_paths"] == [str(folder / file) for file in files]
+        assert [Image.open(folder / file).format for file in files] == ["PNG"] * count
+
+
+def test_a_folder_s_name_is_refused_before_the_work(pipeline, tmp_path, monkeypatch):
+    """Stops: minutes of work thrown away because the file's name is a folder's."""
+    monkeypatch.setattr(pipeline.backbone.pipe, "generate", lambda *a, **k: pytest.fail("generated first"))
+    (tmp_path / "v1.5_out").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"output_path: .*v1\.5_out is a folder"):
+        paint(pipeline, output_path=str(tmp_path / "v1.5_out"))
 
 
 def test_nothing_half_written_stays(pipeline, tmp_path, monkeypatch):
@@ -335,11 +397,39 @@ def test_without_a_path_nothing_is_saved(pipeline, tmp_path, monkeypatch):
 
 
 def test_seeds_go_on_from_request_to_request(parity_dir):
-    """Stops: four identical samples for GenEval's four requests with one prompt."""
+    """Stops: four identical samples for DPG-Bench's four requests with one prompt."""
     stream = make(parity_dir, seed=7)
     first, second = paint(stream, parallel_size=2), paint(stream, parallel_size=2)
-    assert len({*pixels(first), *pixels(second)}) == 4 and stream.backbone.next_seed == 11
+    assert len({*pixels(first), *pixels(second)}) == 4
     assert pixels(paint(make(parity_dir, seed=9), parallel_size=2)) == pixels(second)
+
+
+def test_a_resumed_run_gives_the_same_images(parity_dir, tmp_path):
+    """Stops: a resumed GenEval run that generates its first image twice; ranks and orders that change images."""
+
+    def samples(folder, jobs, **params):
+        pipe = make(parity_dir)
+        return {
+            job: paint(pipe, job[0], tmp_path / folder / job[1], **params)["image"].tobytes() for job in jobs
+        }
+
+    jobs = [(prompt, f"{k:05d}.png") for prompt in ("a cat", "a dog") for k in range(3)]
+    whole = samples("one", jobs)
+    assert len(set(whole.values())) == 6
+    assert samples("two", jobs[2:4]) == {job: whole[job] for job in jobs[2:4]}
+    assert samples("three", jobs[::-1]) == whole
+    assert samples("four", jobs, seed=5) != whole and samples("five", jobs[:1])[jobs[0]] == whole[jobs[0]]
+    without_files = [paint(make(parity_dir), prompt)["image"].tobytes() for prompt in ("a cat", "a dog")]
+    stream = make(parity_dir)
+    assert [paint(stream, prompt)["image"].tobytes() for prompt in ("a cat", "a dog")] == without_files
+
+
+def test_a_request_that_fails_moves_no_seed(parity_dir):
+    """Stops: another image because an earlier request was wrong."""
+    stream = make(parity_dir)
+    with pytest.raises(ValueError, match="img_size"):
+        paint(stream, img_size=0)
+    assert pixels(paint(stream)) == pixels(paint(make(parity_dir)))
 
 
 def test_a_pipeline_s_seed_repeats_its_sequence(parity_dir):

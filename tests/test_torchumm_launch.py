@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from janusflow_min import torchumm as seed_api
+from janusflow_min import loading
 from janusflow_min.cli import main
-from janusflow_min.commands import torchumm as launcher
+from janusflow_min.torchumm import backend, launcher
 
 REGISTRY = """
 made = {}
@@ -27,6 +27,7 @@ def register(kind, name, factory): made[name] = factory
 def get(kind, name): return made[name]
 def list_registered(kind): return sorted(made)
 """
+OURS = "janusflow_min.torchumm.backend"
 CONFIG = """
 import json
 overrides = []
@@ -42,30 +43,67 @@ def load_config(path):
         block[last] = value
     return cfg
 """
+BUILTIN = """
+from umm.core import registry
+def register_builtin_backbones():
+    for name in ("bagel", "janus_flow"):
+        if name not in registry.list_registered("backbone"):
+            module = __import__("umm.backbones." + name, fromlist=["x"])
+            registry.register("backbone", name, module.BagelBackbone if name == "bagel" else module.JanusFlowBackbone)
+"""
 RUNNER = """
 import json, sys
 from pathlib import Path
 from umm.core import registry
 from umm.core.config import load_config
+from umm.inference import register_builtin_backbones
 if __name__ == "__main__":
     cfg = load_config(sys.argv[2])
+    register_builtin_backbones()
     backbone = registry.get("backbone", "janus_flow")()
+    from umm.backbones.janus_flow import JanusFlowBackbone
     seen = {"argv": sys.argv, "backbone": type(backbone).__module__, "names": registry.list_registered("backbone"),
-            "beside": str(Path(__file__).parent) in sys.path, "file": __file__}
+            "beside": str(Path(__file__).parent) in sys.path, "file": __file__,
+            "imported": type(JanusFlowBackbone()).__module__}
     Path(cfg["geneval"]["out"]).write_text(json.dumps(seen))
     sys.exit(int(cfg["geneval"].get("code", 0)))
 """
+# How `umm eval` and TorchUMM's runners start programs: with a list, a shell, a script of the shell, relative to cwd.
 UMM = """
-import subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 def main(argv):
     root = Path(__file__).parents[3]
-    script = str(root / "eval/generation/geneval/run_generation.py")
-    if argv[0] == "eval":
-        return subprocess.run([sys.executable, script, "--config", argv[2]]).returncode
-    print("infer", *argv[1:])
-    return 0
+    cfg = json.loads(Path(argv[2]).read_text())
+    if argv[0] == "infer":
+        print("infer", *argv[1:])
+        return 0
+    script = cfg.get("script", "eval/generation/geneval/run_generation.py")
+    env = dict(os.environ)
+    env["PYTHONPATH"] = str(root / "src") + ":" + env.get("PYTHONPATH", "")
+    line = f"{sys.executable} {root / script} --config {argv[2]}"
+    match cfg.get("way", "list"):
+        case "list":
+            return subprocess.run(line.split(), cwd=root, env=env).returncode
+        case "relative":
+            here = (root / script).parent
+            return subprocess.run([sys.executable, Path(script).name, *line.split()[2:]], cwd=here, env=env).returncode
+        case "shell":
+            return subprocess.run(line, shell=True).returncode
+        case "system":
+            return os.waitstatus_to_exitcode(os.system(line))
+        case "bash":
+            (root / "run.sh").write_text("set -e\\n" + line)
+            return subprocess.Popen(["bash", "run.sh"], cwd=root).wait()
+        case "runner":  # a runner that starts another one
+            code = f"import subprocess, sys; sys.exit(subprocess.call({line.split()!r}))"
+            return subprocess.call([sys.executable, "-c", code])
+        case "torchrun":
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"]
+            return subprocess.run([*torchrun, *line.split()[1:]], cwd=root, env=env).returncode
 """
+OTHER_RUNNERS = ("eval/generation/ueval/run_generation.py", "eval/generation/unified_bench/run_generation.py")
+OTHER_RUNNERS += ("eval/edit/gedit/run_gedit_eval.py", "eval/vlm/eval/new/evaluate.py", "tools/run.py")
 
 
 @pytest.fixture
@@ -79,8 +117,12 @@ def root(tmp_path):
         "src/umm/core/config.py": CONFIG,
         "src/umm/cli/__init__.py": "",
         "src/umm/cli/main.py": UMM,
+        "src/umm/inference/__init__.py": BUILTIN,
+        "src/umm/backbones/__init__.py": "raise ImportError('what TorchUMM needs is not installed')",
+        "src/umm/backbones/janus_flow/__init__.py": "class JanusFlowBackbone: pass",
         "eval/generation/geneval/run_generation.py": RUNNER,
     }
+    files |= dict.fromkeys(OTHER_RUNNERS, RUNNER)
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -108,14 +150,14 @@ def run(root, *arguments) -> int:
 
 
 def test_a_runner_finds_our_backbone(root, config, tmp_path):
-    """Stops: a runner that gets TorchUMM's own adapter, or imports the others; a sys.path or argv left changed."""
-    path, argv = list(sys.path), list(sys.argv)
+    """Stops: a runner that gets TorchUMM's own adapter, or imports the others; a process left changed."""
+    before = (list(sys.path), list(sys.argv), list(sys.meta_path), dict(os.environ))
     assert run(root, "geneval", "--config", config()) == 0
     seen = json.loads((tmp_path / "seen.json").read_text())
-    assert seen["backbone"] == "janusflow_min.torchumm"
-    assert sorted(seen["names"]) == sorted(["janus_flow", *launcher.OTHERS])
+    assert seen["backbone"] == seen["imported"] == OURS
+    assert seen["names"] == ["bagel", "janus-flow", "janus_flow"]
     assert seen["argv"] == [seen["file"], "--config", str(config())] and seen["beside"]
-    assert (sys.path, sys.argv) == (path, argv)
+    assert before == (list(sys.path), list(sys.argv), list(sys.meta_path), dict(os.environ))
 
 
 def test_the_other_backbones_say_why_they_fail(root, config):
@@ -123,13 +165,37 @@ def test_the_other_backbones_say_why_they_fail(root, config):
     run(root, "geneval", "--config", config())
     from umm.core import registry
 
-    with pytest.raises(RuntimeError, match=r"'bagel' is TorchUMM's own.*'janus_flow' alone"):
+    with pytest.raises(RuntimeError, match=r"'bagel' is TorchUMM's own.*only 'janus_flow'"):
         registry.get("backbone", "bagel")()
 
 
-def test_the_names_are_one():
-    """Stops: a launcher that registers another name than the backbone's."""
-    assert launcher.NAME == seed_api.NAME == seed_api.JanusFlowBackbone.name
+@pytest.mark.parametrize("way", ["list", "relative", "shell", "system", "bash", "runner", "torchrun"])
+def test_no_process_gets_another_adapter(root, config, tmp_path, way):
+    """Stops: numbers of TorchUMM's own adapter under our name, however a runner is started."""
+    cfg = config(way=way, script=OTHER_RUNNERS[0])
+    assert run(root, "eval", "--config", cfg, "--set", "geneval.code=0") == 0
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["backbone"] == seen["imported"] == OURS
+
+
+@pytest.mark.parametrize("script", OTHER_RUNNERS)
+def test_every_runner_gets_ours(root, config, tmp_path, script):
+    """Stops: a list of known runners, beside which the others silently run TorchUMM's own adapter."""
+    for arguments in (("eval", "--config", config(script=script)), (script, "--config", config())):
+        (tmp_path / "seen.json").unlink(missing_ok=True)
+        assert run(root, *arguments) == 0
+        assert json.loads((tmp_path / "seen.json").read_text())["backbone"] == OURS
+
+
+def test_a_process_that_has_nothing_to_do_with_it(root, tmp_path):
+    """Stops: a scorer's environment whose own sitecustomize is hidden, or that must have our dependencies."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "sitecustomize.py").write_text("import sys; sys.its_own = True")
+    code = "import sys; assert sys.its_own; print(*(m for m in ('umm', 'torch', 'janusflow_min') if m in sys.modules))"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(launcher.HOOK), str(own)])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("", "")
 
 
 def test_a_runner_s_exit_code_and_overrides(root, config):
@@ -140,25 +206,16 @@ def test_a_runner_s_exit_code_and_overrides(root, config):
 
 
 def test_infer_and_eval(root, config, tmp_path, capfd):
-    """Stops: `umm eval`, whose runners are processes of their own, with TorchUMM's adapter in them."""
+    """Stops: `umm infer` without its options; overrides that `umm eval` does not hand on to its runners."""
     assert run(root, "infer", "--config", config(), "--set", "a=1") == 0
     assert capfd.readouterr().out.split() == ["infer", "--config", str(config()), "--set", "a=1"]
-    before = subprocess.run
     assert run(root, "eval", "--config", config(), "--set", "geneval.code=4") == 4
-    assert json.loads((tmp_path / "seen.json").read_text())["backbone"] == "janusflow_min.torchumm"
-    assert subprocess.run is before
 
 
-def test_torchrun_goes_through_the_launcher(root):
-    """Stops: ranks without our backbone."""
-    script = str(root / launcher.RUNNERS["dpg_bench"])
-    command = launcher.through_launcher(
-        ["torchrun", "--nproc_per_node=4", script, "--config", "x"], root, ["a=1"]
-    )
-    launch = ["-m", "janusflow_min", "torchumm", "dpg_bench", "--root", str(root)]
-    assert command == ["torchrun", "--nproc_per_node=4", *launch, "--config", "x", "--set", "a=1"]
-    other = ["python", str(root / "eval/generation/geneval/run_scoring.py")]
-    assert launcher.through_launcher(other, root, []) is other
+def test_its_spelling_of_our_name(root, config, tmp_path):
+    """Stops: `backbone: janus-flow`, which every runner of TorchUMM takes, refused."""
+    for name in ("janus-flow", " Janus_Flow"):
+        assert run(root, "geneval", "--config", config(inference={"backbone": name})) == 0
 
 
 def test_a_wrong_root_runner_or_configuration(root, config, tmp_path, capsys, monkeypatch):
@@ -171,7 +228,7 @@ def test_a_wrong_root_runner_or_configuration(root, config, tmp_path, capsys, mo
 
     at = ("--root", root)
     assert "set TORCHUMM_ROOT" in fails("geneval")
-    assert "no checkout of TorchUMM" in fails("geneval", "--root", tmp_path)
+    assert "not a checkout of TorchUMM" in fails("geneval", "--root", tmp_path)
     assert "RUNNER must be one of geneval, " in fails("genval", *at)
     assert "no runner" in fails("eval/nothing.py", *at)
     assert "no runner" in fails("wise", *at)
@@ -181,6 +238,14 @@ def test_a_wrong_root_runner_or_configuration(root, config, tmp_path, capsys, mo
     assert "must be 'janus_flow', got 'janusflow'" in fails("geneval", *at, "--config", wrong)
     assert "NOWHERE_SET" in fails("geneval", *at, "--config", config(extra="${NOWHERE_SET}/x"))
     assert "no block 'geneval'" in fails("geneval", *at, "--config", config(geneval=None))
+    block = {"backbone": "janus_flow", "request": {"params": {"cfg_wieght": 1, "max_new_tokens": 5}}}
+    error = fails("geneval", *at, "--config", config(inference=block))
+    assert "inference.request.params: JanusFlow has no cfg_wieght; it has cfg_weight, " in error
+    broken = tmp_path / "broken.json"
+    broken.write_bytes(b"\xef\xbb\xbf{}")
+    assert "broken.json or --set cannot be read: Unexpected UTF-8 BOM" in fails(
+        "geneval", *at, "--config", broken
+    )
 
 
 def test_another_checkout_s_package_is_refused(root, config, tmp_path, capsys):
@@ -198,9 +263,9 @@ def test_the_current_card_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     devices = []
-    monkeypatch.setattr(seed_api, "load", lambda *args, device, **options: devices.append(device))
+    monkeypatch.setattr(loading, "load", lambda *args, device, **options: devices.append(device))
     for device in ({}, {"device": "cuda"}, {"device": "cuda:1"}, {"device": "cpu"}):
-        seed_api.JanusFlowBackbone().load({"model_path": "tiny"} | device)
+        backend.JanusFlowBackbone().load({"model_path": "tiny"} | device)
     assert devices == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
 
 
@@ -271,6 +336,11 @@ def test_geneval_generation(checkout, tmp_path):
     for i in range(3):
         assert json.loads((tmp_path / f"images/{i:05d}/metadata.jsonl").read_text()) == json.loads(lines[i])
     assert "ok=0, skipped=3, error=0" in launch(checkout, "geneval", *options)
+    contents = {path: path.read_bytes() for path in images}
+    for path in images[1:4]:
+        path.unlink()
+    assert "ok=2, skipped=1, error=0" in launch(checkout, "geneval", *options)
+    assert {path: path.read_bytes() for path in images} == contents  # resumed, none twice
 
 
 @pytest.mark.torchumm
@@ -363,8 +433,8 @@ def test_its_pipeline_for_both_tasks(checkout, tmp_path):
         "import sys\n"
         "from umm.inference import InferencePipeline, InferenceRequest\n"
         f"pipeline = InferencePipeline('janus_flow', {TINY!r})\n"
-        "assert type(pipeline.backbone).__module__ == 'janusflow_min.torchumm'\n"
-        "assert not [m for m in sys.modules if m.startswith('umm.backbones')]\n"
+        "assert type(pipeline.backbone).__module__ == 'janusflow_min.torchumm.backend'\n"
+        "assert not [m for m in sys.modules if m.startswith('umm.backbones') and '__file__' in vars(sys.modules[m])]\n"
         "ask = dict(backbone='janus_flow', params={'max_new_tokens': 4, 'num_inference_steps': 2})\n"
         "made = pipeline.run(InferenceRequest(task='generation', prompt='a star', **ask))\n"
         "assert len(made['images']) == 5 and made['saved_paths'] == []\n"
@@ -400,3 +470,36 @@ def test_its_eval_command(checkout, tmp_path):
     command = [sys.executable, "-m", "janusflow_min", "torchumm", "eval", "--root", str(checkout)]
     subprocess.run([*command, "--config", str(config)], check=True, env=env, timeout=300)
     assert json.loads((tmp_path / "gen_summary.json").read_text())["ok"] == 1
+
+
+@pytest.mark.torchumm
+@needs_checkout
+@pytest.mark.parametrize("name", ["ueval", "unified_bench"])
+def test_its_other_runners(checkout, tmp_path, name):
+    """Stops: `umm eval` of a benchmark that is not in our list, with TorchUMM's own adapter, silently."""
+    data, references = tmp_path / "data.json", tmp_path / "references"
+    data.write_text(json.dumps([{"id": str(i), "prompt": f"a {i} star"} for i in range(2)]))
+    references.mkdir()
+    for i in range(2):
+        Image.new("RGB", (40, 30), ("red", "blue")[i]).save(references / f"{i}.png")
+    block = {
+        "mode": "generate",
+        "local_data": str(data),
+        "ref_dir": str(references),
+        "out_dir": str(tmp_path),
+    }
+    generation = {"num_inference_steps": 2, "parallel_size": 1}
+    inference = {"backbone": "janus-flow", "backbone_cfg": TINY | {"generation_cfg": generation}}
+    inference["request"] = {"params": {"max_new_tokens": 8}}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"eval": {"benchmark": name}, "inference": inference, name: block}))
+    command = [sys.executable, "-m", "janusflow_min", "torchumm", "eval", "--root", str(checkout)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(
+        [*command, "--config", str(config)], env=env, timeout=300, capture_output=True, text=True
+    )
+    assert "ok=2, skipped=0, error=0" in done.stdout, done.stdout + done.stderr
+    images = sorted((tmp_path / "images").glob("*.png"))
+    assert [path.stem for path in images] == ["0", "1"]
+    with Image.open(images[0]) as first, Image.open(images[1]) as second:
+        assert first.size == (384, 384) and first.tobytes() != second.tobytes()
