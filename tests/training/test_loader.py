@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""The processes that prepare steps: how they start, what they send, and how their faults are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing import reductions
+from torch.utils.data import get_worker_info
+
+from janusflow_min.checkpoint import load_model
+from janusflow_min.processor import Processor
+from janusflow_min.training import config as training_config
+from janusflow_min.training.batch import SampleBuilder, StepDataset, explain_loader_error, load_steps
+from janusflow_min.training.dataset import open_sources, summarize
+from janusflow_min.training.metrics import Report, rows
+from janusflow_min.training.trainer import Trainer
+
+
+class Slow(SampleBuilder):
+    """A builder that never ends in a worker."""
+
+    def __call__(self, *args):
+        if get_worker_info() is not None:
+            time.sleep(600)
+        return super().__call__(*args)
+
+
+@pytest.fixture
+def dataset(settings, parity_dir):
+    model, processor = load_model(parity_dir, progress=False), Processor.from_folder(parity_dir, 640)
+
+    def make(builder=SampleBuilder, **changes) -> StepDataset:
+        config = settings(**changes)
+        return StepDataset(config, open_sources(config), builder(config, processor, model))
+
+    return make
+
+
+def test_batches_travel_without_shared_memory(dataset, monkeypatch):
+    """Stops: a run that hangs for ever in a container, whose /dev/shm is 64 MB, and images sent twice, in fp32."""
+    data = dataset(batch=12)[0]
+
+    def refuse(*args):
+        raise AssertionError("a tensor goes through shared memory")
+
+    for name in ("reduce_tensor", "reduce_storage"):
+        monkeypatch.setattr(reductions, name, refuse)
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, refuse)
+    content = bytes(ForkingPickler.dumps(data))
+    images = sum(len(b.images) if b.images is not None else 0 for b in data.batches)
+    images += sum(len(b.und_pixels) if b.und_pixels is not None else 0 for b in data.batches)
+    assert images and len(content) < 1.3 * images * 3 * 64 * 64 + 12 * 4096
+    back = ForkingPickler.loads(content)
+    for ours, theirs in zip(data.batches, back.batches, strict=True):
+        for name, value in vars(ours).items():
+            other = getattr(theirs, name)
+            assert (value is None and other is None) or (
+                torch.equal(value, other) and value.dtype == other.dtype
+            )
+    assert [b.images.dtype for b in data.batches if b.images is not None]
+
+
+def test_workers_are_spawned(dataset, monkeypatch):
+    """Stops: forked workers, which hang or die in a process that has computed gradients."""
+    seen = {}
+
+    class Loader:
+        def __init__(self, *args, **options):
+            seen.update(options)
+
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr("janusflow_min.training.batch.DataLoader", Loader)
+    assert list(load_steps(dataset(loader={"workers": 3, "timeout": 7}), 0)) == []
+    assert (seen["multiprocessing_context"], seen["num_workers"], seen["timeout"]) == ("spawn", 3, 7)
+
+
+def test_an_error_in_a_worker_is_one_line(dataset, tmp_path):
+    """Stops: a traceback of another process glued into the message."""
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": ""}\n')
+    data = [{"kind": "text", "manifest": str(tmp_path / "a.jsonl"), "shuffle": False}]
+    steps = load_steps(dataset(data=data, loader={"workers": 1, "on_bad_row": "stop"}), 0)
+    with pytest.raises(ValueError) as caught:
+        list(steps)
+    assert str(caught.value) == (
+        f"a bad row: {tmp_path / 'a.jsonl'}, line 2: ValueError: text must be a string that is not empty, got ''"
+    )
+
+
+@pytest.mark.slow
+def test_a_worker_that_gives_nothing_is_given_up(dataset, monkeypatch):
+    """Stops: a run that waits for ever."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    steps = load_steps(dataset(Slow, loader={"workers": 1, "timeout": 20}), 0)
+    with pytest.raises(RuntimeError, match="timed out") as caught:
+        next(steps)
+    assert "loader.timeout = 20 s" in explain_loader_error(caught.value, steps_settings(20))
+
+
+def steps_settings(timeout: int) -> training_config.LoaderConfig:
+    return training_config.LoaderConfig(timeout=timeout)
+
+
+def test_bad_rows_are_written_down_once(settings, tmp_path, manifest, monkeypatch):
+    """Stops: the same bad rows in bad_rows.jsonl after every restart, and once for every epoch."""
+    monkeypatch.setattr(Report, "plot", lambda self: None)
+    lines = manifest.read_text().splitlines()
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(['{"text": ', *lines[:3], '{"image": "none.png", "text": "a"}']) + "\n")
+    for line in lines[:3]:
+        name = json.loads(line)["image"]
+        (tmp_path / name).write_bytes((manifest.parent / name).read_bytes())
+    for steps in (2, 4):
+        config = settings(data=[{"kind": "generation", "manifest": str(path)}], steps=steps, batch=4)
+        Trainer(config, progress=False).run()
+    written = [(row["line"], row["reason"][:12]) for row in rows(Path(config.output) / "bad_rows.jsonl")]
+    assert written == [(1, "JSONDecodeEr"), (5, "FileNotFound")]
+
+
+def test_what_a_run_learns_from(settings, manifest, tmp_path):
+    """Stops: a dry run that counts other rows or shares than the run has; changed data that nobody notices."""
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    shutil.copy(manifest.parent / "0.png", folder)
+    (folder / "0.txt").write_text("a cat\na small cat\n")
+    data = [
+        {"kind": "generation", "manifest": str(manifest), "ratio": 3},
+        {"kind": "generation", "folder": str(folder), "ratio": 1},
+    ]
+    config = settings(data=data)
+    first = summarize(config, open_sources(config))
+    assert [(s["kind"], s["rows"], s["bad"], s["share"]) for s in first] == [
+        ("generation", 12, 0, 0.75), ("generation", 1, 0, 0.25)]  # fmt: skip
+    assert [s["fingerprint"] for s in summarize(config, open_sources(config))] == [
+        s["fingerprint"] for s in first
+    ]
+    (folder / "0.txt").write_text("a cat\na small dog\n")
+    again = summarize(config, open_sources(config))
+    assert [a["fingerprint"] == b["fingerprint"] for a, b in zip(first, again, strict=True)] == [True, False]
+
+
+RUN = """
+import sys
+from janusflow_min.training.config import Config
+from janusflow_min.training.settings import read
+from janusflow_min.training.trainer import Trainer
+import json
+if __name__ == "__main__":
+    Trainer(read(Config, json.loads(sys.argv[1])), progress=False).run()
+"""
+
+
+def start(tmp_path: Path, config, *prefix: str, **options) -> subprocess.Popen:
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        [*prefix, sys.executable, str(script), json.dumps(config.to_dict())],
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_workers_start_is_an_interruption(settings, tmp_path):
+    """Stops: Ctrl-C in the first seconds that is told as a worker's death for lack of memory."""
+    for delay in (0.0, 0.7, 2.0):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        config = settings(loader={"workers": 2}, steps=100_000, save_every=100_000)
+        process = start(tmp_path, config)
+        while not (
+            tmp_path / "run" / "metrics.jsonl"
+        ).exists():  # the report is there just before the workers start
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode != 0 and told.strip().splitlines()[-1] == "KeyboardInterrupt", told
+        assert "memory" not in told
+
+
+@pytest.mark.slow
+def test_a_small_dev_shm(settings, tmp_path):
+    """Stops: a run that hangs or dies where /dev/shm is small."""
+    mount = ["unshare", "--mount", "--map-root-user", "sh", "-c",
+             'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"', "sh"]  # fmt: skip
+    if subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("no mounts of one's own here")
+    config = settings(loader={"workers": 2}, batch=48, steps=4)
+    process = start(tmp_path, config, *mount)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 4
