@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+FORKS: list[str] = []  # where this process forked
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=lambda: FORKS.append("".join(traceback.format_stack())))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
@@ -28,6 +33,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nothing_forks():
+    """Stops: a test that forks this process, which has used torch: the child may hang, or end in an error about
+    autograd's threads, by torch's version. A child must be a process of its own (subprocess, or spawn)."""
+    FORKS.clear()
+    yield
+    assert not FORKS, "this test forked:\n" + FORKS[0]
 
 
 @pytest.fixture(scope="session")
