@@ -14,6 +14,7 @@ from PIL import Image
 from janusflow_min import cli
 from janusflow_min.benchmarks import dpg_bench
 from janusflow_min.benchmarks.dpg_bench import Question
+from janusflow_min.benchmarks.judges import NoAnswer
 
 COLUMNS = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad"]
 COLUMNS += ["category_detailed", "tuple", "question_natural_language"]
@@ -75,9 +76,7 @@ def test_questions_are_read_with_their_categories(tmp_path):
             "q.csv:3: proposition_id and dependency must be whole",
         ),
         ((2, "1;3", "entity - whole (x)", "Is it?"), "q.csv:3: proposition_id and dependency"),
-        ((1, "0", "entity - whole (x)", "Is it?"), "q.csv:3: demo has a question 1 already"),
         ((2, "0", "entity - whole (x)", ""), "q.csv:3: question_natural_language must not be empty"),
-        ((2, "7", "entity - whole (x)", "Is it?"), r"question 2 of demo depends on \[7\]"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
@@ -105,12 +104,12 @@ def test_a_grid_is_cut_as_it_was_tiled():
         (0, 0, 255),
         (255, 255, 255),
     ]
-    cut = dpg_bench.tiles(grid, 4)
+    cut = dpg_bench.cut(grid, 4)
     assert [tile.getpixel((1, 1)) for tile in cut] == [grid.getpixel((x, y)) for y in (1, 4) for x in (1, 4)]
-    assert len(dpg_bench.tiles(grid, 1, 3)) == 1
-    assert dpg_bench.tiles(grid, 1, 6)[0].size == (6, 6)  # a single image
+    assert len(dpg_bench.cut(grid, 1, 3)) == 1
+    assert dpg_bench.cut(grid, 1, 6)[0].size == (6, 6)  # a single image
     with pytest.raises(ValueError, match="of 4 px must be 8 px wide"):
-        dpg_bench.tiles(grid, 4, 4)
+        dpg_bench.cut(grid, 4, 4)
 
 
 def test_the_folder_is_the_official_one(tmp_path, parity_dir):
@@ -132,7 +131,7 @@ def test_the_folder_is_the_official_one(tmp_path, parity_dir):
     assert [path.name for path in files] == ["12.png", "vrd3.png"]
     with Image.open(files[0]) as grid:
         assert grid.size == (2 * 64, 2 * 64)
-        cut = dpg_bench.tiles(grid, 4)
+        cut = dpg_bench.cut(grid, 4)
     assert len({tile.tobytes() for tile in cut}) == 4  # four seeds
 
 
@@ -159,24 +158,46 @@ def test_categories_pool_all_tiles_or_as_the_official_scorer_the_last():
     questions = {"a": questions_of((), (1,), (), (3,))}
     raw = {"a": [{1: 1, 2: 1, 3: 1, 4: 1}, {1: 0, 2: 1, 3: 1, 4: 1}]}
     assert dpg_bench.categories(questions, raw, "l1") == {"entity": (100 * 6 / 8, 8)}
-    assert dpg_bench.categories(questions, raw, "l1", compat=True) == {"entity": (75.0, 4)}
+    assert dpg_bench.categories(questions, raw, "l1", official_compat=True) == {"entity": (75.0, 4)}
     assert list(dpg_bench.categories(questions, raw, "l2")) == ["entity - whole"]
 
 
 def test_the_official_scorer_loses_its_first_row(tmp_path):
     """ELLA issue 61: without question 1 the item of the vector is dropped, since question 2 depends on it."""
     path = write_csv(tmp_path / "q.csv", {"first": KETTLE, "second": KETTLE[:1]})
-    official = dpg_bench.read_questions(path, skip_first=True)
+    official = dpg_bench.read_questions(path, official_compat=True)
     assert [q.id for q in official["first"]] == [2, 3, 4]
     raw = {"first": [{1: 1, 2: 1, 3: 1, 4: 1}], "second": [{1: 0}]}
     assert dpg_bench.headline(dpg_bench.read_questions(path), raw) == 50.0
-    assert dpg_bench.headline(official, raw) == 0.0
+    assert dpg_bench.headline(official, raw, official_compat=True) == 0.0
+
+
+def test_one_bad_row_costs_one_item(tmp_path):
+    """Stops: one repeated id, one dependency on a question that is not there, or one prompt without questions that
+    refuses the whole benchmark, or that nobody is told of."""
+    dangling = [KETTLE[0], (2, "9", "entity - whole (x)", "Is it?")]
+    twice = [(1, "0", "entity - whole (x)", "Is it?"), *KETTLE]
+    rows = dpg_bench.read_rows(write_csv(tmp_path / "q.csv", {"a": KETTLE, "b": dangling, "c": twice}))
+    questions = dpg_bench.group(rows)
+    assert [q.text for q in questions["c"]] == [text for _, _, _, text in KETTLE]
+    raw = {"a": [{1: 1, 2: 1, 3: 1, 4: 0}], "b": [{1: 1, 2: 1}], "c": [{1: 1, 2: 1, 3: 0, 4: 1}]}
+    assert dpg_bench.headline(questions, raw) == pytest.approx(100 * (3 / 4 + 2 / 4) / 2)
+    assert dpg_bench.categories(questions, raw, "l1")["entity"] == (75.0, 4)
+    assert dpg_bench.headline(questions, raw | {"d": [{1: 1}]}) == pytest.approx(62.5)
+    told = dpg_bench.remarks(rows, dict.fromkeys("abcd", "a prompt"))
+    assert [text.split(" ")[0] for text in told] == ["1", "1", "1"]
+    assert "c 1" in told[0] and told[1].endswith("mean: b") and told[2].endswith("left out: d")
+    # The official scorer looks the missing parent up only where no parent before it has failed.
+    last = {"x": [dpg_bench.Question(1, (), "e", "e", "?"), dpg_bench.Question(2, (1, 9), "e", "e", "?")]}
+    assert dpg_bench.headline(last, {"x": [{1: 0, 2: 1}]}, official_compat=True) == 0.0
+    assert dpg_bench.headline(last, {"x": [{1: 1, 2: 1}]}, official_compat=True) is None
+    assert dpg_bench.headline(last, {"x": [{1: 0, 2: 1}]}) is None
 
 
 def test_answers_are_yes_by_their_first_word_or_exactly():
     assert all(dpg_bench.is_yes(text) for text in ("yes", "Yes.", " YES, it is", "**yes**"))
     assert not any(dpg_bench.is_yes(text) for text in ("", "no", "yesterday", "it is, yes"))
-    assert dpg_bench.is_yes("yes", compat=True) and not dpg_bench.is_yes("Yes", compat=True)
+    assert dpg_bench.is_yes("yes", official_compat=True) and not dpg_bench.is_yes("Yes", official_compat=True)
 
 
 # Scoring -----------------------------------------------------------------------
@@ -188,10 +209,12 @@ class FakeVQA:
     name = "fake"
 
     def __init__(self):
-        self.asked = 0
+        self.asked, self.refused = 0, None
 
     def answer(self, image, question):
         self.asked += 1
+        if question == self.refused:
+            raise NoAnswer("content filter")
         return "Yes." if image.getpixel((0, 0)) == (255, 0, 0) else "no"
 
 
@@ -218,6 +241,8 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
     assert vqa.asked == 32 and score["complete"] and score["headline"] is None
     compat = dpg_bench.score(tmp_path / "run", official_compat=True, **options)
     assert compat["scores"]["entity"]["value"] == 0.0  # exactly "yes" is never said
+    items = json.loads((tmp_path / "run/items.json").read_text())
+    assert items["l1"]["entity"][0] == 0.0 and {item["score"] for item in items["items"]} == {None, 0.0}
     assert vqa.asked == 32
     saved = dpg_bench.score(
         tmp_path / "other",
@@ -250,25 +275,85 @@ def test_a_chat_that_fails_leaves_the_grid_out(tmp_path):
     with ChatServer(reply) as server:
         first = dpg_bench.score(tmp_path / "run", judge_url=server.url, attempts=1, **options)
         assert (first["n_scored"], first["scores"]["entity"]["value"]) == (1, 100.0)
-        assert "1 grids got no answers" in first["notes"][0] + first["notes"][1]
+        assert "1 grids got no answers" in " ".join(first["notes"])
         ill[0] = False
         assert dpg_bench.score(tmp_path / "run", judge_url=server.url, **options)["complete"]
     assert len(server.requests) < 4 + 4 + 5
 
 
-def test_the_whole_benchmark_has_both_headlines(tmp_path, capsys):
+def test_a_refused_question_costs_no_other(tmp_path):
+    """Stops: one question that a content filter refuses and whose grid is asked about anew at every call."""
+    prompts = write_prompts(tmp_path / "prompts", ["1"])
+    questions, images = write_csv(tmp_path / "q.csv", {"1": KETTLE}), tmp_path / "images"
+    images.mkdir()
+    grid_of(images / "1.png", "red", "red", "red", "blue")
+    vqa = FakeVQA()
+    vqa.refused = "Is the kettle blue?"
+    options = dict(data=prompts, questions=questions, subset=True, images=images, vqa=vqa, progress=False)
+    with pytest.raises(
+        ValueError, match=r"no answers about the images.*4 questions got no answer: content filter"
+    ):
+        dpg_bench.score(tmp_path / "run", **options)
+    assert vqa.asked == 16
+    vqa.refused = None
+    assert dpg_bench.score(tmp_path / "run", **options)["complete"] and vqa.asked == 16 + 4
+    saved = options | dict(answers=tmp_path / "run/answers.jsonl", vqa=None)
+    assert dpg_bench.score(tmp_path / "other", **saved)["complete"]
+
+
+def test_a_bad_grid_costs_one_grid(tmp_path):
+    """Stops: one image of 1,065 that is cut off or of the wrong size and ends the scoring of all, without its name."""
+    stems = ["1", "2", "3"]
+    prompts = write_prompts(tmp_path / "prompts", stems)
+    questions, images = write_csv(tmp_path / "q.csv", dict.fromkeys(stems, KETTLE)), tmp_path / "images"
+    images.mkdir()
+    grid_of(images / "1.jpg", "red", "red", "red", "blue")
+    Image.new("RGB", (8, 6)).save(images / "2.png")
+    (images / "3.png").write_bytes((images / "1.jpg").read_bytes()[:300])
+    options = dict(data=prompts, questions=questions, subset=True, images=images, progress=False)
+    score = dpg_bench.score(tmp_path / "run", vqa=FakeVQA(), **options)
+    assert (score["n_scored"], score["complete"]) == (1, False)
+    told = next(note for note in score["notes"] if "2 grids got no answers" in note)
+    assert "2.png: a grid of tiles of 4 px must be 8 px" in told and "3.png cannot be read" in told
+    grid_of(images / "1.png", "red", "red", "red", "blue")
+    with pytest.raises(ValueError, match=r"several images of 1: 1\.jpg, 1\.png"):
+        dpg_bench.score(tmp_path / "run", vqa=FakeVQA(), **options)
+
+
+def test_answers_that_are_neither_are_told(tmp_path):
+    """Stops: answers that a judge did not give, in a file of saved ones, counted as no in silence."""
+    prompts = write_prompts(tmp_path / "prompts", ["1"])
+    questions, images = write_csv(tmp_path / "q.csv", {"1": KETTLE[:1]}), tmp_path / "images"
+    images.mkdir()
+    grid_of(images / "1.png", "red", "red", "red", "blue")
+    saved = tmp_path / "answers.jsonl"
+    tiles = [{"1": text} for text in ("yes", "I cannot see the image.", "", "(No)")]
+    saved.write_text(json.dumps({"item_id": "1", "answers": tiles}) + "\n", encoding="utf-8-sig")
+    options = dict(data=prompts, questions=questions, subset=True, images=images, progress=False)
+    score = dpg_bench.score(tmp_path / "run", answers=saved, **options)
+    assert score["scores"]["entity"]["value"] == 25.0
+    assert "2 of 4 answers are neither yes nor no and count as no: 'I cannot see" in " ".join(score["notes"])
+
+
+def test_the_whole_benchmark_has_both_headlines(tmp_path, capsys, monkeypatch):
+    """Stops: a headline for prompts that are not the published ones, or for fewer tiles."""
     stems = [str(i) for i in range(1065)]
     prompts = write_prompts(tmp_path / "prompts", stems)
     questions = write_csv(tmp_path / "q.csv", dict.fromkeys(stems, KETTLE[:2]))
     images = tmp_path / "run/images"
     images.mkdir(parents=True)
     for stem in stems:
-        (images / f"{stem}.png").write_bytes(b"")
+        grid_of(images / f"{stem}.png", "red", "red", "red", "red")
     saved = tmp_path / "answers.jsonl"
     tile = {"1": "yes", "2": "no"}
     saved.write_text("".join(json.dumps({"item_id": s, "answers": [tile] * 4}) + "\n" for s in stems))
     command = ["bench", "dpg_bench", "score", "--data", str(prompts), "--questions", str(questions)]
     command += ["--answers", str(saved), "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(command) == 0
+    assert "1,065 scored, but not the published set" in capsys.readouterr().out
+    monkeypatch.setattr(dpg_bench, "PROMPTS_SHA256", dpg_bench.prompts_sha256(dpg_bench.read(prompts)))
+    assert cli.main([*command, "--tiles", "3"]) == 0
+    assert "1,065 scored, but not the published set" in capsys.readouterr().out
     assert cli.main(command) == 0
     assert "DPG-Bench score: 50.0000 (1,065 scored)" in capsys.readouterr().out
     score = json.loads((tmp_path / "run/score.json").read_text())

@@ -1,36 +1,42 @@
 # SPDX-License-Identifier: MIT
-"""DPG-Bench: does the picture hold what a long, dense prompt says, question by question?
+"""DPG-Bench: does the image hold what a long, dense prompt says, question by question?
 
 Reads ELLA's `prompts/*.txt` and `dpg_bench.csv`, writes one 2 x 2 grid for each prompt, `<stem>.png`, and scores such
 grids from a question answerer's yes and no. Formats and rules follow TencentQQGYLab/ELLA
-(`dpg_bench/compute_dpg_bench.py`). Its known defects are offered as `--official-compat`: the headline is always told
-both ways, the categories one.
+(`dpg_bench/compute_dpg_bench.py`). --official-compat has its defects as well; the headline is always told both ways.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from . import report as reports
+from .chat import ChatVQA, OpenAIChat
+from .judge_models import BlipVQA
+from .judges import NoAnswer, QuestionAnswerer, Records, bar
+from .reading import UnreadableImage, json_lines, read_image, read_text
 from .report import Published
 from .runner import Coverage, Item, Option, RunFolder, Settings, read_json, run, sha256
-
-if TYPE_CHECKING:
-    from .judges import QuestionAnswerer
 
 TITLE = "DPG-Bench"
 SUMMARY = "dense prompts, judged by questions: 1,065 prompts, 4 images each in a grid"
 PROMPTS = 1065
+PROMPTS_SHA256 = "c3101b252062b4d637b7e2a0dfa6c220081418b436324d5e098aa5d7202f2739"  # of the published ones
 TILES = 4
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of grids made elsewhere
 COLUMNS = (
     "item_id",
     "proposition_id",
@@ -68,7 +74,9 @@ OPTIONS = {
         Option("--concurrency", "requests at once to it", 8, int),
         Option("--attempts", "for each question to it", 3, int),
         Option("--device", "of the judge", "auto"),
-        Option("--official-compat", "categories as the official scorer computes them", False, bool),
+        Option(
+            "--official-compat", "score exactly as the official scorer does, defects included", False, bool
+        ),
     ),
     "report": (),
 }
@@ -79,7 +87,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Question:
-    id: int  # 1-based within its item
+    id: int  # usually from 1 within its item
     parents: tuple[int, ...]
     l1: str
     l2: str
@@ -90,18 +98,16 @@ def read(folder: str | Path, subset: bool = False) -> dict[str, str]:
     """stem -> prompt, numeric stems first by value, then the others by name. ValueError for what does not fit."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"--data must be the folder of prompts, dpg_bench/prompts; {folder} is none")
+        raise FileNotFoundError(
+            f"--data must be the folder of prompts, dpg_bench/prompts; {folder} is not a folder"
+        )
     prompts = {}
     for path in sorted(folder.glob("*.txt"), key=lambda p: order(p.stem)):
         if "." in path.stem:
             raise ValueError(f"{path}: the official scorer cuts names at the first dot; rename it")
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:1: not UTF-8 text: {error}") from None
-        if not text:
+        prompts[path.stem] = read_text(path).strip()
+        if not prompts[path.stem]:
             raise ValueError(f"{path}:1: the prompt is empty")
-        prompts[path.stem] = text
     if not prompts or (not subset and len(prompts) != PROMPTS):
         raise ValueError(
             f"{folder} holds {len(prompts)} prompts, DPG-Bench has {PROMPTS}; --subset accepts it"
@@ -117,41 +123,28 @@ def prompts_sha256(prompts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(prompts), ensure_ascii=False).encode()).hexdigest()
 
 
-def read_questions(path: str | Path, skip_first: bool = False) -> dict[str, list[Question]]:
-    """item id -> its questions in the file's order. ValueError with file and line.
+def read_questions(path: str | Path, official_compat: bool = False) -> dict[str, list[Question]]:
+    """item id -> its questions in the file's order. ValueError with file and line. See `group`."""
+    return group(read_rows(path), official_compat)
 
-    skip_first: without the first row of data, as the official scorer reads it (ELLA issue 61). Questions may then
-    depend on what is not there.
-    """
-    path, questions = Path(path), {}
-    first = None
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        rows = csv.DictReader(f)
-        lacking = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
-        if lacking:
-            raise ValueError(
-                f"{path}:1: the columns {', '.join(lacking)} are missing; there are {rows.fieldnames}"
-            )
+
+def read_rows(path: str | Path) -> list[tuple[str, Question]]:
+    """(item id, question) of every row. ValueError with file and line."""
+    found = []
+    rows = csv.DictReader(io.StringIO(read_text(path)))
+    lacking = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+    if lacking:
+        raise ValueError(
+            f"{path}:1: the columns {', '.join(lacking)} are missing; there are {rows.fieldnames}"
+        )
+    try:
         for row in rows:
-            place = f"{path}:{rows.line_num}"
-            question = _question(row, place)
-            known = questions.setdefault(row["item_id"], [])
-            if any(question.id == other.id for other in known):
-                raise ValueError(f"{place}: {row['item_id']} has a question {question.id} already")
-            known.append(question)
-            first = first or (row["item_id"], question)
-    if first is None:
+            found.append((row["item_id"], _question(row, f"{path}:{rows.line_num}")))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: {error}") from None
+    if not found:
         raise ValueError(f"{path} holds no question; dpg_bench.csv has 14,391 or so")
-    for item, known in questions.items():
-        ids = {question.id for question in known}
-        for question in known:
-            if absent := set(question.parents) - ids:
-                raise ValueError(
-                    f"{path}: question {question.id} of {item} depends on {sorted(absent)}, which {item} lacks"
-                )
-    if skip_first:
-        questions[first[0]] = questions[first[0]][1:]
-    return questions
+    return found
 
 
 def _question(row: Mapping[str, str | None], place: str) -> Question:
@@ -168,13 +161,43 @@ def _question(row: Mapping[str, str | None], place: str) -> Question:
             f"{row['proposition_id']!r} and {row['dependency']!r}"
         ) from None
     l2 = row["tuple"].split("(")[0].strip()
-    return Question(
-        number,
-        tuple(p for p in parents if p != 0),
-        l2.split("-")[0].strip(),
-        l2,
-        row["question_natural_language"],
-    )
+    l1 = l2.split("-")[0].strip()
+    return Question(number, tuple(p for p in parents if p != 0), l1, l2, row["question_natural_language"])
+
+
+def group(rows: Sequence[tuple[str, Question]], official_compat: bool = False) -> dict[str, list[Question]]:
+    """item id -> its questions in the order of the rows. Of rows with one id in one item, the last one counts.
+
+    official_compat: without the first row (ELLA issue 61), and of an item whose rows are not in one block the last
+    block alone, as the official scorer reads the file.
+    """
+    grouped: dict[str, dict[int, Question]] = {}
+    previous = None
+    for item, question in rows[1:] if official_compat else rows:
+        if official_compat and item != previous:
+            grouped[item] = {}
+        grouped.setdefault(item, {})[question.id] = question
+        previous = item
+    return {item: list(by_id.values()) for item, by_id in grouped.items()}
+
+
+def remarks(rows: Sequence[tuple[str, Question]], prompts: Mapping[str, str]) -> list[str]:
+    """What is wrong with a file of questions, for the report."""
+    questions, told = group(rows), []
+    twice = [f"{item} {number}" for (item, number), n in Counter((i, q.id) for i, q in rows).items() if n > 1]
+    dangling = [item for item, own in questions.items() if not _whole(own)]
+    without = [stem for stem in prompts if stem not in questions]
+    for names, what in (
+        (twice, "questions are there twice, the last one counts"),
+        (
+            dangling,
+            "items have a question that depends on one that is not there; they are left out of the mean",
+        ),
+        (without, "prompts have no question and are left out"),
+    ):
+        if names:
+            told.append(f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+    return told
 
 
 def items(prompts: Mapping[str, str]) -> list[Item]:
@@ -182,7 +205,7 @@ def items(prompts: Mapping[str, str]) -> list[Item]:
 
 
 def generate(settings: Settings, out: str | Path, data: str | Path, subset: bool = False) -> Coverage:
-    """Paint `out`/images/<stem>.png, four images as one grid."""
+    """Make `out`/images/<stem>.png, four images as one grid."""
     prompts = read(data, subset)
     inputs = {"prompts": prompts_sha256(prompts)}
     return run("dpg_bench", items(prompts), inputs, out, TILES, settings, compose=lambda four: [grid(four)])
@@ -197,34 +220,36 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def tiles(whole: Image.Image, count: int, resolution: int | None = None) -> list[Image.Image]:
-    """The first tiles of a grid. ValueError where the resolution is not the grid's, which the official scorer would
-    cut silently."""
+def cut(
+    whole: Image.Image, count: int, resolution: int | None = None, official_compat: bool = False
+) -> list[Image.Image]:
+    """The first `count` tiles of a grid. ValueError where the resolution is not the grid's, which the official scorer
+    would cut silently, with black where the grid ends."""
     across = 1 if count == 1 and resolution == whole.width else 2
     side = whole.width // across if resolution is None else resolution
-    if whole.width != whole.height or whole.width != across * side:
+    if not official_compat and (whole.width != whole.height or whole.width != across * side):
         raise ValueError(
             f"a grid of tiles of {side} px must be {2 * side} px wide and high, got {whole.size}"
         )
-    return [
-        whole.crop((x, y, x + side, y + side))
-        for x, y in [(0, 0), (side, 0), (0, side), (side, side)][:count]
-    ]
+    corners = [(0, 0), (side, 0), (0, side), (side, side)][:count]
+    return [whole.crop((x, y, x + side, y + side)).convert("RGB") for x, y in corners]
 
 
 # Rules -----------------------------------------------------------------------
 
+Raw = Sequence[Mapping[int, int]]  # of each tile: question -> 1 for yes, else 0
 
-def is_yes(answer: str, compat: bool = False) -> bool:
-    """compat: exactly "yes", as the official scorer has it; else its first word, case and punctuation aside."""
-    if compat:
-        return answer == "yes"
-    words = answer.strip().lower().split()
-    return bool(words) and words[0].strip(".,;:!\"'*") == "yes"
+
+def is_yes(answer: str, official_compat: bool = False) -> bool:
+    """Whether the first word is yes, in any case; official_compat: whether the answer is exactly "yes"."""
+    return answer == "yes" if official_compat else re.match(r"(?i)\W*yes\b", answer) is not None
 
 
 def propagate(questions: Sequence[Question], raw: Mapping[int, int]) -> dict[int, int]:
-    """A question any of whose parents has 0 gets 0: in the file's order and in place, so failures cascade forward."""
+    """A question any of whose parents has 0 gets 0: in the file's order and in place, so failures cascade forward.
+
+    KeyError for a parent that is not there, unless an earlier parent of the question has 0 already.
+    """
     scores = {question.id: raw[question.id] for question in questions}
     for question in questions:
         if any(scores[parent] == 0 for parent in question.parents):
@@ -232,49 +257,79 @@ def propagate(questions: Sequence[Question], raw: Mapping[int, int]) -> dict[int
     return scores
 
 
-def item_score(questions: Sequence[Question], raw: Sequence[Mapping[int, int]]) -> list[float]:
-    """The score of every tile: the mean over questions after `propagate`."""
-    return [float(np.mean(list(propagate(questions, tile).values()))) for tile in raw]
+def item_score(questions: Sequence[Question], raw: Raw, official_compat: bool = False) -> list[float] | None:
+    """The score of every tile: the mean over questions after `propagate`. None for an item without questions, or with
+    one that depends on a question that is not there; official_compat: only where that one is looked up."""
+    if not questions or not (official_compat or _whole(questions)):
+        return None
+    try:
+        return [float(np.mean(list(propagate(questions, tile).values()))) for tile in raw]
+    except KeyError:
+        return None
 
 
 def categories(
     questions: Mapping[str, Sequence[Question]],
-    raw: Mapping[str, Sequence[Mapping[int, int]]],
+    raw: Mapping[str, Raw],
     level: str,
-    compat: bool = False,
+    official_compat: bool = False,
 ) -> dict[str, tuple[float, int]]:
     """category -> (score of 100, questions asked), a mean over pooled questions.
 
-    level: "l1" or "l2". compat: raw answers of the last tile alone, as the official scorer has it (ELLA issue 60);
-    else all tiles, dependencies applied.
+    raw: by the grid's file or its item. level: "l1" or "l2". official_compat: raw answers of the last tile alone
+    (ELLA issue 60); else all tiles, dependencies applied.
     """
     pooled: dict[str, list[int]] = {}
-    for item, by_tile in raw.items():
-        if not _whole(questions[item]):
+    for name, by_tile in raw.items():
+        own = questions.get(item_of(name), ())
+        if item_score(own, by_tile, official_compat) is None:
             continue
-        for tile in by_tile[-1:] if compat else by_tile:
-            scores = tile if compat else propagate(questions[item], tile)
-            for question in questions[item]:
+        for tile in by_tile[-1:] if official_compat else by_tile:
+            scores = tile if official_compat else propagate(own, tile)
+            for question in own:
                 pooled.setdefault(getattr(question, level), []).append(scores[question.id])
     return {name: (100 * float(np.mean(values)), len(values)) for name, values in pooled.items()}
 
 
 def headline(
-    questions: Mapping[str, Sequence[Question]], raw: Mapping[str, Sequence[Mapping[int, int]]]
+    questions: Mapping[str, Sequence[Question]], raw: Mapping[str, Raw], official_compat: bool = False
 ) -> float | None:
-    """Mean of the items' scores, of 100. An item whose questions depend on one that is not there, or that has none,
-    is dropped, as the official scorer drops it."""
-    whole = {item: by_tile for item, by_tile in raw.items() if _whole(questions[item])}
-    scores = [float(np.mean(item_score(questions[item], by_tile))) for item, by_tile in whole.items()]
+    """Mean of the items' scores, of 100, without those that `item_score` leaves out. raw: as `categories` has it."""
+    tiles = [
+        item_score(questions.get(item_of(name), ()), by_tile, official_compat)
+        for name, by_tile in raw.items()
+    ]
+    scores = [float(np.mean(each)) for each in tiles if each is not None]
     return 100 * float(np.mean(scores)) if scores else None
+
+
+def item_of(name: str) -> str:
+    """What a grid is of: its file's name up to the first dot."""
+    return name.split(".")[0]
 
 
 def _whole(questions: Sequence[Question]) -> bool:
     ids = {question.id for question in questions}
-    return bool(ids) and all(set(question.parents) <= ids for question in questions)
+    return all(set(question.parents) <= ids for question in questions)
 
 
 # Scoring -----------------------------------------------------------------------
+
+
+def find_grids(root: Path, stems: Mapping[str, Any], official_compat: bool = False) -> list[str]:
+    """The files that are grids of `stems`, in their order. ValueError for two of one; official_compat: both count."""
+    place = {stem: i for i, stem in enumerate(stems)}
+    there = [path.name for path in root.iterdir() if path.is_file()] if root.is_dir() else []
+    found = [name for name in there if item_of(name) in place]
+    if not official_compat:
+        found = [name for name in found if Path(name).suffix.lower() in SUFFIXES]
+        twice = [stem for stem, n in Counter(map(item_of, found)).items() if n > 1]
+        if twice:
+            names = sorted(name for name in found if item_of(name) == twice[0])
+            raise ValueError(f"{root} has several images of {twice[0]}: {', '.join(names)}")
+    if not found:
+        raise FileNotFoundError(f"no image named after a prompt, {next(iter(stems))}.png for one, in {root}")
+    return sorted(found, key=lambda name: (place[item_of(name)], name))
 
 
 def score(
@@ -298,89 +353,59 @@ def score(
     """Judge a folder of grids; writes answers.jsonl, items.json and score.json into `run` and returns the score."""
     if not 1 <= tiles <= TILES:
         raise ValueError(f"tiles must lie in [1, {TILES}], got {tiles}")
+    if sum(x is not None for x in (answers, vqa, judge_model)) != 1:
+        raise ValueError("give one of --answers, --vqa and --judge-model")
     folder = RunFolder(run)
     root = folder.images if images is None else Path(images)
-    prompts, asked = read(data, subset), read_questions(questions)
-    without = [stem for stem in prompts if stem not in asked]
-    if without:
-        raise ValueError(f"{questions} has no question about {len(without)} prompts, {without[0]} for one")
+    prompts, rows = read(data, subset), read_rows(questions)
+    asked, asked_officially = group(rows), group(rows, official_compat=True)
+    if not any(stem in asked for stem in prompts):
+        raise ValueError(f"{questions} has no question about any prompt, {next(iter(prompts))} for one")
     inputs = {"prompts": prompts_sha256(prompts), "dpg_bench.csv": sha256(questions)}
     manifest = read_json(folder.manifest) if folder.manifest.is_file() and images is None else None
     reports.check_inputs(manifest, "dpg_bench", inputs, folder.root)
-    there = [stem for stem in prompts if (root / f"{stem}.png").is_file()]
-    if not there:
-        raise FileNotFoundError(
-            f"no image named after a prompt, {next(iter(prompts))}.png for one, in {root}"
-        )
-    if sum(x is not None for x in (answers, vqa, judge_model)) != 1:
-        raise ValueError("give one of --answers, --vqa and --judge-model")
+    stems = asked if official_compat else {stem: asked[stem] for stem in prompts if stem in asked}
+    files = find_grids(root, stems, official_compat)
+    failures: dict[str, str] = {}
     if answers is not None:
-        said, name, failures = (
-            read_answers(answers, asked, tiles),
-            f"saved answers, sha256 {sha256(answers)}",
-            {},
-        )
+        by_item, name = read_answers(answers, asked, tiles), f"saved answers, sha256 {sha256(answers)}"
+        said = {file: by_item[item_of(file)] for file in files if item_of(file) in by_item}
     else:
         judge, at_once = _judge(vqa, judge_model, judge_url, device, concurrency, attempts)
         name = judge.name
-        said, failures = _ask(folder, root, there, asked, resolution, tiles, judge, at_once, progress)
-    there = [stem for stem in there if stem in said]
-    if not there:
+        asking = Asking(folder, root, asked, judge, at_once, tiles, resolution, official_compat, progress)
+        said, failures = asking.ask(files)
+    if not said:
         reason = f": {next(iter(failures.values()))}" if failures else ""
         raise ValueError(f"no answers about the images of {root}{reason}")
-    raw, raw_compat = (
+    raw, raw_officially = (
         {
-            stem: [{int(q): int(is_yes(text, compat)) for q, text in tile.items()} for tile in said[stem]]
-            for stem in there
+            file: [{int(q): int(is_yes(text, compat)) for q, text in tile.items()} for tile in by_tile]
+            for file, by_tile in said.items()
         }
         for compat in (False, True)
     )
-    compat_questions = read_questions(questions, skip_first=True)
-    ours, official = headline(asked, raw), headline(compat_questions, raw_compat)
-    chosen, answered = (compat_questions, raw_compat) if official_compat else (asked, raw)
+    ours = headline(asked, raw)
+    official = headline(asked_officially, raw_officially, official_compat=True)
+    chosen, answered = (asked_officially, raw_officially) if official_compat else (asked, raw)
     l1 = categories(chosen, answered, "l1", official_compat)
     l2 = categories(chosen, answered, "l2", official_compat)
     per_tile = 1 if official_compat else tiles
-    of = {
-        name: per_tile * sum(q.l1 == name for stem in prompts for q in chosen[stem]) for name in _names(asked)
-    }
-    folder.write_json(
-        folder.root / "items.json",
-        {
-            "judge": name,
-            "items": [
-                {
-                    "item_id": stem,
-                    "tile_scores": (tile_scores := item_score(asked[stem], raw[stem])),
-                    "score": float(np.mean(tile_scores)),
-                    "answers": said[stem],
-                }
-                for stem in there
-            ],
-            "l1": l1,
-            "l2": l2,
-        },
-    )
-    notes = [f"{key}: {value:.2f} ({n:,} answers)" for key, (value, n) in sorted(l2.items())]
-    if "mplug" not in name.lower():
-        notes.insert(0, "not judged by mPLUG, as every published number is: not comparable with them")
-    if failures:
-        some = "; ".join(f"{stem}: {reason}" for stem, reason in list(failures.items())[:3])
-        notes.insert(
-            0, f"{len(failures)} grids got no answers and are left out; the next run asks again. {some}"
-        )
-    if tiles != TILES:
-        notes.insert(0, f"{tiles} of the {TILES} tiles judged")
+    expected = Counter(q.l1 for stem in prompts for q in chosen.get(stem, ()))
+    _write_items(folder, name, chosen, answered, said, official_compat, {"l1": l1, "l2": l2})
+    outside = sum(item_of(file) not in prompts for file in said)
+    as_published = prompts_sha256(prompts) == PROMPTS_SHA256 and tiles == TILES and not outside
+    notes = [*remarks(rows, prompts), *_notes(name, said, failures, tiles)]
     return reports.write_score(
         folder,
         reports.Score(
             "dpg_bench",
             headline=("DPG-Bench score", official if official_compat else ours),
             scale=100.0,
-            standard=len(prompts) == PROMPTS,
+            standard=as_published,
             n_expected=len(prompts),
-            n_scored=len(there),
-            scores={key: (l1.get(key, (None, 0))[0], l1.get(key, (None, 0))[1], of[key]) for key in of},
+            n_scored=len({item_of(file) for file in said} & set(prompts)),
+            scores={key: (*l1.get(key, (None, 0)), per_tile * expected[key]) for key in _names(asked)},
             judge={"vqa": name},
             options={
                 "tiles": tiles,
@@ -390,7 +415,10 @@ def score(
             },
             inputs=inputs,
             manifest=manifest,
-            notes=notes,
+            notes=[
+                *notes,
+                *(f"{key}: {value:.2f} ({n:,} answers)" for key, (value, n) in sorted(l2.items())),
+            ],
             others={
                 "score by the rules as they are meant": ours,
                 "score as the official scorer computes it (first row skipped, exact yes)": official,
@@ -405,28 +433,76 @@ def report(run: str | Path) -> list[Path]:
 
 def _names(questions: Mapping[str, Sequence[Question]]) -> list[str]:
     """The first-level categories that the questions have, the published order first."""
-    there = dict.fromkeys(q.l1 for group in questions.values() for q in group)
+    there = dict.fromkeys(q.l1 for own in questions.values() for q in own)
     return [name for name in L1 if name in there] + [name for name in there if name not in L1]
+
+
+def _write_items(
+    folder: RunFolder,
+    judge: str,
+    questions: Mapping[str, Sequence[Question]],
+    raw: Mapping[str, Raw],
+    said: Mapping[str, Any],
+    official_compat: bool,
+    levels: Mapping[str, Any],
+) -> None:
+    """items.json: what the table is made of, by the same rules."""
+    records = []
+    for file, by_tile in raw.items():
+        scores = item_score(questions.get(item_of(file), ()), by_tile, official_compat)
+        records.append(
+            {
+                "item_id": item_of(file),
+                "file": file,
+                "tile_scores": scores,
+                "score": None if scores is None else float(np.mean(scores)),
+                "answers": said[file],
+            }
+        )
+    about = {"judge": judge, "official_compat": official_compat, "items": records}
+    folder.write_json(folder.root / "items.json", about | dict(levels))
+
+
+def _notes(judge: str, said: Mapping[str, Any], failures: Mapping[str, str], tiles: int) -> list[str]:
+    notes = []
+    if tiles != TILES:
+        notes.append(f"{tiles} of the {TILES} tiles judged")
+    if failures:
+        some = "; ".join(f"{file}: {reason}" for file, reason in list(failures.items())[:3])
+        notes.append(
+            f"{len(failures)} grids got no answers and are left out; the next run asks again. {some}"
+        )
+    if "mplug" not in judge.lower():
+        notes.append("not judged by mPLUG, as every published number is: not comparable with them")
+    texts = [text for by_tile in said.values() for tile in by_tile for text in tile.values()]
+    neither = [text for text in texts if not re.match(r"(?i)\W*(yes|no)\b", text)]
+    if neither:
+        notes.append(
+            f"{len(neither):,} of {len(texts):,} answers are neither yes nor no and count as no: {neither[0][:50]!r}"
+        )
+    return notes
 
 
 def read_answers(
     path: str | Path, questions: Mapping[str, Sequence[Question]], count: int
 ) -> dict[str, list[dict[str, str]]]:
     """item id -> answers of every tile by question, of a JSON-lines file of {"item_id", "answers": [{"1": "yes", …},
-    …]}. ValueError with file and line for a tile or a question that lacks an answer."""
-    path, said = Path(path), {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        place = f"{path}:{number}"
+    …]}; lines that an answer is missing from are left out where they say so by "missing". ValueError with file and
+    line for a tile or a question that lacks an answer."""
+    said = {}
+    for place, record in json_lines(path):
         try:
-            record = json.loads(line)
             item, by_tile = record["item_id"], record["answers"]
             by_tile = [{str(q): str(text) for q, text in tile.items()} for tile in by_tile]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f'{place}: a line needs {{"item_id", "answers": [{{"1": "yes", …}}, …]}}: {error!r}'
             ) from None
         if item not in questions:
             raise ValueError(f"{place}: no question about {item!r}")
+        if record.get("missing"):
+            said.pop(item, None)
+            continue
         lacking = [q.id for q in questions[item] for tile in by_tile[:count] if str(q.id) not in tile]
         if len(by_tile) < count or lacking:
             raise ValueError(
@@ -446,56 +522,71 @@ def _judge(
     attempts: int,
 ) -> tuple[QuestionAnswerer, int]:
     """The judge, and how many questions it may be asked at once."""
-    from .chat import ChatVQA, OpenAIChat
-    from .judge_models import BlipVQA
-
     if judge_model is not None:
         return ChatVQA(OpenAIChat(judge_model, judge_url, max_tokens=20), attempts), concurrency
     return (BlipVQA(vqa, device) if isinstance(vqa, str) else vqa), 1
 
 
-def _ask(
-    folder: RunFolder,
-    root: Path,
-    stems: Sequence[str],
-    questions: Mapping[str, Sequence[Question]],
-    resolution: int | None,
-    count: int,
-    vqa: QuestionAnswerer,
-    at_once: int,
-    progress: bool,
-) -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
-    """Every question about every tile of every grid, answers on disk taken where they are about the same; and the
-    reasons why grids got none."""
-    from concurrent.futures import ThreadPoolExecutor
+@dataclass
+class Asking:
+    """Asks every question about every tile; answers on disk are taken where they are about the same."""
 
-    from . import judges
+    folder: RunFolder
+    root: Path
+    questions: Mapping[str, Sequence[Question]]
+    judge: QuestionAnswerer
+    at_once: int
+    tiles: int
+    resolution: int | None
+    official_compat: bool
+    progress: bool
 
-    records = judges.Records(folder.root / "answers.jsonl", "item_id", {"judge": vqa.name, "tiles": count})
-    seen = {
-        stem: hashlib.sha256(
-            f"{sha256(root / f'{stem}.png')} {resolution} {questions[stem]}".encode()
-        ).hexdigest()
-        for stem in stems
-    }
-    failures: dict[str, str] = {}
-    try:
-        with ThreadPoolExecutor(at_once) as pool:
-            todo = [stem for stem in stems if not records.has(stem, seen[stem])]
-            for stem in judges.bar(todo, "Asking", progress):
-                with Image.open(root / f"{stem}.png") as opened:
-                    cut = tiles(opened.convert("RGB"), count, resolution)
-                pairs = [(tile, question) for tile in cut for question in questions[stem]]
-                try:
-                    texts = list(pool.map(lambda pair: vqa.answer(pair[0], pair[1].text), pairs))
-                except judges.NoAnswer as error:  # left out, never given a number
-                    failures[stem] = str(error)
-                    continue
-                n = len(questions[stem])
-                ids = [str(question.id) for question in questions[stem]]
-                by_tile = [dict(zip(ids, texts[i * n : i * n + n], strict=True)) for i in range(len(cut))]
-                records.add(stem, seen[stem], {"answers": by_tile})
-    finally:
-        records.close()
-    said = {stem: records.entries[stem]["answers"] for stem in stems if records.has(stem, seen[stem])}
-    return said, failures
+    def ask(self, files: Sequence[str]) -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
+        """file -> answers of every tile by question; and for the files that lack one: file -> the reason."""
+        identity = {"judge": self.judge.name, "tiles": self.tiles}
+        records = Records(self.folder.root / "answers.jsonl", "file", identity)
+        failures: dict[str, str] = {}
+        said = {}
+        try:
+            with ThreadPoolExecutor(self.at_once) as pool:
+                for file in bar(files, "Asking", self.progress):
+                    try:
+                        said[file] = self._grid(file, records, pool)
+                    except (UnreadableImage, NoAnswer) as error:  # left out, never given a number
+                        failures[file] = str(error)
+        finally:
+            records.close()
+        return said, failures
+
+    def _grid(self, file: str, records: Records, pool: ThreadPoolExecutor) -> list[dict[str, str]]:
+        """UnreadableImage, or NoAnswer where a question has none; what was answered is kept."""
+        own = self.questions[item_of(file)]
+        whole = read_image(self.root / file)
+        try:
+            parts = cut(whole, self.tiles, self.resolution, self.official_compat)
+        except ValueError as error:
+            raise UnreadableImage(f"{self.root / file}: {error}") from None
+        about = f"{sha256(self.root / file)} {self.resolution} {own}"
+        seen = hashlib.sha256(about.encode()).hexdigest()
+        known = records.entries[file]["answers"] if records.has(file, seen) else [{} for _ in parts]
+        todo = [(i, q) for i, tile in enumerate(known) for q in own if str(q.id) not in tile]
+        reasons: list[str] = []
+
+        def one(pair: tuple[int, Question]) -> None:
+            tile, question = pair
+            try:
+                known[tile][str(question.id)] = self.judge.answer(parts[tile], question.text)
+            except NoAnswer as error:
+                reasons.append(str(error))
+
+        if not todo:
+            return known
+        try:
+            list(pool.map(one, todo))
+        finally:
+            missing = sum(str(q.id) not in tile for tile in known for q in own)
+            values = {"item_id": item_of(file), "answers": known, "missing": missing}
+            records.add(file, seen, values)
+        if reasons:
+            raise NoAnswer(f"{missing} questions got no answer: {reasons[0]}")
+        return known

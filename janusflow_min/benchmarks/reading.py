@@ -37,7 +37,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 class UnreadableImage(ValueError):
-    """An image file that is empty, cut off, damaged or too large; the text names it."""
+    """An image file that is empty, cut off, damaged, too large or of the wrong size; the text names it."""
 
 
 def read_image(path: str | Path) -> Image.Image:
