@@ -29,11 +29,11 @@ FORMATS = (
     "AVIF BLP BMP CUR DCX DDS DIB GIF HEIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCX PNG PPM PSD QOI SGI SUN"
 )
 FORMATS += " TGA TIFF WEBP XBM XPM"
-HINTS = (  # first bytes -> what it is and what to do
-    (b"ftypheic ftypheix ftypmif1 ftyphevc ftypmsf1", "HEIC: convert it to JPEG or PNG, or `pip install pillow-heif` "
-     "and call pillow_heif.register_heif_opener() first"),
-    (b"ftypavif ftypavis", "AVIF, which needs Pillow 11.3 or newer: convert it to JPEG or PNG"),
-    (b"%PDF %!PS \xc5\xd0\xd3\xc6 <svg", "a vector format: render it to PNG first"),
+HINTS = (  # first bytes, the format that reads them, what it is and what to do
+    (b"ftypheic ftypheix ftypmif1 ftyphevc ftypmsf1", "HEIF", "HEIC: convert it to JPEG or PNG, or `pip install "
+     "pillow-heif` and call pillow_heif.register_heif_opener() first"),
+    (b"ftypavif ftypavis", "AVIF", "AVIF, which needs Pillow 11.3 or newer: convert it to JPEG or PNG"),
+    (b"%PDF %!PS \xc5\xd0\xd3\xc6 <svg", "", "a vector format: render it to PNG first"),
 )  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def _hint(file: Any) -> str:
             start = file.read(200)
         if not start:
             return "; it is empty"
-        for marks, text in HINTS:
-            if any(mark in start[:16] for mark in marks.split()):
+        for marks, form, text in HINTS:
+            if form not in Image.OPEN and any(mark in start[:16] for mark in marks.split()):
                 return f"; it is {text}"
         return content_hint(start)
     return ""
