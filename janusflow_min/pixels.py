@@ -91,10 +91,10 @@ def _existing(source: str | os.PathLike) -> str:
         if (path := expand(text)).is_file():
             return str(path)
     hint = ""
-    if text.startswith("data:") or len(text) > 1000:
-        hint = "; if it is an encoded image, pass its bytes: base64.b64decode(...)"
-    elif "://" in text:
+    if "://" in text[:10]:
         hint = "; download it first"
+    elif text.startswith("data:") or len(text) > 1000:
+        hint = "; if it is an encoded image, pass its bytes: base64.b64decode(...)"
     raise FileNotFoundError(
         f"no image file at {printable(text[:200])!r}{'...' if len(text) > 200 else ''}{hint}"
     )

@@ -129,7 +129,7 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
             node[key] = [value] * rng.choice((0, 1, 2, 1000))
         else:
             node[key] = rng.choice(
-                (value * 2, -value, value + 1, value - 1, value * 10**6, value / 3, str(value))
+                (value * 2, -value, value + 1, value - 1, value * 10**6, value // 3, str(value))
             )
     elif kind < 0.95 and isinstance(node, dict):
         del node[key]
