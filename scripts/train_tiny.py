@@ -40,8 +40,8 @@ from janusflow_min.files import atomic_directory, atomic_file
 from janusflow_min.flow import sample_time
 from janusflow_min.model import JanusFlow
 from janusflow_min.processor import SYSTEM_PROMPT, Processor
-from janusflow_min.training.batch import conversation_example
 from janusflow_min.training.losses import IGNORE, AlignmentHead, generation_loss, understanding_loss
+from janusflow_min.training.sample import conversation_example
 from janusflow_min.vae import VAE
 
 

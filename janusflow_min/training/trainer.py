@@ -34,13 +34,15 @@ from ..pipeline import Pipeline
 from ..processor import Processor, check_processor_matches
 from ..vae import load_vae
 from . import checkpoints
-from .batch import Cache, SampleBuilder, StepDataset, explain_loader_error, load_steps, unpack
+from .batch import StepDataset, explain_loader_error, load_steps, unpack
 from .config import Config
-from .dataset import BadRow, Manifest, kind_of, open_sources, seeded_generator
+from .dataset import open_sources
 from .losses import MixedBatch
 from .metrics import Report
 from .metrics import rows as read_lines
 from .optimizer import rate_factor
+from .rows import BadRow, Manifest, kind_of, seeded_generator
+from .sample import Cache, SampleBuilder
 from .step import BINS, TrainStep, sums_of
 
 
@@ -126,7 +128,7 @@ class Trainer:
             leave=False,
         )
         try:
-            steps = load_steps(self.dataset, self.index, self.device.type == "cuda")
+            steps = load_steps(self.dataset, range(self.index, config.steps), self.device.type == "cuda")
             while self.index < config.steps:
                 index, data = self.index, next(steps)
                 batches, keys = data.batches, data.keys

@@ -21,9 +21,10 @@ from torch.utils.data import get_worker_info
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
 from janusflow_min.training import config as training_config
-from janusflow_min.training.batch import SampleBuilder, StepDataset, explain_loader_error, load_steps
+from janusflow_min.training.batch import StepDataset, explain_loader_error, load_steps
 from janusflow_min.training.dataset import open_sources, summarize
 from janusflow_min.training.metrics import Report, rows
+from janusflow_min.training.sample import SampleBuilder
 from janusflow_min.training.trainer import Trainer
 
 
@@ -83,7 +84,7 @@ def test_workers_are_spawned(dataset, monkeypatch):
             return iter(())
 
     monkeypatch.setattr("janusflow_min.training.batch.DataLoader", Loader)
-    assert list(load_steps(dataset(loader={"workers": 3, "timeout": 7}), 0)) == []
+    assert list(load_steps(dataset(loader={"workers": 3, "timeout": 7}), range(2))) == []
     assert (seen["multiprocessing_context"], seen["num_workers"], seen["timeout"]) == ("spawn", 3, 7)
 
 
@@ -91,7 +92,7 @@ def test_an_error_in_a_worker_is_one_line(dataset, tmp_path):
     """Stops: a traceback of another process glued into the message."""
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": ""}\n')
     data = [{"kind": "text", "manifest": str(tmp_path / "a.jsonl"), "shuffle": False}]
-    steps = load_steps(dataset(data=data, loader={"workers": 1, "on_bad_row": "stop"}), 0)
+    steps = load_steps(dataset(data=data, loader={"workers": 1, "on_bad_row": "stop"}), range(2))
     with pytest.raises(ValueError) as caught:
         list(steps)
     assert str(caught.value) == (
@@ -103,7 +104,7 @@ def test_an_error_in_a_worker_is_one_line(dataset, tmp_path):
 def test_a_worker_that_gives_nothing_is_given_up(dataset, monkeypatch):
     """Stops: a run that waits for ever."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    steps = load_steps(dataset(Slow, loader={"workers": 1, "timeout": 20}), 0)
+    steps = load_steps(dataset(Slow, loader={"workers": 1, "timeout": 20}), range(2))
     with pytest.raises(RuntimeError, match="timed out") as caught:
         next(steps)
     assert "loader.timeout = 20 s" in explain_loader_error(caught.value, steps_settings(20))

@@ -16,7 +16,6 @@ from torch import Tensor
 from janusflow_min.checkpoint import load_model
 from janusflow_min.model import JanusFlow, merge_image_embeds
 from janusflow_min.processor import Processor
-from janusflow_min.training.batch import conversation_example
 from janusflow_min.training.losses import (
     IGNORE,
     AlignmentHead,
@@ -24,6 +23,7 @@ from janusflow_min.training.losses import (
     prompt_mask,
     understanding_loss,
 )
+from janusflow_min.training.sample import conversation_example
 
 TAP = 2
 

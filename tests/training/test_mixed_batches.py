@@ -16,8 +16,7 @@ from torch import Tensor
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
-from janusflow_min.training.batch import SampleBuilder, collate, unpack
-from janusflow_min.training.dataset import seeded_generator
+from janusflow_min.training.batch import collate, unpack
 from janusflow_min.training.losses import (
     IGNORE,
     AlignmentHead,
@@ -27,6 +26,8 @@ from janusflow_min.training.losses import (
     generation_loss,
     understanding_loss,
 )
+from janusflow_min.training.rows import seeded_generator
+from janusflow_min.training.sample import SampleBuilder
 
 TAP = 2
 KINDS = ("generation", "hidden", "understanding", "text", "mixed")
@@ -225,7 +226,7 @@ def test_times_and_hiding_are_the_papers(
     """Stops: uniform times, another mean or deviation, prompts hidden more or less often; each change is seen."""
     if "uniform" in change:
         monkeypatch.setattr(
-            "janusflow_min.training.batch.sample_time", lambda n, m, s, g: torch.rand(n, generator=g)
+            "janusflow_min.training.sample.sample_time", lambda n, m, s, g: torch.rand(n, generator=g)
         )
     elif change:
         builder = SampleBuilder(

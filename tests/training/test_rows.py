@@ -16,17 +16,20 @@ from PIL import Image
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
-from janusflow_min.training.batch import (
+from janusflow_min.training.batch import StepDataset
+from janusflow_min.training.config import SourceConfig
+from janusflow_min.training.dataset import open_sources
+from janusflow_min.training.hf_rows import open_dataset
+from janusflow_min.training.losses import IGNORE
+from janusflow_min.training.rows import seeded_generator
+from janusflow_min.training.sample import (
     Sample,
     SampleBuilder,
-    StepDataset,
     conversation_example,
     read_conversation,
     read_image,
     square,
 )
-from janusflow_min.training.dataset import open_sources, seeded_generator
-from janusflow_min.training.losses import IGNORE
 
 TAG = "<image_placeholder>"
 
@@ -269,15 +272,13 @@ def test_a_file_is_one_image_however_it_comes(made, tmp_path, datasets):
     )
     table = {"image": [encoded], "images": [[encoded]], "path": [str(tmp_path / "a.png")]}
     datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "a.parquet")
-    from janusflow_min.training.config import SourceConfig
-    from janusflow_min.training.dataset import open_dataset
-
     images = [tmp_path / "a.png", str(tmp_path / "a.png"), content, Image.open(tmp_path / "a.png"), encoded]
     for streaming in (False, True):
         columns = {"conversation": "path"}  # any column stays that is named
         config = SourceConfig("understanding", dataset="parquet", files=(str(tmp_path / "a.parquet"),),
                               streaming=streaming, columns=columns)  # fmt: skip
-        row = next(iter(open_dataset(config, True)[0][0][1]))
+        opened = open_dataset(config, (0,), True)
+        row = opened.row_at(0, 0).values if streaming else opened[0].values
         assert isinstance(row["image"], dict) and isinstance(row["images"][0], dict)  # not decoded
         images += [row["image"], row["images"][0], row["path"]]
     for image in images:

@@ -22,11 +22,11 @@ from torch.utils.data import get_worker_info
 
 import janusflow_min as jf
 from janusflow_min.training import checkpoints
-from janusflow_min.training.batch import SampleBuilder
 from janusflow_min.training.config import Config, OptimizerConfig
-from janusflow_min.training.dataset import seeded_generator
 from janusflow_min.training.metrics import Report, rows
 from janusflow_min.training.optimizer import AdamW, rate_factor
+from janusflow_min.training.rows import seeded_generator
+from janusflow_min.training.sample import SampleBuilder
 from janusflow_min.training.settings import read
 from janusflow_min.training.trainer import Trainer
 

@@ -18,9 +18,11 @@ from PIL import Image
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
-from janusflow_min.training.batch import SampleBuilder, StepBatches, StepDataset, load_steps
+from janusflow_min.training.batch import StepBatches, StepDataset, load_steps
 from janusflow_min.training.config import Config
-from janusflow_min.training.dataset import Source, Stream, open_sources
+from janusflow_min.training.dataset import Source, open_sources
+from janusflow_min.training.hf_rows import Part, Stream
+from janusflow_min.training.sample import SampleBuilder
 
 ROWS = 23
 
@@ -164,14 +166,14 @@ def test_workers_and_ranks_change_no_row(dataset, files):
     learns other rows when it goes on with other workers: for every kind of source."""
     data = [source_at(files, name) for name in SOURCES]
     whole = dataset(data=data, batch=26, steps=8)
-    expected = digests(load_steps(whole, 0))
+    expected = digests(load_steps(whole, range(8)))
     assert len(expected) == 8 and all(samples == 26 and not bad for _, samples, _, bad, _ in expected)
     one, two = ({"workers": n} for n in (1, 2))
-    assert digests(load_steps(dataset(data=data, batch=26, steps=8, loader=two), 0)) == expected
-    assert digests(load_steps(dataset(data=data, batch=26, steps=8, loader=one), 5)) == expected[5:]
+    assert digests(load_steps(dataset(data=data, batch=26, steps=8, loader=two), range(8))) == expected
+    assert digests(load_steps(dataset(data=data, batch=26, steps=8, loader=one), range(5, 8))) == expected[5:]
     for rank in range(2):
         alone = dataset(rank, 2, data=data, batch=26, steps=3)
-        assert digests(load_steps(alone, 0)) == digests(alone[step] for step in range(3))
+        assert digests(load_steps(alone, range(3))) == digests(alone[step] for step in range(3))
     tokens = [
         sum(dataset(rank, 2, data=data, batch=26, steps=3)[k].tokens for rank in range(2)) for k in range(3)
     ]
@@ -201,8 +203,8 @@ def test_a_stream_that_breaks_is_read_again(files, monkeypatch):
                     raise ConnectionError("the net is down")
                 yield {"text": [f"row {i}"]}
 
-    stream = Stream("s", [(None, Rows())], 0, (0, "a"))
-    rows = [stream.row(k, k) for k in range(18)]
+    stream = Stream("s", [Part(None, Rows())], 0, (0, "a"))
+    rows = [stream.row_at(k, k) for k in range(18)]
     assert [row.values["text"] for row in rows] == [f"row {i}" for i in range(9)] * 2
 
 
@@ -298,7 +300,7 @@ def test_columns_are_named(dataset, files, tmp_path):
     for name in ("csv", "csv, streamed", "WebDataset, streamed"):
         with pytest.raises(ValueError, match=r'data\.0: columns.image = "jpeg".*there are .*te?xt'):
             opened(dataset, source_at(files, name, columns={"image": "jpeg", "text": "txt"}))
-    with pytest.raises(ValueError, match=r"data\.0: the columns are .*png, txt.* there is no image or text"):
+    with pytest.raises(ValueError, match=r"data\.0: there is no column image, no text; .* of .*png, txt"):
         opened(dataset, source_at(files, "WebDataset, streamed", columns={}))
     with pytest.raises(ValueError, match="conversation or messages or conversations"):
         opened(dataset, source_at(files, "csv", kind="understanding"))

@@ -13,9 +13,11 @@ from PIL import Image
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
-from janusflow_min.training.batch import Cache, Sample, SampleBuilder, StepDataset, bucket, square
+from janusflow_min.training.batch import StepDataset, bucket
 from janusflow_min.training.config import SourceConfig
-from janusflow_min.training.dataset import Manifest, Mixture, Source, open_sources, seeded_generator
+from janusflow_min.training.dataset import Mixture, Source, open_sources
+from janusflow_min.training.rows import Manifest, seeded_generator
+from janusflow_min.training.sample import Cache, Sample, SampleBuilder, square
 
 
 @pytest.fixture(scope="module")

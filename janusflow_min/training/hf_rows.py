@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: MIT
+"""Rows from Hugging Face `datasets`: tables on disk, streams, the hub. Images stay encoded until they are needed."""
+
+from __future__ import annotations
+
+import copy
+import glob
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import SourceConfig
+from .rows import CONVERSATIONS, BadRow, Row, seeded_generator
+
+NEEDED = {  # by kind: columns, one of each group
+    "understanding": (CONVERSATIONS,),
+    "generation": (("image",), ("text",)),
+    "text": (("text",),),
+}
+
+
+class Part(NamedTuple):
+    folder: Path | None  # that paths in the rows count from
+    rows: Any  # a Dataset or an IterableDataset
+
+
+def import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            "a source with `dataset` needs the package datasets: pip install 'janusflow-min[train]'"
+        ) from None
+    return datasets
+
+
+def open_dataset(config: SourceConfig, key: tuple, skip_bad: bool) -> Table | Stream:
+    """The rows of a source; files of one folder are opened together, for paths in them count from there.
+
+    key: of the order of a stream. Raises ValueError or OSError where a file cannot be read, or with `skip_bad` where
+    none can, and where a column is missing.
+    """
+    local, bad, parts = Path(config.dataset), list[BadRow](), list[Part]()
+    if (local / "dataset_info.json").is_file() or (
+        local / "state.json"
+    ).is_file():  # read in place, never streamed
+        parts = [Part(local, import_datasets().load_from_disk(config.dataset))]
+        files = [str(p) for p in sorted(local.rglob("*"))]
+    else:
+        folders: dict[Path | None, list[str]] = {}
+        for pattern in config.files:
+            here = Path(pattern).is_absolute()  # what is not comes from the hub or the net
+            found = sorted(glob.glob(pattern, recursive=True)) if here else [pattern]
+            if not found:
+                raise FileNotFoundError(f"files: nothing at {pattern}")
+            for file in found:
+                folders.setdefault(Path(file).parent if here else None, []).append(file)
+        for folder, names in folders.items() or [(local if local.is_dir() else None, [])]:
+            rows = load(config, names, bad if skip_bad else None)
+            parts += [Part(folder, rows)] if rows is not None else []
+        files = [file for names in folders.values() for file in names]
+        if not parts:
+            raise ValueError(f"none of its files can be read; {bad[0]}")
+    parts = [Part(part.folder, prepare(config, part.rows)) for part in parts]
+    sizes = [(Path(f).name, Path(f).stat().st_size if Path(f).is_file() else 0) for f in files]
+    digest = hashlib.sha256(repr((config.dataset, config.subset, config.split, sizes)).encode())
+    if isinstance(parts[0].rows, import_datasets().IterableDataset):
+        return Stream(config.dataset, parts, config.shuffle_buffer if config.shuffle else 0, key, bad, digest)
+    return Table(config.dataset, parts, bad, digest)
+
+
+def load(config: SourceConfig, files: list[str], bad: list[BadRow] | None) -> Any:
+    """The rows of files. Where opening all together fails, those that cannot be read are looked for, added to `bad`
+    and left out; None where none can."""
+
+    def open_files(files: list[str]) -> Any:
+        options = {"data_files": files or None, "split": config.split, "streaming": config.streaming}
+        return import_datasets().load_dataset(config.dataset, config.subset or None, **options)
+
+    try:
+        return open_files(files)
+    except Exception as error:  # whatever the format's reader raises
+        if not files or bad is None:
+            raise ValueError(
+                f"{', '.join(files[:3]) or config.dataset} cannot be opened: {cause(error)}"
+            ) from error
+    good = []
+    for file in files:
+        try:
+            next(iter(open_files([file])), None)
+            good.append(file)
+        except Exception as error:
+            bad.append(BadRow(file, 0, cause(error)))
+    return open_files(good) if good else None
+
+
+def cause(error: BaseException) -> str:
+    """What lies at the bottom of an error, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def prepare(config: SourceConfig, rows: Any) -> Any:
+    """Only the columns that are used, images in them undecoded. ValueError, naming the columns, where one lacks."""
+    names = rows.column_names
+    if names is None:  # a stream whose format does not say
+        try:
+            names = list(next(iter(rows), {}))
+        except Exception:  # told when the stream is read
+            return rows
+    columns, has = config.columns, ", ".join(names)
+    for ours, theirs in columns.items():
+        if theirs not in names and theirs.split(".")[0] not in names:
+            raise ValueError(f'columns.{ours} = "{theirs}": there is no such column; there are {has}')
+    named = set(names) - set(columns.values()) | set(columns)
+    missing = [" or ".join(group) for group in NEEDED[config.kind] if not named & set(group)]
+    if missing:
+        raise ValueError(f"there is no column {', no '.join(missing)}; say with columns which it is of {has}")
+    used = {*CONVERSATIONS, "image", "images", "text", *columns.values()}
+    used |= {theirs.split(".")[0] for theirs in columns.values()}
+    rows = rows.select_columns([name for name in names if name in used])
+    for name, feature in (rows.features or {}).items():
+        if (encoded := undecoded(feature)) != feature:
+            rows = rows.cast_column(name, encoded)
+    return rows
+
+
+def undecoded(feature: Any) -> Any:
+    """A feature of `datasets`, images at any depth left as bytes and path."""
+    datasets = import_datasets()
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {key: undecoded(inner) for key, inner in feature.items()}
+    if isinstance(feature, list):
+        return [undecoded(inner) for inner in feature]
+    if hasattr(feature, "feature"):  # a list, under whatever name
+        feature = copy.copy(feature)
+        feature.feature = undecoded(feature.feature)
+    return feature
+
+
+class Table:
+    """Data sets on disk, one after another."""
+
+    def __init__(self, name: str, parts: Sequence[Part], bad: list[BadRow], digest: Any):
+        self.name, self.parts, self.bad = name, parts, bad
+        self.ends = list(accumulate(len(part.rows) for part in parts))
+        digest.update(repr(self.ends).encode())
+        self.fingerprint = digest.hexdigest()[:16]
+        if not self.ends[-1]:
+            raise ValueError(f"{name} has no rows")
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Row:
+        k = bisect_right(self.ends, index)
+        folder, rows = self.parts[k]
+        return Row(self.name, index + 1, rows[index - self.ends[k] + len(rows)], folder)
+
+
+class Stream:
+    """Data sets that can only be read on: shard after shard, epoch after epoch, rows shuffled in a buffer (0: not).
+
+    Every process reads all of it. A shard that breaks is read again from its start, up to where it broke; one that
+    breaks there again is left, and its place taken by one bad row.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Part],
+        buffer: int,
+        key: tuple,
+        bad: list[BadRow] | None = None,
+        digest: Any = None,
+    ):
+        self.name, self.buffer, self.key, self.bad = name, buffer, key, bad or []
+        self.fingerprint = (digest or hashlib.sha256()).hexdigest()[:16]
+        self.shards = [(part, k, part.rows.n_shards) for part in parts for k in range(part.rows.n_shards)]
+        self._restart()
+
+    def _restart(self) -> None:
+        self._rows: Iterator[Row] | None = None
+        self._next, self._held = 0, dict[int, Row]()
+
+    def __getstate__(self) -> dict[str, Any]:  # an iterator stays behind; a worker starts its own
+        return self.__dict__ | {"_rows": None, "_next": 0, "_held": {}}
+
+    def row_at(self, position: int, keep: int) -> Row:
+        """The row at a position; the rows from position `keep` on stay at hand, and nothing else does."""
+        self._held = {p: row for p, row in self._held.items() if p >= keep}
+        if position < self._next and position not in self._held:
+            self._restart()
+        self._rows = self._rows or self._endless()
+        while position not in self._held:
+            row = next(self._rows)
+            if self._next >= keep:
+                self._held[self._next] = row
+            self._next += 1
+        return self._held[position]
+
+    def _endless(self) -> Iterator[Row]:
+        epoch = 0
+        while True:
+            good, row = False, None
+            for row in self._epoch(seeded_generator(*self.key, epoch)):
+                good = good or not isinstance(row.values, Exception)
+                yield row
+            if not good:
+                raise ValueError(f"{self.name} gives no rows{f'; {row.values}' if row else ''}")
+            epoch += 1
+
+    def _epoch(self, generator: torch.Generator) -> Iterator[Row]:
+        if not self.buffer:
+            for shard in self.shards:
+                yield from self._shard(*shard)
+            return
+        held: list[Row] = []
+        for index in torch.randperm(len(self.shards), generator=generator).tolist():
+            for row in self._shard(*self.shards[index]):
+                if len(held) < self.buffer:
+                    held.append(row)
+                    continue
+                k = int(torch.randint(len(held), (1,), generator=generator))
+                yield held[k]
+                held[k] = row
+        for k in torch.randperm(len(held), generator=generator).tolist():
+            yield held[k]
+
+    def _shard(self, part: Part, index: int, count: int) -> Iterator[Row]:
+        name, rows = self.name, part.rows
+        if count > 1:
+            from datasets.distributed import split_dataset_by_node
+
+            name, rows = f"{name}, shard {index + 1} of {count}", split_dataset_by_node(rows, index, count)
+        done, broken_at = 0, -1
+        while True:
+            try:
+                # Not `iter(rows)`, which in a data loader's worker gives that worker's shards alone.
+                for batch in islice(rows.iter(batch_size=1), done, None):
+                    done += 1
+                    yield Row(name, done, {key: values[0] for key, values in batch.items()}, part.folder)
+                return
+            except Exception as error:  # whatever the format's reader or the net raises
+                if broken_at == done:
+                    yield Row(name, done + 1, ValueError(f"it cannot be read from here on: {cause(error)}"))
+                    return
+                broken_at = done
