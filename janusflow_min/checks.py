@@ -9,6 +9,11 @@ from typing import Any
 import numpy as np
 
 LARGEST = 2**63 - 1
+# What one call may ask for, so that a slip of the key does not ask for terabytes or years.
+MAX_STEPS = 10_000
+MAX_IMG_SIZE = 8192  # px; 200 MB an image
+MAX_IMAGE_BYTES = 4 * 2**30  # of all images that one call returns
+MAX_NEW_TOKENS = 1_000_000  # more than any model has positions for
 
 
 def is_whole(value: Any) -> bool:
@@ -67,6 +72,15 @@ def texts(name: str, value: Any) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"{name}[{i}] must be a str, got {shown(text)}")
     return values
+
+
+def image_bytes(count: int, side: int, remedy: str = "parallel_size or img_size") -> None:
+    """ValueError where `count` images of `side` px are more than one call returns."""
+    if count * side**2 * 3 > MAX_IMAGE_BYTES:
+        raise ValueError(
+            f"{count:,} images of {side}x{side} px are more than the {MAX_IMAGE_BYTES >> 30} GiB that one call "
+            f"returns, which holds {MAX_IMAGE_BYTES // (side**2 * 3):,} of them: lower {remedy}"
+        )
 
 
 def shown(value: Any) -> str:

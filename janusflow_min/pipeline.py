@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 DEFAULT_QUESTION = "Describe the image."
 VAE_IMAGES = 8  # decoded at once on a GPU
 MAX_BATCH = 16  # images generated or questions answered at once; more would not be faster, only larger
-MAX_STEPS = 10_000
-MAX_IMG_SIZE = 8192  # px; 200 MB an image
-MAX_IMAGE_BYTES = 4 * 2**30  # of all images that one call returns
-MAX_NEW_TOKENS = 1_000_000  # more than any model has positions for
 
 Message = Mapping[str, Any]  # "role", "content" and, if there are any, "images"
 
@@ -145,19 +141,14 @@ class Pipeline:
         prompts = checks.texts("prompt", prompt)
         count = len(prompts) * checks.whole("parallel_size", parallel_size)
         cfg_weight = checks.number("cfg_weight", cfg_weight)
-        steps = checks.whole("num_inference_steps", num_inference_steps, most=MAX_STEPS)
+        steps = checks.whole("num_inference_steps", num_inference_steps, most=checks.MAX_STEPS)
         side = self.model.config.siglip.image_size
         if img_size is not None:
-            side = img_size = checks.whole("img_size", img_size, most=MAX_IMG_SIZE)
-        check_image_bytes(count, side)
+            side = img_size = checks.whole("img_size", img_size, most=checks.MAX_IMG_SIZE)
+        checks.image_bytes(count, side)
         progress = checks.flag("progress", progress)
         noise, seeds = self._noise(count, seed, latents)
-        # Without the generation tag: t_emb takes its place.
-        encoded = [self.processor.generation_prompt(text)[0][:-1] for text in prompts]
-        image_tokens = 1 + self.model.num_image_tokens  # t_emb in front
-        longest = max(map(len, encoded)) + image_tokens
-        self._check_length(longest, f"the longest prompt and {image_tokens} image tokens")
-        encoded = [ids for ids in encoded for _ in range(parallel_size)]
+        encoded = [ids for ids in self.check_prompts(prompts) for _ in range(parallel_size)]
         prompts = [text for text in prompts for _ in range(parallel_size)]
 
         with torch.inference_mode():
@@ -182,6 +173,15 @@ class Pipeline:
             images = [image.resize((img_size, img_size), Image.Resampling.LANCZOS) for image in images]
         # Cloned outside of inference mode: a tensor like any other, gradients included.
         return Generation(images, final.float().cpu().clone(), seeds, prompts)
+
+    def check_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, the generation tag left out: t_emb takes its place. ValueError for an empty
+        prompt, special tags in it, or one that is too long."""
+        encoded = [self.processor.generation_prompt(text)[0][:-1] for text in prompts]
+        image_tokens = 1 + self.model.num_image_tokens  # t_emb in front
+        longest = max(map(len, encoded)) + image_tokens
+        self._check_length(longest, f"the longest prompt and {image_tokens} image tokens")
+        return encoded
 
     def _integrate(
         self,
@@ -348,7 +348,7 @@ class Pipeline:
         seed: int | None,
     ) -> list[Answer]:
         self._need("understanding")
-        max_new_tokens = checks.whole("max_new_tokens", max_new_tokens, most=MAX_NEW_TOKENS)
+        max_new_tokens = checks.whole("max_new_tokens", max_new_tokens, most=checks.MAX_NEW_TOKENS)
         temperature = checks.number("temperature", temperature, least=0)
         top_p = checks.number("top_p", top_p, least=0, most=1, above=True)
         top_k = checks.whole("top_k", top_k, least=0)
@@ -416,15 +416,6 @@ class ProgressCallback:
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
         self.bar.update()
-
-
-def check_image_bytes(count: int, side: int) -> None:
-    """ValueError where `count` images of `side` px are more than one call returns."""
-    if count * side**2 * 3 > MAX_IMAGE_BYTES:
-        raise ValueError(
-            f"{count:,} images of {side}x{side} px are more than the {MAX_IMAGE_BYTES >> 30} GiB that one call "
-            f"returns, which holds {MAX_IMAGE_BYTES // (side**2 * 3):,} of them: lower parallel_size or img_size"
-        )
 
 
 def fresh_seed() -> int:

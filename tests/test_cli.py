@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from janusflow_min import __version__, images
-from janusflow_min.cli import DEMO_IMAGES, DEMO_PROMPTS, build_parser, main
+from janusflow_min import __version__, contact_sheet
+from janusflow_min.cli import build_parser, main
+from janusflow_min.commands import demo
 from janusflow_min.hub import TINY
 from janusflow_min.pipeline import Pipeline
 
@@ -25,7 +27,7 @@ PROMPTS = ["a photo of a red star", "Ein Bär, 二つ!"]
 @pytest.fixture(scope="module")
 def fast(parity_dir) -> list[str]:
     """Options of a short `generate` on the random checkpoint."""
-    return ["--model", str(parity_dir), "--parallel-size", "2", "--steps", "2", "--quiet"]
+    return ["--model", str(parity_dir), "--parallel-size", "2", "--num-inference-steps", "2", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,13 @@ def checkpoint(parity_dir, tmp_path) -> Path:
     """A copy of the random checkpoint that a test may break."""
     ignored = shutil.ignore_patterns("expected.*", "images")
     return Path(shutil.copytree(parity_dir, tmp_path / "checkpoint", ignore=ignored))
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG."""
+    with Image.open(path, formats=["PNG"]) as image:
+        image.load()
+        return {key: str(value) for key, value in image.text.items()}
 
 
 def failure(capsys, *argv: str) -> str:
@@ -81,7 +90,7 @@ def test_generate_is_the_pipeline_s_picture(painted, parity_dir):
 
 def test_metadata_say_how_to_repeat(painted, parity_dir):
     """Stops a picture without its settings, with another picture's, or with a prompt mangled by Latin-1."""
-    found = images.read_metadata(painted / "01_ein-bar_seed8.png")
+    found = metadata(painted / "01_ein-bar_seed8.png")
     side = Image.open(painted / "01_ein-bar_seed8.png").width
     assert found == {
         "prompt": PROMPTS[1],
@@ -115,7 +124,7 @@ def test_nothing_is_overwritten(fast, tmp_path):
         *(f"{stem}{k}.png" for k in ("-2", "-3", "")),
         *(f"sheet{k}.png" for k in ("-2", "-3", "")),
     ]
-    weights = [images.read_metadata(tmp_path / f"{stem}{k}.png")["cfg_weight"] for k in ("", "-2", "-3")]
+    weights = [metadata(tmp_path / f"{stem}{k}.png")["cfg_weight"] for k in ("", "-2", "-3")]
     assert weights == ["1.0", "2.0", "7.0"]
 
 
@@ -128,9 +137,9 @@ def test_prompts_file_img_size_and_drawn_seed(fast, tmp_path, capsys):
     told = capsys.readouterr()
     paths = [Path(line) for line in told.out.splitlines()]
     assert sorted(paths) == sorted((tmp_path / "out").iterdir())
-    assert [images.read_metadata(p)["prompt"] for p in paths] == ["a ring"] * 2 + ["two stars"] * 2
+    assert [metadata(p)["prompt"] for p in paths] == ["a ring"] * 2 + ["two stars"] * 2
     assert {Image.open(p).size for p in paths} == {(40, 40)}
-    assert f"--seed {images.read_metadata(paths[0])['seed']} repeats it" in told.err
+    assert f"--seed {metadata(paths[0])['seed']} repeats it" in told.err
 
 
 # understand -----------------------------------------------------------------------
@@ -252,7 +261,10 @@ def test_info_without_a_vae_is_whole(checkpoint, capsys):
         (["a star", "  "], "prompt is empty"),
         ([], "no prompt"),
         (["a star", "<image_placeholder>"], "special tokens"),
-        (["a star", "--steps", "0"], "--steps: must be a whole number of at least 1"),
+        (
+            ["a star", "--num-inference-steps", "0"],
+            "--num-inference-steps: must be a whole number from 1 to 10000, got 0",
+        ),
         (["a star", "--img-size", "-3"], "--img-size: must be"),
         (["a star", "--parallel-size", "x"], "--parallel-size: must be"),
         (["a star", "--cfg-weight", "nan"], "--cfg-weight: must be a finite number"),
@@ -275,11 +287,132 @@ def test_generate_refuses(fast, tmp_path, capsys, argv, says):
     assert not out.exists()
 
 
-def test_generate_does_not_write_into_a_file(fast, tmp_path, capsys):
-    """Stops the weights from being read, and a file replaced, where --out is a file."""
+@pytest.mark.parametrize("command", ["generate", "demo"])
+@pytest.mark.parametrize("below", ["", "sub", "sub/deeper"])
+def test_generate_does_not_write_into_a_file(tmp_path, capsys, monkeypatch, command, below):
+    """Stops: the weights read first, or a file replaced, where --out is a file or lies below one."""
+    monkeypatch.setattr("janusflow_min.loading.load", lambda *a, **k: pytest.fail("loaded first"))
     (tmp_path / "out").write_text("mine")
-    assert "is a file" in failure(capsys, "generate", "a star", *fast, "--out", str(tmp_path / "out"))
+    argv = [command, *(["a star"] if command == "generate" else []), "--out", str(tmp_path / "out" / below)]
+    assert "is a file" in failure(capsys, *argv)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--img-size", "1000000"], "--img-size: must be a whole number from 1 to 8192, got 1000000"),
+        (["--parallel-size", "99999999999"], "--parallel-size: must be a whole number from 1 to 10000"),
+        (["--parallel-size", "9" * 5000], "--parallel-size: must be a whole number from 1 to 10000"),
+        (
+            ["--num-inference-steps", "1000000000"],
+            "--num-inference-steps: must be a whole number from 1 to 10000",
+        ),
+        (["--batch-size", "1000000000"], "--batch-size: must be a whole number from 1 to 256"),
+        (
+            ["--img-size", "8192", "--batch-size", "100", "--parallel-size", "100"],
+            "lower --batch-size or --img-size",
+        ),
+        (["b"] * 20 + ["--parallel-size", "9999"], "one command makes at most 100,000"),
+        (["--cfg-weight", "1e999"], "--cfg-weight: must be a finite number"),
+        (["--seed", "9" * 30], "--seed: must be a whole number"),
+    ],
+)
+def test_counts_are_bounded_before_anything_is_loaded(capsys, monkeypatch, argv, says):
+    """Stops: terabytes asked for by a slip of the key, and bounds that only the code knows."""
+    monkeypatch.setattr("janusflow_min.loading.load", lambda *a, **k: pytest.fail("loaded first"))
+    assert says in failure(capsys, "generate", "a star", *argv)
+
+
+def test_the_help_says_the_bounds(capsys):
+    """Stops: a limit that is met by trial."""
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = capsys.readouterr().out
+    assert all(bound in text for bound in ("10,000", "8192", "256"))
+
+
+# The terminal -----------------------------------------------------------------------
+
+RUN = [sys.executable, "-m", "janusflow_min"]
+PLAIN_ENV = {
+    k: v for k, v in os.environ.items() if k not in ("LC_ALL", "LANG", "PYTHONIOENCODING", "PYTHONUTF8")
+}
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        *({"PYTHONIOENCODING": code} for code in ("gbk", "ascii", "cp1252")),
+        {"LC_ALL": "C"},
+    ],
+    ids=lambda env: "-".join(env.values()),
+)
+def test_letters_that_the_terminal_lacks_are_escaped(fast, tmp_path, env):
+    """Stops: a run that ends at its first path or answer, the other images lost (Windows consoles, LC_ALL=C)."""
+    out = tmp_path / "Bär ⭐ 二 \x1b[31m"
+    argv = ["generate", "ein Bär ⭐", "二つ", *fast, "--parallel-size", "1", "--out", str(out)]
+    done = subprocess.run([*RUN, *argv], env=PLAIN_ENV | env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(out.glob("*.png"))) == 3
+    assert done.stdout.count(b"\n") == 3 and b"\\x1b[31m" in done.stdout and b"\x1b" not in done.stdout
+    assert (b"\\u2b50" in done.stdout) == ("PYTHONIOENCODING" in env)
+
+
+def test_json_stays_json_in_every_encoding(parity_dir):
+    """Stops: Python's escapes inside of JSON, which no parser reads."""
+    argv = [
+        "understand",
+        "⭐ Bär \x9b31m 😀?",
+        "--json",
+        "--quiet",
+        "--max-new-tokens",
+        "3",
+        "--model",
+        str(parity_dir),
+    ]
+    for code in ("ascii", "utf-8"):
+        done = subprocess.run([*RUN, *argv], env=PLAIN_ENV | {"PYTHONIOENCODING": code}, capture_output=True)
+        assert json.loads(done.stdout.decode(code))["question"] == argv[1]
+        assert "\x9b" not in done.stdout.decode(code)
+
+
+@pytest.mark.parametrize("argv", [["info"], ["--help"], ["generate", "--help"], ["bench", "tiny", "--help"]])
+def test_a_reader_that_leaves_ends_the_run_in_silence(argv):
+    """Stops: "Broken pipe" told as an error, or by Python itself at its end."""
+    process = subprocess.Popen([*RUN, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    told = process.stderr.read()
+    process.stderr.close()
+    # argparse itself does not notice when its help goes nowhere.
+    assert told == b"" and process.wait(60) in ((0, 141) if "--help" in argv else (141,))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_an_error():
+    """Stops: a report that never reached its file, with exit code 0 or a traceback."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*RUN, "info"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "error:" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_errors_cannot_move_the_cursor(capsys):
+    """Stops: a file's name or a key that writes over the terminal."""
+    line = failure(capsys, "understand", "?", "--image", "a\x1b[2J\u202eb.png")
+    assert "\x1b" not in line and "\u202e" not in line and "x1b" in line
+
+
+@pytest.mark.parametrize("where", ["parser", "command"])
+def test_ctrl_c_is_130(capsys, monkeypatch, where):
+    """Stops: a traceback, or another exit code than shells expect."""
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    target = "janusflow_min.cli.build_parser" if where == "parser" else "janusflow_min.loading.load"
+    monkeypatch.setattr(target, interrupt)
+    assert main(["generate", "a star"]) == 130
+    assert capsys.readouterr().err.startswith("janusflow-min: interrupted")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image", b"\x89PNG\r\n\x1a\n"])
@@ -370,28 +503,34 @@ def test_contact_sheet_holds_every_picture():
     groups = [
         (f"group {g}", [Image.new("RGB", (32, 32), c) for c in colours[2 * g : 2 * g + 2]]) for g in range(3)
     ]
-    sheet = images.contact_sheet(groups)
-    assert sheet.width == 3 * (2 * 32 + images.GAP) + 4 * 2 * images.GAP
+    sheet = contact_sheet.contact_sheet(groups)
+    assert sheet.width == 3 * (2 * 32 + contact_sheet.GAP) + 4 * 2 * contact_sheet.GAP
     pixels = np.asarray(sheet)
     for colour in colours:
         assert (pixels == colour).all(-1).sum() == 32 * 32
-    assert images.contact_sheet([("wide", [Image.new("RGB", (64, 8))])]).width == 64 + 4 * images.GAP
+    assert (
+        contact_sheet.contact_sheet([("wide", [Image.new("RGB", (64, 8))])]).width
+        == 64 + 4 * contact_sheet.GAP
+    )
     with pytest.raises(ValueError, match="at least one"):
-        images.contact_sheet([])
+        contact_sheet.contact_sheet([])
 
 
 def test_contact_sheet_survives_any_caption():
     """Stops long, empty, spaceless or non-Latin prompts from raising or from making the sheet wider or endless."""
     picture = [Image.new("RGB", (64, 64))] * 2
-    plain = images.contact_sheet([("x", picture)])
+    plain = contact_sheet.contact_sheet([("x", picture)])
     for caption in ("", "word " * 500, "w" * 3000, "二つの星 " * 50, "line\nbreak\ttab"):
-        sheet = images.contact_sheet([(caption, picture)])
+        sheet = contact_sheet.contact_sheet([(caption, picture)])
         assert sheet.width == plain.width and sheet.height < plain.height + 60
 
 
 def test_a_sheet_of_thousands_stays_small():
     """Stops a run of thousands of prompts from ending in a sheet that fills the memory."""
-    assert images.sheet_side(1) == 256 and 5000 * images.sheet_side(5000) ** 2 <= images.SHEET_PIXELS
+    assert (
+        contact_sheet.sheet_side(1) == 256
+        and 5000 * contact_sheet.sheet_side(5000) ** 2 <= contact_sheet.SHEET_PIXELS
+    )
 
 
 @pytest.mark.parametrize(
@@ -400,7 +539,7 @@ def test_a_sheet_of_thousands_stays_small():
 )
 def test_slug(text, name):
     """Stops a prompt from escaping the folder or making a name that a file system refuses."""
-    assert images.slug(text) == name
+    assert contact_sheet.slug(text) == name
 
 
 @pytest.mark.slow  # about 30 s on two cores
@@ -408,7 +547,7 @@ def test_slug(text, name):
 def test_demo_on_the_trained_default(tmp_path, capsys):
     """Stops a first command that fails, paints the wrong number of pictures or answers nonsense."""
     assert main(["demo", "--out", str(tmp_path), "--quiet"]) == 0
-    assert len(list(tmp_path.glob("0*.png"))) == DEMO_IMAGES * len(DEMO_PROMPTS)
+    assert len(list(tmp_path.glob("0*.png"))) == demo.PARALLEL_SIZE * len(demo.PROMPTS)
     told = capsys.readouterr().out
     assert (tmp_path / "sheet.png").is_file() and str(tmp_path / "sheet.png") in told
     assert "What is in the picture?  a red star" in told
@@ -420,5 +559,5 @@ def test_demo_on_random_weights(parity_dir, tmp_path, capsys, monkeypatch):
     short = {"num_inference_steps": 1}
     monkeypatch.setattr(Pipeline, "generate", lambda self, *a, **k: whole(self, *a, **k | short))
     assert main(["demo", "--model", str(parity_dir), "--out", str(tmp_path), "--quiet"]) == 0
-    assert len(list(tmp_path.glob("*.png"))) == DEMO_IMAGES * len(DEMO_PROMPTS) + 1
+    assert len(list(tmp_path.glob("*.png"))) == demo.PARALLEL_SIZE * len(demo.PROMPTS) + 1
     assert "How many objects are there?" in capsys.readouterr().out

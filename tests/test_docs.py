@@ -25,6 +25,7 @@ from chat_server import ChatServer
 from invented import write_dpg, write_geneval, write_image, write_rows, write_uni_mmmu, write_wise
 
 from janusflow_min import cli
+from janusflow_min.commands import demo
 from janusflow_min.hub import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +77,7 @@ TRAINING += [
     "optimizer.warmup=1",
 ]
 SMALL = {  # how a command begins: what is added to it
-    "janusflow-min generate": ["--steps", "2"],
+    "janusflow-min generate": ["--num-inference-steps", "2"],
     "janusflow-min bench tiny generate": ["--cases", "1"],
     r"janusflow-min bench (\w+) generate": ["--num-inference-steps", "2"],
     "janusflow-min bench (geneval|dpg_bench|wise) (generate|score)": ["--subset"],
@@ -258,7 +259,7 @@ def check(words: list[str], printed: str) -> None:
 def test_every_command_does_what_it_says(place, desk, monkeypatch):
     """Stops: a line that fails as it is printed; results in another folder than the line names; a line that nobody
     tries and that is not in NOT_RUN."""
-    monkeypatch.setattr(cli, "DEMO_PROMPTS", cli.DEMO_PROMPTS[:1])
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
     with ChatServer(lambda request, before: GRADES) as server:
         for command in PLACES[place]:
             while variable := re.match(r"(\w+)=(\S+) ", command):

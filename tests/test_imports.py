@@ -52,6 +52,8 @@ def state():
 
 before, modules = state(), set(sys.modules)
 import janusflow_min
+for name in janusflow_min.__all__:
+    getattr(janusflow_min, name)
 after = state()
 print("---", json.dumps({
     "changed": [key for key in before if before[key] != after[key]],
@@ -98,6 +100,52 @@ def test_later_floors_are_not_imported(imported):
     ours = {name.split(".")[1] for name in imported["all"] if name.startswith("janusflow_min.")}
     assert ours >= FLOOR_1
     assert not ours & (FLOOR_3 | {"training", "benchmarks"})
+
+
+HELP = """
+import sys
+{statement}
+heavy = {{"torch", "diffusers", "transformers", "tokenizers", "datasets"}} & {{m.split(".")[0] for m in sys.modules}}
+assert not heavy, heavy
+"""
+EVERY_HELP = """
+import argparse, contextlib, io
+from janusflow_min.cli import build_parser, main
+
+def paths(parser, words=()):
+    yield words
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield from paths(child, (*words, name))
+
+found = list(paths(build_parser()))
+assert ("generate",) in found and ("bench", "geneval", "score") in found, found
+for words in found:
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        main([*words, "--help"])
+    assert "usage:" in text.getvalue(), words
+"""
+
+
+LOOK = "import janusflow_min; dir(janusflow_min); janusflow_min.__version__"
+
+
+@pytest.mark.parametrize("statement", [LOOK, EVERY_HELP], ids=["import", "help"])
+def test_no_torch_before_it_is_needed(statement):
+    """Stops: four seconds before the first line of --help, for an import that nobody's question needs."""
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})" + HELP.format(statement=statement)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_s_names_are_what_they_say():
+    """Stops: a lazy name that is missing, misspelt or hidden from `dir`."""
+    assert {*janusflow_min.__all__} <= {*dir(janusflow_min)}
+    for name in janusflow_min.__all__:
+        assert getattr(janusflow_min, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = janusflow_min.nothing
 
 
 def test_the_import_changes_nothing(imported):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..contact_sheet import contact_sheet, save_png
 from ..files import atomic_write
-from ..images import contact_sheet, save_png
 from ..pipeline import Pipeline
 from ..processor import Processor
 from .config import Config

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""`janusflow-min generate`: images of prompts, as PNG files that say how to repeat them, and a contact sheet."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__, checks
+from ..checks import MAX_IMG_SIZE, MAX_STEPS
+from ..files import check_folder, expand
+from .common import (
+    Command,
+    Option,
+    dtype_name,
+    finite,
+    load_pipeline,
+    model_options,
+    say,
+    seed,
+    since,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
+MAX_PARALLEL_SIZE = 10_000
+MAX_FILES = 100_000  # of one command: prompts x parallel size
+MAX_BATCH_SIZE = 256
+
+
+def add_parser(command: Command, option: Option) -> None:
+    new = command(
+        generate,
+        "generate images from prompts",
+        "Generate images and save each as INDEX_PROMPT_seedSEED.png, with its prompt, seed and settings in the PNG's\n"
+        "text chunks, and a contact sheet. The paths go to stdout. Existing files are kept: a new one of the same\n"
+        "name gets -2, -3, ... Images are saved after every batch, so an interrupted run keeps them.",
+        """  janusflow-min generate "a photo of a red star"
+  janusflow-min generate "a blue ring" "two squares" --parallel-size 3 --seed 1 --out outputs/mine
+  janusflow-min generate --prompts-file prompts.txt --no-sheet --quiet
+  janusflow-min generate "a cat on a rainbow" --model deepseek-ai/JanusFlow-1.3B --device cuda --img-size 1024""",
+    )
+    new.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to generate; one or more, in quotes")
+    new.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line, UTF-8")
+    model_options(new, option, vae=True)
+    option(new, "--out", "DIR", "folder for the images", "outputs")
+    option(
+        new, "--parallel-size", "N", f"images per prompt, at most {MAX_PARALLEL_SIZE:,}", 5,
+        whole(1, MAX_PARALLEL_SIZE),
+    )  # fmt: skip
+    option(
+        new, "--batch-size", "N", f"images generated at once, at most {MAX_BATCH_SIZE}; fewer need less memory", 10,
+        whole(1, MAX_BATCH_SIZE),
+    )  # fmt: skip
+    option(new, "--cfg-weight", "W", "strength of the guidance; 1 is none", 2.0, finite())
+    option(new, "--num-inference-steps", "N", f"Euler steps, at most {MAX_STEPS:,}", 30, whole(1, MAX_STEPS))
+    option(
+        new, "--img-size", "PX", f"resize to PX x PX, at most {MAX_IMG_SIZE} (default: the model's size)", None,
+        whole(1, MAX_IMG_SIZE),
+    )  # fmt: skip
+    option(
+        new,
+        "--seed",
+        "N",
+        "seed of the first image; image k gets seed N + k (default: random, and printed)",
+        None,
+        seed,
+    )
+    new.add_argument(
+        "--sheet", action=argparse.BooleanOptionalAction, default=True, help="make a contact sheet"
+    )
+
+
+def generate(args: argparse.Namespace) -> int:
+    prompts = list(args.prompts)
+    if args.prompts_file is not None:
+        prompts += read_prompts(args.prompts_file)
+    if not prompts:
+        raise ValueError("no prompt: give one or more, or --prompts-file")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty")
+    count = len(prompts) * args.parallel_size
+    if count > MAX_FILES:
+        raise ValueError(
+            f"{len(prompts):,} prompts with --parallel-size {args.parallel_size:,} make {count:,} images; one command "
+            f"makes at most {MAX_FILES:,}"
+        )
+    out = check_folder(args.out, "--out")
+    if args.img_size is not None:
+        checks.image_bytes(min(args.batch_size, count), args.img_size, "--batch-size or --img-size")
+    pipe = load_pipeline(args, "generation")
+    start = time.perf_counter()
+    settings = {key: getattr(args, key) for key in ("cfg_weight", "num_inference_steps", "img_size")}
+    # Not up to 2**63, the library's bound: a random seed should be short enough to type.
+    first = secrets.randbelow(2**31) if args.seed is None else args.seed
+    generate_files(
+        pipe, args, prompts, out, args.parallel_size, first, args.batch_size, args.sheet, **settings
+    )
+    say(f"generated in {since(start)}; --seed {first} repeats it", args.quiet, remark=True)
+    return 0
+
+
+def generate_files(
+    pipe: Pipeline,
+    args: argparse.Namespace,
+    prompts: Sequence[str],
+    out: Path,
+    parallel_size: int,
+    first_seed: int,
+    batch_size: int,
+    sheet: bool = True,
+    **settings: Any,
+) -> list[Path]:
+    """Generate in batches, saving each at once; returns the images' paths, the sheet's last."""
+    from ..contact_sheet import contact_sheet, save_png, sheet_side, slug, thumbnail
+    from ..progress import progress_bar
+
+    settings = dict(cfg_weight=2.0, num_inference_steps=30, img_size=None) | settings
+    pipe.check_prompts(list(prompts))  # the last prompt's error should not wait for the first's image
+    jobs = [
+        (i, i * parallel_size + k + first_seed) for i in range(len(prompts)) for k in range(parallel_size)
+    ]
+    side, digits = sheet_side(len(jobs)), max(2, len(str(len(prompts) - 1)))
+    local = expand(args.model)
+    common = {
+        "model": local.resolve().name if local.is_dir() else args.model,
+        "janusflow_min": __version__,
+        "dtype": dtype_name(pipe.model.dtype),
+        "vae_dtype": dtype_name(pipe.vae.dtype if pipe.vae else None),
+        "cfg_weight": settings["cfg_weight"],
+        "num_inference_steps": settings["num_inference_steps"],
+        "upstream_rounding": pipe.model.llm.upstream_rounding,
+    }
+    groups: list[tuple[str, list]] = [(prompt, []) for prompt in prompts]
+    paths: list[Path] = []
+    several = len(jobs) > batch_size
+    with progress_bar(not args.quiet and several, total=len(jobs), desc="Images", unit="image") as bar:
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            result = pipe.generate(
+                [prompts[i] for i, _ in batch],
+                parallel_size=1,
+                seed=[image_seed for _, image_seed in batch],
+                progress=not args.quiet,
+                **settings,
+            )
+            for (i, image_seed), image in zip(batch, result.images, strict=True):
+                name = f"{i:0{digits}d}_{slug(prompts[i])}_seed{image_seed}.png"
+                own = {"prompt": prompts[i], "seed": image_seed, "img_size": image.width}
+                paths.append(save_png(image, out / name, own | common))
+                if sheet:
+                    groups[i][1].append(thumbnail(image, side))
+            bar.clear()
+            for path in paths[-len(batch) :]:
+                say(str(path))
+            bar.update(len(batch))
+    if sheet:
+        paths.append(save_png(contact_sheet(groups), out / "sheet.png", {"first_seed": first_seed} | common))
+        say(str(paths[-1]))
+    return paths
+
+
+def read_prompts(path: str) -> list[str]:
+    """One prompt a line, empty lines left out."""
+    try:
+        lines = expand(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {path} is not UTF-8 text: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts-file {path} holds no prompt")
+    return prompts
