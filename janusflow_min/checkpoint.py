@@ -10,6 +10,7 @@ and written back. The names are in `official.py`.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .checks import shown
 from .config import JanusFlowConfig
 from .diagnose import WRAPPERS, common_prefix, explain_folder, explain_keys
 from .files import content_hint, printable, read_json, set_default_mode
@@ -155,8 +157,10 @@ def read_index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map")
     for file in weight_map.values():
-        if not isinstance(file, str) or file != Path(file).name or "\\" in file:
-            raise ValueError(f"{path}: {file!r:.80} is not the name of a file in the same folder")
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
+            raise ValueError(
+                f"{path}: {shown(file)} is not the name of a safetensors file in the same folder"
+            )
     return weight_map
 
 
