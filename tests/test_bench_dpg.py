@@ -232,7 +232,7 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
     options = dict(data=prompts, questions=questions, subset=True, images=images, vqa=vqa, progress=False)
     score = dpg_bench.score(tmp_path / "run", **options)
     assert score["headline"] is None and (score["n_scored"], score["n_expected"]) == (1, 2)
-    assert score["scores"]["entity"] == {"value": 75.0, "n_scored": 8, "n_expected": 16}
+    assert {"value": 75.0, "n_scored": 8, "n_expected": 16}.items() <= score["scores"]["entity"].items()
     assert vqa.asked == 16
     items = json.loads((tmp_path / "run/items.json").read_text())["items"]
     assert items[0]["tile_scores"] == [1, 1, 1, 0] and items[0]["score"] == 0.75
@@ -350,14 +350,14 @@ def test_the_whole_benchmark_has_both_headlines(tmp_path, capsys, monkeypatch):
     command = ["bench", "dpg_bench", "score", "--data", str(prompts), "--questions", str(questions)]
     command += ["--answers", str(saved), "--out", str(tmp_path / "run"), "--quiet"]
     assert cli.main(command) == 0
-    assert "1,065 scored, but not the published set" in capsys.readouterr().out
+    assert "1,065 scored, but there is no headline number" in capsys.readouterr().out
     monkeypatch.setattr(dpg_bench, "PROMPTS_SHA256", dpg_bench.prompts_sha256(dpg_bench.read(prompts)))
     assert cli.main([*command, "--tiles", "3"]) == 0
-    assert "1,065 scored, but not the published set" in capsys.readouterr().out
+    assert "1,065 scored, but there is no headline number" in capsys.readouterr().out
     assert cli.main(command) == 0
     assert "DPG-Bench score: 50.0000 (1,065 scored)" in capsys.readouterr().out
     score = json.loads((tmp_path / "run/score.json").read_text())
-    assert list(score["others"].values()) == [50.0, 50.0]
+    assert [entry["value"] for entry in score["others"].values()] == [50.0, 50.0]
     assert score["scores"]["attribute"]["value"] == 0.0
     assert cli.main(["bench", "dpg_bench", "report", "--out", str(tmp_path / "run")]) == 0
     text = (tmp_path / "run/report.md").read_text()

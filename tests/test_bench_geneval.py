@@ -309,9 +309,9 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
     score = geneval.score(tmp_path / "run", detector=detector, clip=FakeColours(), **options)
     assert score["headline"] is None and not score["complete"]
     assert (score["n_scored"], score["n_expected"]) == (5, 6)
-    assert score["scores"]["single_object"] == {"value": 0.5, "n_scored": 2, "n_expected": 2}
+    assert {"value": 0.5, "n_scored": 2, "n_expected": 2}.items() <= score["scores"]["single_object"].items()
     assert score["scores"]["colors"]["value"] == 1.0
-    assert score["scores"]["counting"] == {"value": 0.0, "n_scored": 1, "n_expected": 2}
+    assert {"value": 0.0, "n_scored": 1, "n_expected": 2}.items() <= score["scores"]["counting"].items()
     assert score["scores"]["position"]["value"] is None
     assert score["judge"] == {"detector": "fake", "colours": "fake"}
     results = [json.loads(line) for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
@@ -349,7 +349,7 @@ def test_the_whole_benchmark_has_a_headline(tmp_path, capsys, monkeypatch):
     saved = write_lines(tmp_path / "saved.jsonl", records)
     command = ["bench", "geneval", "score", "--data", str(data), "--out", str(tmp_path / "run"), "--quiet"]
     assert cli.main([*command, "--detections", str(saved)]) == 0  # invented prompts of the right numbers
-    assert "2,212 scored, but not the published set" in capsys.readouterr().out
+    assert "2,212 scored, but there is no headline number" in capsys.readouterr().out
     monkeypatch.setattr(geneval, "DATA_SHA256", text_sha256(data))
     for other in (
         ["--threshold", "0.31"],
@@ -358,7 +358,7 @@ def test_the_whole_benchmark_has_a_headline(tmp_path, capsys, monkeypatch):
         ["--max-overlap", "0.9"],
     ):
         assert cli.main([*command, "--detections", str(saved), *other]) == 0
-        assert "2,212 scored, but not the published set" in capsys.readouterr().out
+        assert "2,212 scored, but there is no headline number" in capsys.readouterr().out
     data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes().replace(b"\n", b"\r\n"))  # the same text
     assert cli.main([*command, "--detections", str(saved)]) == 0
     assert "overall, mean of the six tags: 0.0833 (2,212 scored)" in capsys.readouterr().out

@@ -131,7 +131,7 @@ def test_a_run_may_be_named_in_any_way(tmp_path, monkeypatch, capsys, out):
     assert cli.main(["bench", "tiny", "score", "--out", out, "--quiet"]) == 0
     assert cli.main(["bench", "tiny", "report", "--out", out, "--quiet"]) == 0
     root = Path(out).expanduser().resolve()
-    for name in ("manifest.json", "score.json", "cases.json", "report.json", "report.md"):
+    for name in ("manifest.json", "score.json", "item_scores.jsonl", "report.json", "report.html"):
         assert list(tmp_path.rglob(name)) == [root / name]
     assert {path.parent for path in tmp_path.rglob("0000?.*")} == {root / "images", root / "answers"}
     assert len(list((root / "images").iterdir())) == 6

@@ -229,7 +229,8 @@ def test_a_judge_that_fails_in_every_way_is_asked_again(tmp_path):
     assert (score["n_scored"], score["n_expected"], score["complete"]) == (7, 8, False)
     assert "1 images got no grade" in " ".join(score["notes"]) and "805" in " ".join(score["notes"])
     assert score["scores"]["physics"]["value"] is None
-    assert score["scores"]["cultural"] == {"value": pytest.approx(0.8), "n_scored": 3, "n_expected": 3}
+    cultural = score["scores"]["cultural"]
+    assert (cultural["value"], cultural["n_scored"], cultural["n_expected"]) == (pytest.approx(0.8), 3, 3)
     assert len(server.requests) == first + 1  # the one that was left
     assert again["complete"] and again["headline"] is None
     request = server.requests[0]
@@ -356,7 +357,7 @@ def test_only_all_thousand_have_a_headline(tmp_path, monkeypatch):
     about = dataclasses.replace(DATASETS["legacy"], files_sha256=published)
     monkeypatch.setitem(DATASETS, "legacy", about)
     score = wise.score(tmp_path / "run", data, judge_model=chat, progress=False)
-    assert score["headline"] == {"name": "WiScore", "value": pytest.approx(0.5)}
+    assert score["headline"]["name"] == "WiScore" and score["headline"]["value"] == pytest.approx(0.5)
     wise.report(tmp_path / "run")
     text = (tmp_path / "run/report.md").read_text()
     assert "# WISE (legacy)" in text and "0.2954" in text and "0.18" in text and "GPT-4o" in text

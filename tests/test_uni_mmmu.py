@@ -714,7 +714,7 @@ def test_native_scores(native, data, tmp_path):
         "code_shape_color": 5.0,
         "code_position": 4.0,
     }
-    assert result["headline"] is None and result["complete"] and not result["standard_set"]
+    assert result["headline"] is None and result["complete"] and result["departures"]
     assert any("visual scaffold" in note.replace("\n", " ") for note in result["notes"])
     row = next(csv.DictReader((run / "eval/all_tasks_summary.csv").open()))
     assert list(row) == [name for _, name, _ in rules.COLUMNS] and row["Maze text accuracy by step"] == "1.0"
@@ -752,7 +752,7 @@ def test_a_missing_case_is_no_zero_and_no_number(native, data, tmp_path):
     run = copy(native, tmp_path, maze=answer("right"))
     (run / "maze/case_00003/_done.ok").unlink()
     result = uni_mmmu.score(run, data, tasks=["maze"], progress=False)
-    assert result["scores"]["maze_text"] == {"value": 1.0, "n_scored": 1, "n_expected": 2}
+    assert {"value": 1.0, "n_scored": 1, "n_expected": 2}.items() <= result["scores"]["maze_text"].items()
     assert not result["complete"]
     assert json.loads((run / "eval/all_tasks_summary.json").read_text())["maze_text"] is None
 

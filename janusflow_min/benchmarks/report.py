@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Scores and reports, the same for every benchmark: `score.json`, then `report.json`, `report.md`, `report.png`.
+"""Reports, the same for every benchmark: `report.json`, `report.md`, `report.png` and `report.html` of a score.json.
 
-A number is only a headline where the whole benchmark was scored: all items of the published set, none missing. Less
-gives a partial report, with how many of how many beside every value. The report stands beside the published numbers,
-each with its protocol, and holds what the number depends on: input hashes, checkpoint, settings, judge, options.
+The report stands beside the published numbers, each with its protocol, has a 95 % interval for every number, and
+holds what they depend on: input hashes, checkpoint, settings, judge, options.
 """
 
 from __future__ import annotations
@@ -14,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .gallery import gallery
 from .runner import RunFolder, read_json
+from .scoring import check_inputs as check_inputs
+from .scoring import read_items
 
 MAX_NOTE = 300  # characters of a note in the Markdown
 
@@ -50,38 +52,26 @@ class Score:
     )  # more totals, shown where the headline is
 
 
-def check_inputs(
-    manifest: Mapping[str, Any] | None, benchmark: str, inputs: Mapping[str, str], root: Path
-) -> None:
-    """ValueError where the run was painted for another benchmark or from another file than the one to score by."""
-    if manifest is None:
-        return
-    if manifest.get("benchmark") != benchmark:
-        raise ValueError(f"{root} is a run of {manifest.get('benchmark')}, not of {benchmark}")
-    for name, value in inputs.items():
-        painted = manifest.get("inputs_sha256", {}).get(name)
-        if painted is not None and painted != value:
-            raise ValueError(
-                f"{root} was painted from another {name}: sha256 {painted} there, {value} of the one given"
-            )
-
-
 def write_score(folder: RunFolder, score: Score) -> dict[str, Any]:
-    """score.json; returns its content. A headline only where all of the published set is scored."""
+    """score.json of a benchmark that does not use `scoring.ScoringRun` yet; returns its content."""
     complete = score.n_scored == score.n_expected
     name, value = score.headline
     whole = complete and score.standard
     result = {
         "benchmark": score.benchmark,
         "complete": complete,
-        "standard_set": score.standard,
+        "departures": [] if score.standard else ["the data are not the published ones"],
         "n_expected": score.n_expected,
         "n_scored": score.n_scored,
-        "headline": {"name": name, "value": value} if whole and name and value is not None else None,
-        "others": dict(score.others) if whole else {},
+        "headline": {"name": name, "value": value, "interval": None}
+        if whole and name and value is not None
+        else None,
+        "others": {name: {"value": value, "interval": None} for name, value in score.others.items()}
+        if whole
+        else {},
         "scale": score.scale,
         "scores": {
-            group: {"value": value, "n_scored": n, "n_expected": of}
+            group: {"value": value, "interval": None, "n_scored": n, "n_expected": of}
             for group, (value, n, of) in score.scores.items()
         },
         "judge": dict(score.judge),
@@ -102,37 +92,43 @@ def read_score(folder: RunFolder) -> dict[str, Any]:
 
 
 def summary(score: Mapping[str, Any]) -> str:
-    """One line: the headline, or why there is none."""
+    """One line: the headline, or why there is none; of a dry run, how much there is to judge."""
+    if "dry_run" in score:
+        return score["dry_run"]
     n, of = score["n_scored"], score["n_expected"]
     if score["headline"] is not None:
-        return f"{score['headline']['name']}: {score['headline']['value']:.4f} ({n:,} scored)"
-    if not score["complete"]:
+        top = score["headline"]
+        low_high = (
+            "" if top["interval"] is None else ", 95 % interval {:.4f} to {:.4f}".format(*top["interval"])
+        )
+        return f"{top['name']}: {top['value']:.4f} ({n:,} scored{low_high})"
+    if n != of:
         return f"partial: {n:,} of {of:,} scored, so there is no headline number"
-    if not score["standard_set"]:
-        return f"{n:,} scored, but not the published set, so there is no headline number"
+    if score["departures"]:
+        return f"{n:,} scored, but there is no headline number: {'; '.join(score['departures'])}"
     return f"{n:,} scored"
 
 
 def markdown(score: Mapping[str, Any], title: str, published: Sequence[Published]) -> str:
     model = ((score["manifest"] or {}).get("checkpoint") or {}).get("model", "images made elsewhere")
-    lines = [f"# {title}: {model}", "", f"**{summary(score)}**", ""]
+    lines = [f"# {title}: {_plain(model)}", "", f"**{_plain(summary(score))}**", ""]
     groups = list(score["scores"])
-    top = score["headline"] is not None
-    overall = score["headline"]["value"] if top else None
     lines.append("| | " + " | ".join(groups) + " | overall | protocol |")
     lines.append("| --- |" + " ---: |" * (len(groups) + 1) + " --- |")
     cells = [_cell(score["scores"][group]) for group in groups]
-    judged = ", ".join(str(value) for value in score["judge"].values() if isinstance(value, str))
-    lines.append(f"| **this run** | {' | '.join(cells)} | {_number(overall)} | judge: {judged} |")
+    judged = ", ".join(_plain(value) for value in score["judge"].values() if isinstance(value, str))
+    overall = "" if score["headline"] is None else _with_interval(score["headline"])
+    lines.append(f"| **this run** | {' | '.join(cells)} | {overall} | judge: {judged} |")
     for row in published:
         values = [_number(row.scores.get(group)) for group in groups]
         lines.append(f"| {row.name} | {' | '.join(values)} | {_number(row.overall)} | {row.protocol} |")
+    lines += ["", "In brackets: 95 % intervals over the prompts; they say nothing of the judge's own errors."]
     if not published:
         lines += ["", "No published JanusFlow number is known."]
     if score["others"]:
-        lines += ["", *(f"- {name}: {_number(value)}" for name, value in score["others"].items())]
+        lines += ["", *(f"- {name}: {_with_interval(entry)}" for name, entry in score["others"].items())]
     if score["notes"]:
-        lines += ["", *(f"- {note[:MAX_NOTE]}" for note in score["notes"])]
+        lines += ["", *(f"- {_plain(note[:MAX_NOTE])}" for note in score["notes"])]
     lines += ["", "| what it depends on | |", "| --- | --- |"]
     manifest = score["manifest"] or {}
     for part in ("judge", "options", "inputs_sha256"):
@@ -145,7 +141,7 @@ def markdown(score: Mapping[str, Any], title: str, published: Sequence[Published
 
 
 def plot(path: Path, score: Mapping[str, Any], title: str, published: Sequence[Published]) -> None:
-    """Bars of this run beside the published rows. ImportError without matplotlib (extra `bench`)."""
+    """Bars of this run, with intervals, and of the published rows. ImportError without matplotlib (extra `bench`)."""
     from matplotlib.figure import Figure
 
     groups = list(score["scores"])
@@ -163,7 +159,25 @@ def plot(path: Path, score: Mapping[str, Any], title: str, published: Sequence[P
     for i, (name, values) in enumerate(rows):
         heights = [values.get(group) or 0.0 for group in groups]
         places = [k + (i - (len(rows) - 1) / 2) * width for k in range(len(groups))]
-        bars = axes.bar(places, heights, width, label=name)
+        found = (
+            {group: entry["interval"] for group, entry in score["scores"].items()}
+            if name == "this run"
+            else {}
+        )
+        errors = [
+            (0.0, 0.0)
+            if found.get(group) is None
+            else (max(0.0, h - found[group][0]), max(0.0, found[group][1] - h))
+            for group, h in zip(groups, heights, strict=True)
+        ]
+        bars = axes.bar(
+            places,
+            heights,
+            width,
+            label=name,
+            yerr=list(zip(*errors, strict=True)) if found else None,
+            capsize=2,
+        )
         labels = ["" if values.get(group) is None else f"{values[group]:.3g}" for group in groups]
         axes.bar_label(bars, labels, fontsize=7)
     axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
@@ -174,33 +188,45 @@ def plot(path: Path, score: Mapping[str, Any], title: str, published: Sequence[P
 
 
 def write_report(folder: RunFolder, title: str, published: Sequence[Published]) -> list[Path]:
-    """report.json, report.md and, where matplotlib is installed, report.png; returns their paths."""
+    """report.json, report.md, report.html (a gallery of failures) and, where matplotlib is installed, report.png;
+    returns their paths."""
     score = read_score(folder)
     rows = [
         {"name": r.name, "protocol": r.protocol, "scores": dict(r.scores), "overall": r.overall}
         for r in published
     ]
-    paths = [folder.root / "report.json", folder.root / "report.md"]
-    folder.write_json(paths[0], score | {"title": title, "published": rows})
-    folder.write_text(paths[1], markdown(score, title, published))
-    picture = folder.root / "report.png"
+    root = folder.root
+    folder.write_json("report.json", score | {"title": title, "published": rows})
+    folder.write_text("report.md", markdown(score, title, published))
+    names = ["report.json", "report.md"]
+    if (root / "item_scores.jsonl").is_file():
+        folder.write_text(
+            "report.html", gallery(read_items(root), f"{title}: {summary(score)}", score["scale"])
+        )
+        names.append("report.html")
     try:
-        with folder.writing(picture) as temporary:
+        with folder.writing(root / "report.png") as temporary:
             plot(temporary, score, title, published)
-        paths.append(picture)
+        names.append("report.png")
     except ImportError:
         print("no plot: pip install 'janusflow-min[bench]' brings matplotlib", file=sys.stderr)
-    return paths
+    return [root / name for name in names]
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+def _with_interval(entry: Mapping[str, Any]) -> str:
+    if entry["value"] is None:
+        return "-"
+    low_high = "" if entry["interval"] is None else f" [{', '.join(map(_number, entry['interval']))}]"
+    return f"{_number(entry['value'])}{low_high}"
+
+
 def _cell(entry: Mapping[str, Any]) -> str:
     n, of = entry["n_scored"], entry["n_expected"]
-    value = "-" if entry["value"] is None else _number(entry["value"])
-    return value if n == of else f"{value} ({n} of {of})"
+    return _with_interval(entry) + ("" if n == of else f" ({n} of {of})")
 
 
 def _plain(value: Any) -> str:

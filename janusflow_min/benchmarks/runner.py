@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from ..files import atomic_file, sha256
 from ..files import parse_json as read_json
+from .options import option
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -61,22 +62,22 @@ class Option:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is painted. What changes pixels is in the manifest."""
+    """How a run is generated. What changes pixels is in the manifest."""
 
-    model: str = "tiny"  # as `load` takes it
-    vae: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    vae_dtype: str | None = None
-    cfg_weight: float = 2.0
-    num_inference_steps: int = 30
-    seed: int = 0
-    batch_size: int = 16  # images at once, at least those of one prompt
-    upstream_rounding: bool = False
-    fast: bool = True  # as `load` takes it, like the next
-    compile: bool = False
-    threads: int = 1  # of a process, on a CPU
-    limit: int | None = None  # only the first items; a later run without it goes on
+    model: str = option('"tiny", a folder in the official layout, or a hub id', "tiny")
+    vae: str | None = option("the VAE's folder or hub id; without: the checkpoint's vae/, else SDXL's", None)
+    device: str = option("auto is CUDA, then MPS, then CPU", "auto")
+    dtype: str = option("auto is bfloat16 on CUDA, else float32", "auto")
+    vae_dtype: str | None = option("float32 or bfloat16; without: as --dtype", None)
+    cfg_weight: float = option("classifier-free guidance; 1 is none", 2.0)
+    num_inference_steps: int = option("Euler steps of the flow", 30)
+    seed: int = option("of the first image; the others' follow from their place", 0)
+    batch_size: int = option("images generated at once; moves their last bits", 16)
+    upstream_rounding: bool = option("round as the published code does", False)
+    fast: bool = option("kernels and CUDA graphs where the GPU has them", True)
+    compile: bool = option("torch.compile for the rest", False)
+    threads: int = option("CPU threads of a process; moves the images' last bits", 1)
+    limit: int | None = option("only the first prompts; a run without it goes on", None, kind=int)
     progress: bool = True
 
 
@@ -288,26 +289,27 @@ def write_manifest(
     if not folder.manifest.exists():
         folder.write_json(folder.manifest, new)
     old = read_json(folder.manifest)
-    differences = [line for line in _differences(old, new) if not line.startswith("versions.")]
-    if differences:
+    other = [line for line in differences(old, new) if not line.startswith("versions.")]
+    if other:
         raise ValueError(
-            f"{folder.root} was made with other settings; take another --out, or these: {'; '.join(differences)}"
+            f"{folder.root} was made with other settings; take another --out, or these: {'; '.join(other)}"
         )
     if old.get("versions") != new["versions"]:
-        told = "; ".join(_differences(old, new))
+        told = "; ".join(differences(old, new))
         log(f"{folder.root} was begun elsewhere, so last bits may differ between its images: {told}")
     return old
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+def differences(old: Any, new: Any, name: str = "", words: tuple[str, str] = ("there", "now")) -> list[str]:
+    """What differs between two values as JSON holds them, one line each."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = dict.fromkeys([*old, *new])
         return [
             line
             for key in keys
-            for line in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+            for line in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."), words)
         ]
-    return [] if old == new else [f"{name}: {json.dumps(old)} there, {json.dumps(new)} now"]
+    return [] if old == new else [f"{name}: {json.dumps(old)} {words[0]}, {json.dumps(new)} {words[1]}"]
 
 
 # Painting -----------------------------------------------------------------------

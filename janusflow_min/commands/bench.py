@@ -1,46 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""`janusflow-min bench NAME generate | score | report`: see `benchmarks/__init__.py` for what a benchmark offers."""
+"""`janusflow-min bench NAME generate | score | report | compare`; `benchmarks.Benchmark` is what a benchmark offers."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-from dataclasses import fields
+import json
 from pathlib import Path
 from typing import Any
 
 from .. import benchmarks
+from ..benchmarks.options import add_options, read_options
 from ..benchmarks.runner import Option, Settings, World
 
 STAGES = {
-    "generate": "paint what is missing of the run; under torchrun every rank paints its share",
-    "score": "judge what is painted",
-    "report": "score.json as report.json, report.md and report.png, beside published numbers",
+    "generate": "generate the images that are missing; under torchrun each rank generates its share",
+    "score": "judge what was generated",
+    "report": "write report.json, .md, .html (a gallery of failures) and .png, beside published numbers",
 }
-DEFAULTS = Settings()
-SETTINGS = (  # of Settings, for every benchmark; `seed` and the like keep their names
-    Option("--model", '"tiny", a folder in the official layout, or a hub id', DEFAULTS.model),
-    Option("--vae", "the VAE's folder or hub id; without: the checkpoint's vae/, else SDXL's"),
-    Option("--device", "auto is CUDA, then MPS, then CPU", DEFAULTS.device),
-    Option("--dtype", "auto is bfloat16 on CUDA, else float32", DEFAULTS.dtype),
-    Option("--vae-dtype", "float32 or bfloat16; without: as --dtype"),
-    Option("--cfg-weight", "guidance; 1 is none", DEFAULTS.cfg_weight, float),
-    Option("--num-inference-steps", "Euler steps of the flow", DEFAULTS.num_inference_steps, int),
-    Option("--seed", "the first image's; the others' follow from their place", DEFAULTS.seed, int),
-    Option(
-        "--batch-size", "images painted at once; part of what decides the last bits", DEFAULTS.batch_size, int
-    ),
-    Option("--upstream-rounding", "round as the published code does", DEFAULTS.upstream_rounding, bool),
-    Option("--fast", "kernels and CUDA graphs where the GPU has them", DEFAULTS.fast, bool),
-    Option("--compile", "torch.compile for what those leave over", DEFAULTS.compile, bool),
-    Option(
-        "--threads", "CPU threads of a process; part of what decides the last bits", DEFAULTS.threads, int
-    ),
-    Option("--limit", "only the first prompts; a run without it goes on", DEFAULTS.limit, int),
-)
 EXAMPLES = """examples:
   janusflow-min bench tiny generate --out outputs/tiny
   janusflow-min bench tiny score --out outputs/tiny && janusflow-min bench tiny report --out outputs/tiny
+  janusflow-min bench tiny compare outputs/tiny outputs/tiny
   torchrun --nproc-per-node 2 -m janusflow_min bench geneval generate --data evaluation_metadata.jsonl \\
       --model deepseek-ai/JanusFlow-1.3B --out outputs/geneval"""
 
@@ -49,9 +30,9 @@ def add_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
     """Add `bench` with all benchmarks and stages. Nothing that loads torch is imported for it."""
     bench = commands.add_parser(
         "bench",
-        help="run a benchmark: paint, score, report",
-        description="Run a benchmark in three stages, which share the folder --out. Data come from paths that you\n"
-        "give; nothing is bundled. Every stage may be interrupted and called again: it goes on.",
+        help="run a benchmark: generate, score, report, compare",
+        description="Run a benchmark in three stages that share the folder --out, and compare two runs. Data come\n"
+        "from paths that you give; nothing is bundled. An interrupted stage resumes when called again.",
         epilog=EXAMPLES,
         formatter_class=formatter,
     )
@@ -66,31 +47,64 @@ def add_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
             new.add_argument(
                 "--out", dest="folder", metavar="DIR", default=f"outputs/{name}", help="the run's folder"
             )
-            for option in (*module.OPTIONS[stage], *(SETTINGS if stage == "generate" else ())):
-                _add(new, option)
+            options = module.OPTIONS.get(stage, ())
+            if isinstance(options, type):
+                add_options(new, options)
+            else:
+                for option in options:
+                    _add(new, option)
+            if stage == "generate":
+                add_options(new, Settings)
             new.add_argument("--quiet", action="store_true", help="no progress bars")
             new.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        help = "compare two scored runs: paired bootstrap, items that flipped"
+        new = stages.add_parser("compare", help=help, description=f"{module.TITLE}: {help}.")
+        new.set_defaults(run=compare, name=name)
+        new.add_argument("a", metavar="A", help="a scored run's folder")
+        new.add_argument("b", metavar="B", help="the one to set beside it; differences are B - A")
+        new.add_argument("--seed", metavar="N", type=int, default=0, help="of the bootstrap (default: 0)")
+        new.add_argument("--json", action="store_true", help="JSON, with every flipped item, not Markdown")
+        new.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def run(args: argparse.Namespace) -> int:
     """One stage of one benchmark."""
     from ..benchmarks import report
 
-    module, stage = args.benchmark, args.stage
-    own = {_keyword(option): getattr(args, _keyword(option)) for option in module.OPTIONS[stage]}
+    module, stage, progress = args.benchmark, args.stage, not args.quiet
+    options = module.OPTIONS.get(stage, ())
     if stage == "generate":
-        known = {field.name for field in fields(Settings)}
-        shared = {name: value for name, value in vars(args).items() if name in known and name not in own}
-        print(module.generate(Settings(**shared, progress=not args.quiet), args.folder, **own))
+        settings = read_options(Settings, args, progress=progress)
+        if isinstance(options, type):
+            print(module.generate(settings, args.folder, read_options(options, args)))
+        else:
+            print(module.generate(settings, args.folder, **_given(options, args)))
         return 0
     if World.from_environment().size > 1:
         raise ValueError(f"only the stage generate is spread over ranks; call {stage} without torchrun")
-    if stage == "score":
-        print(report.summary(module.score(args.folder, progress=not args.quiet, **own)))
+    if stage == "score" and isinstance(options, type):
+        print(report.summary(module.score(args.folder, read_options(options, args, progress=progress))))
+    elif stage == "score":
+        print(report.summary(module.score(args.folder, progress=progress, **_given(options, args))))
     else:
-        for path in module.report(args.folder, **own):
+        for path in module.report(args.folder):
             print(path)
     return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Two runs of one benchmark."""
+    from ..benchmarks.compare import compare, markdown
+
+    result = compare(args.a, args.b, args.seed)
+    if result["benchmark"] != args.name:
+        raise ValueError(f"these are runs of {result['benchmark']}, not of {args.name}")
+    print(json.dumps(result, ensure_ascii=False, indent=2) if args.json else markdown(result))
+    return 0
+
+
+def _given(options: tuple[Option, ...], args: argparse.Namespace) -> dict[str, Any]:
+    return {_keyword(option): getattr(args, _keyword(option)) for option in options}
 
 
 def _keyword(option: Option) -> str:

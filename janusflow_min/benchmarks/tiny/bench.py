@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import report as reports
+from ..bootstrap import ItemScore
+from ..options import option
 from ..runner import (
     Coverage,
     Item,
-    Option,
     RunFolder,
     Settings,
     World,
@@ -35,20 +38,29 @@ from ..runner import (
     shard,
     write_manifest,
 )
+from ..scoring import ScoreOptions as CommonOptions
+from ..scoring import ScoringRun
 
 TITLE = "The tiny world"
 SUMMARY = "the default's world: held-out prompts and questions, no data needed"
 ANSWER_TOKENS = 48
-CASES = Option("--cases", "prompts for each of six families, questions for each of six kinds", 100, int)
-DRAW = Option("--draw-seed", "from which prompts and questions are drawn", 0, int)
-OPTIONS = {
-    "generate": (CASES, DRAW),
-    "score": (
-        Option("--at-least", "fail where a smaller share of the pictures is right", None, float),
-        Option("--answers-at-least", "fail where a smaller share of the answers is right", None, float),
-    ),
-    "report": (),
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    cases: int = option("prompts for each of six families, questions for each of six kinds", 100)
+    draw_seed: int = option("from which prompts and questions are drawn", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(CommonOptions):
+    at_least: float | None = option("fail where a smaller share of the images is right", None, kind=float)
+    answers_at_least: float | None = option(
+        "fail where a smaller share of the answers is right", None, kind=float
+    )
+
+
+OPTIONS = {"generate": GenerateOptions, "score": ScoreOptions}
 
 
 def read(cases: int = 100, draw_seed: int = 0) -> tuple[list[tuple[str, str]], list]:
@@ -60,8 +72,9 @@ def read(cases: int = 100, draw_seed: int = 0) -> tuple[list[tuple[str, str]], l
     return evaluate.prompts(cases, draw_seed), evaluate.questions(cases, draw_seed)
 
 
-def generate(settings: Settings, out: str | Path, cases: int = 100, draw_seed: int = 0) -> Coverage:
-    """Paint `out`/images/NNNNN.png and answer into `out`/answers/NNNNN.json, a block of questions each."""
+def generate(settings: Settings, out: str | Path, options: GenerateOptions = GenerateOptions()) -> Coverage:
+    """Generate `out`/images/NNNNN.png and answer into `out`/answers/NNNNN.json, a block of questions each."""
+    cases, draw_seed = options.cases, options.draw_seed
     world, folder = World.from_environment(), RunFolder(out)
     check_settings(settings)
     prompts, questions = read(cases, draw_seed)
@@ -87,7 +100,9 @@ def generate(settings: Settings, out: str | Path, cases: int = 100, draw_seed: i
     return found
 
 
-def _answer(pipe, folder: RunFolder, questions: list, settings: Settings, world: World) -> None:
+def _answer(
+    pipe: Callable[[], Any], folder: RunFolder, questions: Sequence, settings: Settings, world: World
+) -> None:
     share = shard(list(enumerate(blocks(questions, 1, settings.batch_size))), world.rank, world.size)
     hidden = not settings.progress or world.local_rank != 0
     for i, block in tqdm(share, desc="Answering", unit="batch", disable=hidden):
@@ -100,76 +115,67 @@ def _answer(pipe, folder: RunFolder, questions: list, settings: Settings, world:
         folder.write_json(path, [answer.text for answer in answers])
 
 
-def score(
-    run: str | Path,
-    at_least: float | None = None,
-    answers_at_least: float | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Judge pictures and answers; writes cases.json and score.json into `run`. ValueError below a given share."""
-    from . import evaluate, language, reader
+def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, Any]:
+    """Judge images and answers; writes item_scores.jsonl and score.json into `run`. ValueError below a given share."""
+    from . import language, reader
 
     folder = RunFolder(run)
     if not folder.manifest.is_file():
         raise FileNotFoundError(f"{folder.manifest} is missing: run the stage `generate` first")
     manifest = read_json(folder.manifest)
+    scoring = ScoringRun("tiny", run, options, manifest["inputs_sha256"], published=True)
     settings = manifest["settings"]
     prompts, questions = read(settings["cases"], settings["draw_seed"])
-    painted, answered = [], []
-    for i, (family, prompt) in enumerate(tqdm(prompts, desc="Judging", disable=not progress)):
-        path = folder.images / f"{i:05d}.png"
+    items = []
+    for i, (family, prompt) in enumerate(
+        tqdm(prompts[: options.limit], desc="Judging", disable=not options.progress)
+    ):
+        path = scoring.images / f"{i:05d}.png"
         if is_whole(path):
-            with Image.open(path) as picture:
-                right, reason = reader.check(picture.convert("RGB"), prompt)
-            painted.append(evaluate.Case(family, prompt, right, reason))
-    for i, block in enumerate(blocks(questions, 1, settings["batch_size"])):
-        path = folder.root / "answers" / f"{i:05d}.json"
-        if path.is_file():
-            for (qa, _), text in zip(block, read_json(path), strict=True):
-                right = language.answer_is_right(qa.kind, qa.answer, text)
-                reason = f"expected {qa.answer!r}, got {text.strip()!r}"
-                answered.append(evaluate.Case(qa.kind, qa.question, right, reason))
-    if not painted and not answered:
-        raise FileNotFoundError(f"neither pictures nor answers in {folder.root}")
-    pictures, answers = evaluate.score(painted), evaluate.score(answered)
-    rows = {
-        f"{what}{group}": (s.share if s.total else None, s.total, settings["cases"])
-        for what, scores, groups in (
-            ("", pictures, dict.fromkeys(family for family, _ in prompts)),
-            ("answer: ", answers, dict.fromkeys(qa.kind for qa, _ in questions)),
-        )
-        for group, s in ((group, scores.get(group, evaluate.Score(0, 0))) for group in groups)
-    }
-    folder.write_json(
-        folder.root / "cases.json",
-        {"pictures": [vars(case) for case in painted], "answers": [vars(case) for case in answered]},
+            with Image.open(path) as image:
+                right, reason = reader.check(image.convert("RGB"), prompt)
+            parts = {group: (float(right), 1) for group in (family, "images")}
+            items.append(ItemScore(path.name, parts, prompt, [str(path)], reason))
+    size = settings["batch_size"]
+    for k, block in enumerate(blocks(questions[: options.limit], 1, size)):
+        path = folder.root / "answers" / f"{k:05d}.json"
+        for i, ((qa, _), text) in enumerate(
+            zip(block, read_json(path) if path.is_file() else [], strict=False)
+        ):
+            right = language.answer_is_right(qa.kind, qa.answer, text)
+            parts = {group: (float(right), 1) for group in (f"answer: {qa.kind}", "answers")}
+            reason = f"expected {qa.answer!r}, got {text.strip()!r}"
+            items.append(ItemScore(f"question {k * size + i:05d}", parts, qa.question, (), reason))
+    if not items:
+        raise FileNotFoundError(f"neither images nor answers in {folder.root}")
+
+    def share(group: str) -> tuple[float | None, int, int]:
+        values = [item.parts[group][0] for item in items if group in item.parts]
+        return sum(values) / len(values) if values else None, len(values), settings["cases"]
+
+    groups = dict.fromkeys(
+        [*(family for family, _ in prompts), *(f"answer: {qa.kind}" for qa, _ in questions)]
     )
-    notes = []
-    for name, s in (("pictures", pictures["all"]), ("answers", answers["all"])):
-        low, high = s.interval
-        notes.append(f"{name}: {s.right} of {s.total} right, 95 % interval {low:.1%} to {high:.1%}")
-    result = reports.write_score(
-        folder,
-        reports.Score(
-            "tiny",
-            headline=("pictures right", pictures["all"].share),
-            scale=1.0,
-            standard=True,
-            n_expected=len(prompts) + len(questions),
-            n_scored=len(painted) + len(answered),
-            scores=rows,
-            judge={"reader": "the rules of benchmarks/tiny"},
-            options={"cases": settings["cases"], "draw_seed": settings["draw_seed"]},
-            inputs=manifest["inputs_sha256"],
-            manifest=manifest,
-            notes=notes,
-            others={"answers right": answers["all"].share},
-        ),
+    images, answers = share("images"), share("answers")
+    result = scoring.write(
+        headline=("images right", images[0]),
+        scale=1.0,
+        scores={group: share(group) for group in groups},
+        n_expected=len(prompts) + len(questions),
+        n_scored=len(items),
+        judge={"rules": "of this package"},
+        items=items,
+        totals={"images right": {"images": 1.0}, "answers right": {"answers": 1.0}},
+        options={"cases": settings["cases"], "draw_seed": settings["draw_seed"]},
+        others={"answers right": answers[0]},
     )
-    for name, s, least in (("pictures", pictures, at_least), ("answers", answers, answers_at_least)):
-        if least is not None and (not result["complete"] or s["all"].share < least):
+    for name, (value, n, _), least in (
+        ("images", images, options.at_least),
+        ("answers", answers, options.answers_at_least),
+    ):
+        if least is not None and (not result["complete"] or (value or 0.0) < least):
             raise ValueError(
-                f"{s['all'].share:.1%} of {s['all'].total} {name} are right, at least {least:.1%} are needed"
+                f"{value or 0.0:.1%} of {n} {name} are right, at least {least:.1%} are needed"
                 + ("" if result["complete"] else f"; {reports.summary(result)}")
             )
     return result

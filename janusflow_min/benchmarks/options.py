@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""Options of a stage: fields of a dataclass, from which the command line makes its arguments.
+
+    @dataclass(frozen=True, kw_only=True)
+    class ScoreOptions:
+        data: Path = option("evaluation_metadata.jsonl of djghosh13/geneval", kind=Path)
+        threshold: float = option("a detection's score must be above it", 0.3, rule=True)
+
+A field made otherwise is for Python callers alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    kind: Callable[[str], Any] | None = None,
+    choices: Sequence[str] = (),
+    repeat: bool = False,
+    rule: bool = False,
+) -> Any:
+    """A field with its command-line argument: `--` and the field's name, dashes for underscores.
+
+    default: none makes it required. kind: what turns the text into a value; otherwise the default's type, and `bool`
+    makes --name and --no-name. repeat: the value is a list. rule: a headline needs its default, the benchmark's own.
+    """
+    if kind is None:
+        kind = str if default in (None, dataclasses.MISSING) else type(default)
+    about = {"help": help, "kind": kind, "choices": tuple(choices), "repeat": repeat, "rule": rule}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The value of an option that takes a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """An argument for each field made by `option`."""
+    for field in dataclasses.fields(options):
+        if not field.metadata:
+            continue
+        about, flag = field.metadata, "--" + field.name.replace("_", "-")
+        required = field.default is dataclasses.MISSING
+        default = None if required else field.default
+        shown = "" if default is None else f" (default: {default})"
+        common: dict[str, Any] = {"default": default, "help": (about["help"] + shown).replace("%", "%%")}
+        if about["kind"] is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            continue
+        common |= {"type": _expanded if about["kind"] is Path else about["kind"], "required": required}
+        if about["choices"]:
+            common["choices"] = about["choices"]
+        else:
+            common["metavar"] = {json_object: "JSON"}.get(about["kind"], about["kind"].__name__.upper())
+        parser.add_argument(flag, action="append" if about["repeat"] else "store", **common)
+
+
+def read_options(options: type[T], args: argparse.Namespace, **more: Any) -> T:
+    """An object of the class `options` from parsed arguments. more: fields without an argument."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(options) if f.metadata}  # type: ignore[arg-type]
+    return options(**given | more)
+
+
+def departures(options: Any) -> list[str]:
+    """Which rules differ from the benchmark's own, in words."""
+    return [
+        f"{field.name} is {getattr(options, field.name)}, the benchmark's is {field.default}"
+        for field in dataclasses.fields(options)
+        if field.metadata.get("rule") and getattr(options, field.name) != field.default
+    ]
+
+
+def _expanded(text: str) -> Path:
+    return Path(text).expanduser()
