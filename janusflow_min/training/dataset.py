@@ -23,8 +23,8 @@ from .rows import BadRow, CaptionFolder, Manifest, Row, rename, seeded_generator
 class Source:
     """Rows in the order that a run takes them: at any position from 0 up, drawn without replacement from the seed."""
 
-    def __init__(self, config: SourceConfig, seed: int, key: str, skip_bad: bool = True):
-        """key: which source of the run it is. ValueError, OSError where it has no rows that can be used."""
+    def __init__(self, config: SourceConfig, seed: int, key: str, skip_bad: bool = True, show: bool = False):
+        """key: which source of the run it is. show: progress bars. ValueError, OSError where it has no usable rows."""
         self.config, self.seed, self.key = config, seed, key
         self.name = config.manifest or config.folder or config.dataset
         self.rows: Any
@@ -33,7 +33,7 @@ class Source:
         elif config.folder:
             self.rows = CaptionFolder(config.folder)
         else:
-            self.rows = open_dataset(config, (seed, key), skip_bad)
+            self.rows = open_dataset(config, (seed, key), skip_bad, show)
         self.bad: list[BadRow] = self.rows.bad
         self.fingerprint: str = self.rows.fingerprint
         self.streamed = hasattr(self.rows, "row_at")
@@ -66,12 +66,12 @@ class Source:
         return row._replace(values=rename(row.values, self.config.columns))
 
 
-def open_sources(config: Config) -> list[Source]:
-    """The sources of a run. Errors name the table of the configuration."""
+def open_sources(config: Config, show: bool = False) -> list[Source]:
+    """The sources of a run; show: progress bars, on a terminal. Errors name the table of the configuration."""
     skip, found = config.loader.on_bad_row == "skip", []
     for i, source in enumerate(config.data):
         try:
-            found.append(Source(source, config.seed, f"{i} {source.kind}", skip))
+            found.append(Source(source, config.seed, f"{i} {source.kind}", skip, show))
         except (ValueError, OSError) as error:
             raise type(error)(f"data.{i}: {error}") from error
     return found

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import glob
 import hashlib
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
@@ -39,11 +41,11 @@ def import_datasets() -> Any:
     return datasets
 
 
-def open_dataset(config: SourceConfig, key: tuple, skip_bad: bool) -> Table | Stream:
+def open_dataset(config: SourceConfig, key: tuple, skip_bad: bool, show: bool = False) -> Table | Stream:
     """The rows of a source; files of one folder are opened together, for paths in them count from there.
 
-    key: of the order of a stream. Raises ValueError or OSError where a file cannot be read, or with `skip_bad` where
-    none can, and where a column is missing.
+    key: of the order of a stream. show: progress bars, on a terminal. Raises ValueError or OSError
+    where a file cannot be read, or with `skip_bad` where none can, and where a column is missing.
     """
     local, bad, parts = Path(config.dataset), list[BadRow](), list[Part]()
     if (local / "dataset_info.json").is_file() or (
@@ -61,7 +63,8 @@ def open_dataset(config: SourceConfig, key: tuple, skip_bad: bool) -> Table | St
             for file in found:
                 folders.setdefault(Path(file).parent if here else None, []).append(file)
         for folder, names in folders.items() or [(local if local.is_dir() else None, [])]:
-            rows = load(config, names, bad if skip_bad else None)
+            with progress_bars(show):
+                rows = load(config, names, bad if skip_bad else None)
             parts += [Part(folder, rows)] if rows is not None else []
         files = [file for names in folders.values() for file in names]
         if not parts:
@@ -72,6 +75,21 @@ def open_dataset(config: SourceConfig, key: tuple, skip_bad: bool) -> Table | St
     if isinstance(parts[0].rows, import_datasets().IterableDataset):
         return Stream(config.dataset, parts, config.shuffle_buffer if config.shuffle else 0, key, bad, digest)
     return Table(config.dataset, parts, bad, digest)
+
+
+@contextlib.contextmanager
+def progress_bars(show: bool) -> Iterator[None]:
+    """Those of `datasets`: on a terminal, and only where they are wanted."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hide = not are_progress_bars_disabled() and not (show and sys.stderr is not None and sys.stderr.isatty())
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 def load(config: SourceConfig, files: list[str], bad: list[BadRow] | None) -> Any:

@@ -237,7 +237,7 @@ class SampleBuilder:
         return sample
 
     def text(self, row: Mapping[str, Any]) -> Sample:
-        ids = self._plain(as_text(row.get("text")))
+        ids = self._plain(as_text(value_of(row, "text")))
         ids.append(self.processor.tokenizer.eos_id)
         return Sample("text", ids, labels=[IGNORE, *ids[1:]])
 
@@ -262,7 +262,7 @@ class SampleBuilder:
     def generation(
         self, row: Mapping[str, Any], generator: torch.Generator, prompt_dropout: float, folder: Path | None
     ) -> Sample:
-        settings, processor, text = self.config.objective, self.processor, row.get("text")
+        settings, processor, text = self.config.objective, self.processor, value_of(row, "text")
         if isinstance(text, list | tuple) and text:  # several captions, one of which is drawn
             text = text[
                 int(torch.randint(len(text), (1,), generator=generator, device="cpu")) if len(text) > 1 else 0
@@ -272,7 +272,7 @@ class SampleBuilder:
         else:
             prompt = self._plain(as_text(text))
         side, fixed = processor.image_processor.image_size, self.config.loader.crop == "fixed"
-        image = square(read_image(row.get("image"), folder), side, None if fixed else generator)
+        image = square(read_image(value_of(row, "image"), folder), side, None if fixed else generator)
         if (
             self.config.loader.random_flip
             and torch.rand(1, generator=generator, dtype=torch.float32, device="cpu") < 0.5
@@ -300,6 +300,12 @@ class SampleBuilder:
         tokenizer.reject_special_tokens(text)
         ids = tokenizer.encode(text.strip())
         return ids if ids[0] == tokenizer.bos_id else [tokenizer.bos_id, *ids]
+
+
+def value_of(row: Mapping[str, Any], key: str) -> Any:
+    if row.get(key) is None:
+        raise ValueError(f"there is no {key}, but {', '.join(map(str, row))}; say with columns which it is")
+    return row[key]
 
 
 def as_text(value: Any) -> Any:

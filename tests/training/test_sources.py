@@ -7,6 +7,9 @@ import csv
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import fields
@@ -22,7 +25,9 @@ from janusflow_min.training.batch import StepBatches, StepDataset, load_steps
 from janusflow_min.training.config import Config
 from janusflow_min.training.dataset import Source, open_sources
 from janusflow_min.training.hf_rows import Part, Stream
+from janusflow_min.training.metrics import rows as read_lines
 from janusflow_min.training.sample import SampleBuilder
+from janusflow_min.training.trainer import Trainer
 
 ROWS = 23
 
@@ -180,6 +185,52 @@ def test_workers_and_ranks_change_no_row(dataset, files):
     assert tokens == [row[2] for row in expected[:3]]
 
 
+LAUNCH = """
+import json, sys
+from janusflow_min.training.config import Config
+from janusflow_min.training.settings import read
+from janusflow_min.training.trainer import Trainer
+
+if __name__ == "__main__":
+    Trainer(read(Config, json.loads(sys.argv[1])), progress=False).run()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_with_any_workers_learn_what_one_learns(settings, files, tmp_path, datasets):
+    """Stops: two ranks, or a run that goes on with other workers, that learn from other rows of any kind of source."""
+    data = [source_at(files, name) for name in SOURCES]
+    common = {"data": data, "batch": 26}
+    Trainer(settings(tmp_path / "one", steps=4, **common), progress=False).run()
+    expected = [row["loss"] for row in read_lines(tmp_path / "one" / "metrics.jsonl")]
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    for workers in range(3):
+        output = tmp_path / f"{workers} workers"
+        for steps, count in ((2, workers), (4, (workers + 1) % 3)):
+            config = settings(output, steps=steps, loader={"workers": count}, **common)
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                "2",
+                "--master-port",
+            ]
+            command += [
+                str(20_000 + os.getpid() % 20_000),
+                str(tmp_path / "launch.py"),
+                json.dumps(config.to_dict()),
+            ]
+            root = str(Path(__file__).parents[2])
+            environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-3000:]
+        losses = [row["loss"] for row in read_lines(output / "metrics.jsonl")]
+        assert losses == pytest.approx(expected, rel=2e-4), workers
+        assert not (output / "bad_rows.jsonl").exists()
+
+
 # Faults -----------------------------------------------------------------------
 
 
@@ -314,6 +365,23 @@ def test_columns_are_named(dataset, files, tmp_path):
     assert data.samples == 1 and not data.bad
     with pytest.raises(ValueError, match=r"no image with a caption .*\.txt.* without one: 1"):
         opened(dataset, {"kind": "generation", "folder": str(tmp_path)})
+
+
+def test_a_table_is_opened_quietly(dataset, files, datasets, capfd, monkeypatch, tmp_path):
+    """Stops: progress bars of `datasets` in a batch job's log, or switched off for whoever uses it afterwards."""
+    from datasets.utils import are_progress_bars_disabled
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    opened(dataset, source_at(files, "csv"))
+    assert capfd.readouterr().err == "" and not are_progress_bars_disabled()
+
+
+def test_a_row_that_lacks_a_value_names_those_it_has(dataset, tmp_path):
+    """Stops: "1,000 bad rows, got None" for a manifest whose captions have another name."""
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "a cat"}\n')
+    table = {"kind": "generation", "manifest": str(tmp_path / "a.jsonl")}
+    with pytest.raises(ValueError, match="there is no text, but image, caption; say with columns"):
+        dataset(data=[table])[0]
 
 
 def test_a_data_set_of_several_configurations(dataset, tmp_path):
