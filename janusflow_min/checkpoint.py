@@ -4,7 +4,7 @@
 All that can be checked is checked against the files' headers before anything is built: one error lists every
 missing, unexpected and mis-shaped key. Then the tensors go straight to device and dtype, one by one, into a model
 that was built on the meta device. SigLIP's pooling head is in the official file and used by nobody: it is kept aside
-and written back. The names are in `official.py`.
+and written back.
 """
 
 from __future__ import annotations
@@ -12,37 +12,20 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from .checks import shown
+from .checks import shown, whole
 from .config import JanusFlowConfig
-from .diagnose import WRAPPERS, common_prefix, explain_folder, explain_keys
-from .files import content_hint, printable, read_json, set_default_mode
+from .diagnose import WRAPPERS, common_prefix, explain_folder
+from .files import printable, read_json, set_default_mode
 from .model import JanusFlow, Parts
 from .official import CONFIG, INDEX, LEFTOVERS, POOLING_HEAD, WEIGHTS, from_official, to_official
 from .progress import progress_bar
-
-Shape = tuple[int, ...]
-Module = TypeVar("Module", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file, as the file's header describes it."""
-
-    path: Path
-    name: str  # in the file
-    shape: Shape
-    dtype: str  # as safetensors writes it: "F32", "BF16", ...
+from .weights import Stored, build_module, check_state, listing, read_header, read_tensors
 
 
 def load_model(
@@ -60,14 +43,12 @@ def load_model(
     config = read_config(folder)
     stored = find_weights(folder)
     model = build_model(folder, config, stored, parts)
-    names = [to_official(name) for name in model.state_dict()]
-    tensors = read_tensors({name: stored[name] for name in names}, device, dtype)
-    bar = progress_bar(progress, iterable=tensors, total=len(names), desc="Loading weights", unit="tensor")
+    wanted = {to_official(name) for name in model.state_dict()}
+    tensors = read_tensors({name: stored[name] for name in stored if name in wanted}, device, dtype)
+    bar = progress_bar(progress, iterable=tensors, total=len(wanted), desc="Loading weights", unit="tensor")
     model.load_state_dict({from_official(name): x for name, x in bar}, strict=True, assign=True)
-    model.extra_tensors = {}  # official names; kept for save_model
-    if parts == "all":
-        pooling = {name: entry for name, entry in stored.items() if name.startswith(POOLING_HEAD)}
-        model.extra_tensors = dict(read_tensors(pooling, "cpu", dtype))
+    kept = [name for name in stored if name.startswith(POOLING_HEAD) and parts == "all"]
+    model.extra_tensors = dict(read_tensors({name: stored[name] for name in kept}, "cpu", dtype))
     return model.eval().requires_grad_(False)
 
 
@@ -80,23 +61,26 @@ def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None 
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    folder = Path(folder)
     if model.parts != "all":
         raise ValueError(f'only {model.parts!r} was loaded; load with parts="all" to save a whole checkpoint')
+    if max_shard_size is not None:
+        whole("max_shard_size", max_shard_size)
     check_state("the model", model, lambda: JanusFlow(model.config))
-    config = model.config.to_dict() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    folder, dtype = Path(folder), str(model.dtype).removeprefix("torch.")
+    _write_json(folder / CONFIG, model.config.to_dict() | {"torch_dtype": dtype})
     tensors = {to_official(k): v.detach().contiguous() for k, v in model.state_dict().items()}
     tensors |= getattr(model, "extra_tensors", {})
-    total = sum(t.nbytes for t in tensors.values())
-    limit = total if max_shard_size is None else max_shard_size
+    limit = max_shard_size or sum(t.nbytes for t in tensors.values())
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
     for file, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     set_default_mode(folder)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # Checks -----------------------------------------------------------------------
@@ -174,119 +158,9 @@ def build_model(
         "vision_gen_enc_config: layers_in_middle": config.uvit_encoder.num_blocks,
         "vision_gen_dec_config: layers_in_middle": config.uvit_decoder.num_blocks,
     }
-    check_counts(folder / CONFIG, counts, stored)
     found = {name: entry for name, entry in stored.items() if not name.startswith(POOLING_HEAD)}
-    whole = build_on_meta(folder / CONFIG, lambda: JanusFlow(config))
-    check_keys(
-        folder, found, {to_official(name): tensor.shape for name, tensor in whole.state_dict().items()}
-    )
-    return whole if parts == "all" else build_on_meta(folder / CONFIG, lambda: JanusFlow(config, parts))
-
-
-def check_counts(path: Path, counts: Mapping[str, int], stored: Mapping[str, Stored]) -> None:
-    """ValueError where a configuration asks for so many layers that it would take long to build them."""
-    for name, count in counts.items():
-        if count > max(len(stored), 200):  # fewer are built, and all that is missing is listed
-            raise ValueError(f"{path}: {name} is {count}, but the weights are only {len(stored)} tensors")
-
-
-def build_on_meta(path: Path, build: Callable[[], Module]) -> Module:
-    """What `build` makes, without memory for its weights. ValueError, which names the file, for impossible sizes."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except Exception as error:  # whatever torch and diffusers raise for sizes and types that cannot be
-        raise ValueError(f"{path}: no model can be built of it ({printable(str(error)):.300})") from error
-
-
-def check_keys(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, Shape]) -> None:
-    """One error with all that is missing, unexpected or mis-shaped."""
-    lines = []
-    if missing := sorted(expected.keys() - stored.keys()):
-        lines.append(f"{len(missing)} missing: {listing(missing)}")
-    if unexpected := sorted(stored.keys() - expected.keys()):
-        lines.append(f"{len(unexpected)} unexpected: {listing(unexpected)}")
-    shapes = {name: (stored[name].shape, expected[name]) for name in sorted(stored.keys() & expected.keys())}
-    if wrong := [
-        f"{k} is {list(a)}, {CONFIG} asks for {list(b)}" for k, (a, b) in shapes.items() if a != tuple(b)
-    ]:
-        lines.append(f"{len(wrong)} mis-shaped: {listing(wrong)}")
-    if lines:
-        if what := explain_keys([entry.name for entry in stored.values()]):
-            lines.insert(0, what)
-        raise ValueError(f"the weights in {folder} do not fit its {CONFIG}:\n  " + "\n  ".join(lines))
-
-
-def check_state(what: str, module: nn.Module, build: Callable[[], nn.Module]) -> None:
-    """ValueError where a module's weights are not those of the plain module that `build` makes anew."""
+    built = build_module(folder / CONFIG, lambda: JanusFlow(config), counts, found, to_official)
+    if parts == "all":
+        return built
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in build().state_dict().items()}
-    state = module.state_dict()
-    other = sorted(state.keys() - expected.keys()) or sorted(expected.keys() - state.keys())
-    other = other or [name for name in state if state[name].shape != expected[name]]
-    if other:
-        reason = explain_keys(state) or "merge or unwrap first"
-        raise ValueError(
-            f"{what} cannot be saved: {reason} (other weights than a plain one's: {listing(other, 3)})"
-        )
-    for name, tensor in state.items():
-        if tensor.is_meta:
-            raise ValueError(
-                f"{what} cannot be saved: {name} is not in memory (meta device); where accelerate offloaded it, call "
-                "accelerate.hooks.remove_hook_from_submodules first, or load it again"
-            )
-        check_float(what, name, tensor)
-
-
-# Files -----------------------------------------------------------------------
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file, none of them read."""
-    with open_weights(path) as f:
-        slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 (no mapping)
-        return {
-            name: Stored(path, name, tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()
-        }
-
-
-def read_tensors(
-    stored: Mapping[str, Stored], device: torch.device | str, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under the names of `stored`, one after another, each file opened once.
-
-    Copies: safetensors' own tensors are a mapping of the file, which would keep its pages in memory, and would
-    change, or end the process, with the file. A GPU converts them itself. ValueError for whole numbers.
-    """
-    for path in dict.fromkeys(entry.path for entry in stored.values()):
-        with open_weights(path) as f:
-            for name, entry in stored.items():
-                if entry.path == path:
-                    tensor = check_float(path, entry.name, f.get_tensor(entry.name))
-                    yield name, tensor.to(device).to(dtype, copy=True)
-
-
-@contextmanager
-def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator:
-    """`safe_open` with errors that name the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        f = safe_open(path, framework="pt", device=str(device))
-    except (SafetensorError, OSError) as error:
-        with open(path, "rb") as raw:
-            hint = content_hint(raw.read(200)) or "; download it again"
-        raise ValueError(f"{path} is not a whole safetensors file ({printable(str(error))}){hint}") from None
-    with f:
-        yield f
-
-
-def check_float(where: str | Path, name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{where}: {printable(name)} holds {tensor.dtype}; weights must be of a float type")
-    return tensor
-
-
-def listing(names: list[str], most: int = 20) -> str:
-    text = ", ".join(printable(name[:200]) for name in names[:most])
-    return text + (f" and {len(names) - most} more" if len(names) > most else "")
+        return JanusFlow(config, parts)

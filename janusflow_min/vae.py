@@ -9,25 +9,18 @@ Legend: B batch, C h w latent, H W pixels.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import (
-    Stored,
-    build_on_meta,
-    check_counts,
-    check_keys,
-    check_state,
-    read_header,
-    read_tensors,
-)
-from .checks import number, whole
+from .checks import number, shown, whole
 from .diagnose import explain_folder
 from .files import printable, read_json, set_default_mode
 from .official import VAE_FILES
+from .weights import Stored, build_module, check_state, read_header, read_tensors
 
 CONFIG, WEIGHTS = VAE_FILES
 OLD_NAMES = {
@@ -37,6 +30,8 @@ OLD_NAMES = {
     "proj_attn": "to_out.0",
 }  # diffusers before 0.15
 NOT_COMPUTED = ("shift_factor", "latents_mean", "latents_std")  # of other models' latents
+DEFAULTS = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4}
+DEFAULTS |= {"block_out_channels": (64,), "layers_per_block": 1, "scaling_factor": 0.18215}  # diffusers'
 
 
 class VAE(nn.Module):
@@ -80,9 +75,8 @@ class VAE(nn.Module):
 def check_vae_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in (torch.float32, torch.bfloat16):
         reason = ": SDXL's VAE overflows in it, and images turn black" if dtype == torch.float16 else ""
-        raise ValueError(
-            f"the VAE runs in bfloat16 or float32, not {str(dtype).removeprefix('torch.')}{reason}"
-        )
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"the VAE runs in bfloat16 or float32, not {name}{reason}")
     return dtype
 
 
@@ -100,13 +94,7 @@ def load_vae(
 
 def save_vae(vae: VAE, folder: str | Path) -> None:
     """Write the folder in diffusers' layout. ValueError for a wrapped or offloaded one, before anything is written."""
-    from diffusers import AutoencoderKL
-
-    config = dict(vae.autoencoder.config)
-    known = {
-        key: value for key, value in config.items() if key in inspect.signature(AutoencoderKL).parameters
-    }
-    check_state("the VAE", vae.autoencoder, lambda: AutoencoderKL(**known))
+    check_state("the VAE", vae.autoencoder, lambda: _autoencoder(vae.autoencoder.config))
     vae.autoencoder.save_pretrained(folder)
     set_default_mode(Path(folder))
 
@@ -123,44 +111,38 @@ def build_vae(folder: str | Path, latent_channels: int | None = None) -> tuple[n
     if not folder.is_dir():
         raise FileNotFoundError(f"no VAE at {folder}; vae_path takes a folder with diffusers' AutoencoderKL")
     path = folder / CONFIG
-    config = read_json(path)
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
-        raise ValueError(f"{path} describes a {printable(str(kind)):.80}; an AutoencoderKL is needed")
-    channels = config.get("latent_channels", 4)
-    if latent_channels not in (None, channels):
-        raise ValueError(
-            f"the VAE in {folder} has {channels!r:.80} latent channels, the model {latent_channels}"
-        )
+    config = DEFAULTS | read_json(path)
+    if config["_class_name"] != "AutoencoderKL":
+        kind = printable(str(config["_class_name"]))
+        raise ValueError(f"{path} describes a {kind:.80}; an AutoencoderKL is needed")
     for key in NOT_COMPUTED:
         if config.get(key):
-            raise ValueError(f"{path}: {key} = {config[key]!r:.80} is not supported, only null")
+            raise ValueError(f"{path}: {key} = {shown(config[key])} is not supported, only null")
+    number(f"{path}: scaling_factor", config["scaling_factor"], 0, above=True)
+    for key in ("in_channels", "out_channels"):
+        whole(f"{path}: {key}", config[key], 3, 3)
+    channels, widths = (
+        whole(f"{path}: latent_channels", config["latent_channels"]),
+        config["block_out_channels"],
+    )
+    if latent_channels not in (None, channels):
+        raise ValueError(f"the VAE in {folder} has {channels} latent channels, the model {latent_channels}")
+    if not isinstance(widths, list | tuple):
+        raise ValueError(f"{path}: block_out_channels must be a list, got {shown(widths)}")
+    counts = {"layers_per_block": whole(f"{path}: layers_per_block", config["layers_per_block"])}
+    counts["the number of block_out_channels"] = len(widths)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}{explain_folder(folder, WEIGHTS)}")
     stored = {_today(name): entry for name, entry in read_header(folder / WEIGHTS).items()}
-    autoencoder = _build(path, config, stored)
-    check_keys(folder, stored, {name: tensor.shape for name, tensor in autoencoder.state_dict().items()})
-    return autoencoder, stored
+    return build_module(path, lambda: _autoencoder(config), counts, stored), stored
 
 
-def _build(path: Path, config: dict[str, Any], stored: dict[str, Stored]) -> nn.Module:
+def _autoencoder(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    signature = inspect.signature(AutoencoderKL)
-    known = {key: value for key, value in config.items() if key in signature.parameters}
-    full = {key: p.default for key, p in signature.parameters.items()} | known
-    number(f"{path}: scaling_factor", full["scaling_factor"], 0, above=True)
-    for key in ("in_channels", "out_channels"):
-        whole(f"{path}: {key}", full[key], 3, 3)
-    blocks = full["block_out_channels"]
-    if not isinstance(blocks, list | tuple):
-        raise ValueError(f"{path}: block_out_channels must be a list, got {blocks!r:.80}")
-    counts = {"layers_per_block": whole(f"{path}: layers_per_block", full["layers_per_block"])}
-    check_counts(path, counts | {"the number of block_out_channels": len(blocks)}, stored)
-    for i, channels in enumerate(blocks):
-        whole(f"{path}: block_out_channels[{i}]", channels, 1, 2**20)
-    whole(f"{path}: latent_channels", full["latent_channels"], 1, 2**20)
-    return build_on_meta(path, lambda: AutoencoderKL(**known))
+    return AutoencoderKL(
+        **{k: v for k, v in config.items() if k in inspect.signature(AutoencoderKL).parameters}
+    )
 
 
 def _today(name: str) -> str:

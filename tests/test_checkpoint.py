@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import janusflow_min as jf
-from janusflow_min import checkpoint
+from janusflow_min import checkpoint, weights
 from janusflow_min.checkpoint import (
     load_model,
     save_model,
@@ -140,8 +140,8 @@ def test_parts_read_and_hold_no_more_than_they_need(folder, tensors, monkeypatch
     """Stops: memory and time for the half that is not wanted, its pooling head included."""
     if sharded:
         write_shards(folder, tensors)
-    read, original = [], checkpoint.check_float
-    monkeypatch.setattr(checkpoint, "check_float", lambda *a: read.append(a[1]) or original(*a))
+    read, original = [], weights.check_float
+    monkeypatch.setattr(weights, "check_float", lambda *a: read.append(a[1]) or original(*a))
     model = load(folder, parts=parts)
     unwanted = {
         "generation": ("vision_und_", "beg_of_und_embed", "language_model.lm_head."),

@@ -29,7 +29,7 @@ LAZY = {"diffusers", "huggingface_hub"}  # imported by the function that needs t
 MODEL_FILES = ("config", "llama", "siglip", "uvit", "flow", "model")
 CHECKPOINT_FILES = ("official", "checkpoint", "tokenizer", "processor", "vae")
 FLOOR_1 = {*MODEL_FILES, *CHECKPOINT_FILES}
-HELPERS = {"files", "checks", "pixels", "progress", "diagnose"}  # of all floors
+HELPERS = {"files", "checks", "pixels", "progress", "diagnose", "weights"}  # of all floors
 FLOOR_3 = {"cli", "webui", "commands", "__main__"}
 JUDGES = (
     PACKAGE / "benchmarks" / "judge_models.py"

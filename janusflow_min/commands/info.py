@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from ..checkpoint import Stored
+    from ..weights import Stored
 
 T = TypeVar("T")
 PARTS = (

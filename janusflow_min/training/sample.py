@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import open_weights
 from ..files import atomic_write
 from ..flow import sample_time
 from ..model import JanusFlow
 from ..pixels import open_image
 from ..processor import SYSTEM_PROMPT, Processor
+from ..weights import open_weights
 from .config import Config
 from .losses import IGNORE
 from .rows import CONVERSATIONS

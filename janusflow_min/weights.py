@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""Safetensors files and modules: what a file's header says, whether it fits a module, and the way in between.
+
+Shared by the model (`checkpoint.py`) and the VAE (`vae.py`). Whatever can be checked is checked against headers and
+a module on the meta device, before memory is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .diagnose import explain_keys
+from .files import content_hint, printable
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, as the file's header describes it."""
+
+    path: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it: "F32", "BF16", ...
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of a file, none of them read."""
+    with open_weights(path) as f:
+        slices = ((name, f.get_slice(name)) for name in f.keys())  # noqa: SIM118 (no mapping)
+        return {n: Stored(path, n, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices}
+
+
+def read_tensors(
+    stored: Mapping[str, Stored], device: torch.device | str, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors under the names of `stored`, one after another, each file opened once.
+
+    Copies: safetensors' own tensors are a mapping of the file, which would keep its pages in memory, and would
+    change, or end the process, with the file. A GPU converts them itself. ValueError for whole numbers.
+    """
+    for path in dict.fromkeys(entry.path for entry in stored.values()):
+        with open_weights(path) as f:
+            for name, entry in stored.items():
+                if entry.path == path:
+                    tensor = check_float(path, entry.name, f.get_tensor(entry.name))
+                    yield name, tensor.to(device).to(dtype, copy=True)
+
+
+@contextmanager
+def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator:
+    """`safe_open` with errors that name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        f = safe_open(path, framework="pt", device=str(device))
+    except (SafetensorError, OSError) as error:
+        with open(path, "rb") as raw:
+            hint = content_hint(raw.read(200)) or "; download it again"
+        raise ValueError(f"{path} is not a whole safetensors file ({printable(str(error))}){hint}") from None
+    with f:
+        yield f
+
+
+# Checks -----------------------------------------------------------------------
+
+
+def build_module(
+    config: Path,
+    build: Callable[[], Module],
+    counts: Mapping[str, int],
+    stored: Mapping[str, Stored],
+    name_in_file: Callable[[str], str] = str,
+) -> Module:
+    """What `build` makes, on the meta device, once the stored weights are known to be its own.
+
+    config: the file that the sizes come from, for errors. counts: its numbers of layers, by key. ValueError for
+    sizes that cannot be, and one for all that is missing, unexpected or mis-shaped.
+    """
+    for key, count in counts.items():
+        if count > max(len(stored), 200):  # building so many would take for ever
+            raise ValueError(f"{config}: {key} is {count}, but the weights are only {len(stored)} tensors")
+    try:
+        with torch.device("meta"):
+            module = build()
+    except Exception as error:  # whatever torch and diffusers raise for sizes and types that cannot be
+        raise ValueError(f"{config}: no model can be built of it ({printable(str(error)):.300})") from error
+    shapes = {name_in_file(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    wrong = [
+        f"{name} is {list(stored[name].shape)}, {config.name} asks for {list(shapes[name])}"
+        for name in sorted(stored.keys() & shapes.keys())
+        if stored[name].shape != shapes[name]
+    ]
+    kinds = {
+        "missing": sorted(shapes.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - shapes.keys()),
+        "mis-shaped": wrong,
+    }
+    if lines := [f"{len(names)} {kind}: {listing(names)}" for kind, names in kinds.items() if names]:
+        if what := explain_keys([entry.name for entry in stored.values()]):
+            lines.insert(0, what)
+        raise ValueError(
+            "\n  ".join([f"the weights in {config.parent} do not fit its {config.name}:", *lines])
+        )
+    return module
+
+
+def check_state(what: str, module: nn.Module, build: Callable[[], nn.Module]) -> None:
+    """ValueError where a module's weights are not those of the plain module that `build` makes, or not in memory."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in build().state_dict().items()}
+    state = module.state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    if other := sorted({name for name, _ in shapes.items() ^ expected.items()}, key=lambda n: n in expected):
+        reason = explain_keys(state) or "merge or unwrap first"
+        raise ValueError(
+            f"{what} cannot be saved: {reason} (other weights than a plain one's: {listing(other, 3)})"
+        )
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{what} cannot be saved: {name} is not in memory (meta device); where accelerate offloaded it, call "
+                "accelerate.hooks.remove_hook_from_submodules first, or load it again"
+            )
+        check_float(what, name, tensor)
+
+
+def check_float(where: str | Path, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{where}: {printable(name)} holds {tensor.dtype}; weights must be of a float type")
+    return tensor
+
+
+def listing(names: list[str], most: int = 20) -> str:
+    text = ", ".join(printable(name[:200]) for name in names[:most])
+    return text + (f" and {len(names) - most} more" if len(names) > most else "")
