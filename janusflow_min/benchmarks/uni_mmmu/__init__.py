@@ -2,8 +2,8 @@
 """Uni-MMMU: six tasks in which understanding and generation should help each other.
 
 Reads the data of Vchitect/Uni-MMMU-Eval, writes the official layout, scores it by the official rules and judges.
-`readers` files to cases, `prompts` wording, `generation` the two modes, `boards` and `rules` pure scoring, `scoring`
-judges and the table. The benchmark has 14 numbers and no total, so there is no headline.
+`readers` files to cases, `prompts` wording, `generation` the two modes, `boards` and `rules` pure scoring, `judging`
+the judges, `scoring` the table. The benchmark has 14 numbers and no total, so there is no headline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .rules import COLUMNS, table
 
 if TYPE_CHECKING:
     from ..judges import Chat
-    from .scoring import Distance
+    from .judging import Distance, Judging
 
 TITLE = "Uni-MMMU"
 SUMMARY = "six tasks of understanding and painting together: 880 cases, 14 numbers"
@@ -32,6 +32,7 @@ PUBLISHED = (
         None,
     ),
 )
+VL_MODEL, TEXT_MODEL = "Qwen/Qwen2.5-VL-72B-Instruct", "Qwen/Qwen3-32B"  # the official judges
 DATA = Option("--data", "the data/ folder of Vchitect/Uni-MMMU-Eval", kind=Path, required=True)
 TASKS_OPTION = Option("--tasks", f"one of {', '.join(SOURCES)}; repeat for more; without: all", many=True)
 OPTIONS = {
@@ -45,23 +46,34 @@ OPTIONS = {
             choices=("native", "torchumm"),
         ),
         Option("--max-new-tokens", "longest answer", 512, int),
-        Option("--prompts", "JSON file with other wording, by the names in uni_mmmu/prompts.py", kind=Path),
+        Option("--prompts", ".json file with other wording, by the names in uni_mmmu/prompts.py", kind=Path),
     ),
     "score": (
         DATA,
         TASKS_OPTION,
         Option(
             "--vl-model",
-            "judge that sees, officially Qwen/Qwen2.5-VL-72B-Instruct; without: its legs are null",
+            f"judge that sees, officially {VL_MODEL}; without: its legs are null",
         ),
         Option("--vl-url", "its endpoint, up to /v1", "http://localhost:8000/v1"),
-        Option("--text-model", "judge of geometry's texts, officially Qwen/Qwen3-32B; without: null"),
+        Option("--text-model", f"judge of geometry's texts, officially {TEXT_MODEL}; without: null"),
         Option("--text-url", "its endpoint, up to /v1", "http://localhost:8001/v1"),
-        Option("--dreamsim", "cache folder of DreamSim, for the jigsaw's pictures; without: null", kind=Path),
-        Option("--judge-prompts", "JSON file with the judges' wording", kind=Path),
-        Option("--strip-think", "look for a judge's JSON behind its reasoning; officially not", True, bool),
+        Option("--dreamsim", "cache folder of DreamSim, for the jigsaw's images; without: null", kind=Path),
+        Option(
+            "--judge-prompts",
+            "eval_ummmu.py of your checkout of Uni-MMMU, for the official wording; or a .json file by the names in "
+            "uni_mmmu/prompts.py",
+            kind=Path,
+        ),
+        Option(
+            "--official-compat",
+            "read answers, images and judges' replies exactly as the official scorer does",
+            False,
+            bool,
+        ),
         Option("--concurrency", "requests at once", 8, int),
         Option("--attempts", "for each request that gets no answer", 3, int),
+        Option("--stop-after", "requests in a row without an answer, then give up on the judge", 10, int),
         Option("--timeout", "of a request, in seconds", 600.0, float),
     ),
     "report": (),
@@ -88,7 +100,7 @@ def generate(
         write_manifest,
     )
     from .generation import MODES, SEED_RULE, is_done, run_tasks, write_summaries
-    from .prompts import PROMPTS, override, prompts_hash
+    from .prompts import model_wording, prompts_hash
 
     if uni_mode not in MODES:
         raise ValueError(f"uni_mode must be one of {', '.join(MODES)}, got {uni_mode!r}")
@@ -96,7 +108,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     folder, world = RunFolder(out), World.from_environment()
-    texts = override(PROMPTS, prompts)
+    texts = model_wording(prompts)
     cases = _cases(data, tasks, uni_mode)
     choices = {
         "uni_mode": uni_mode,
@@ -141,9 +153,10 @@ def score(
     text_url: str | None = None,
     dreamsim: str | Path | Distance | None = None,
     judge_prompts: str | Path | None = None,
-    strip_think: bool = True,
+    official_compat: bool = False,
     concurrency: int = 8,
     attempts: int = 3,
+    stop_after: int = 10,
     timeout: float = 600.0,
     progress: bool = True,
     wait: float = 1.0,
@@ -151,11 +164,13 @@ def score(
     """Score what is generated; writes `eval/` and score.json into `run` and returns the score.
 
     vl_model, text_model: an endpoint's name of the model, or an object with `judges.Chat`'s methods. dreamsim: its
-    cache folder, or a `scoring.Distance`. A run without our manifest, of TorchUMM for instance, counts as painting all.
+    cache folder, or a `judging.Distance`. A run without our manifest, of TorchUMM for instance, counts as generating
+    all images.
     """
-    from ..runner import read_json
-    from .prompts import JUDGES, override, prompts_hash
-    from .scoring import TEXT_LEGS, DreamSim, Judging, counts, score_task, write_table, write_task
+    from ...files import read_json
+    from .judging import TEXT_LEGS, DreamSim, Judging
+    from .prompts import judge_wording, prompts_hash
+    from .scoring import counts, score_task, write_table, write_task
 
     folder = RunFolder(run)
     manifest = read_json(folder.manifest) if folder.manifest.is_file() else None
@@ -163,14 +178,16 @@ def score(
     cases = _cases(data, tasks, mode)
     inputs = _hashes(data)
     reports.check_inputs(manifest, "uni_mmmu", inputs, folder.root)
-    texts = override(JUDGES, judge_prompts)
+    texts = judge_wording(judge_prompts)
     chats = {}
     for leg in JUDGED:
         model, url = (text_model, text_url) if leg in TEXT_LEGS else (vl_model, vl_url)
         if model is not None:
             chats[leg] = _chat(leg, model, url, timeout) if isinstance(model, str) else model
     distance = DreamSim(dreamsim) if isinstance(dreamsim, str | Path) else dreamsim
-    judging = Judging(folder, texts, chats, distance, strip_think, concurrency, attempts, wait, progress)
+    judging = Judging(
+        folder, texts, chats, distance, official_compat, concurrency, attempts, stop_after, wait, progress
+    )
     records = {
         task: score_task(task, of_task, mode == "torchumm", judging) for task, of_task in cases.items()
     }
@@ -191,21 +208,22 @@ def score(
             and len(cases) == len(SOURCES),
             n_expected=sum(of for _, of in run_legs.values()),
             n_scored=sum(n for n, _ in run_legs.values()),
-            scores={key: (values[key], *counted[key]) for key, _, _ in COLUMNS},
+            scores={key: (value, *counted[key]) for key, value in values.items()},
             judge={
                 "vl": _name(vl_model),
                 "text": _name(text_model),
-                "pictures": distance.name if distance else None,
+                "images": distance.name if distance else None,
             },
             options={
                 "uni_mode": mode,
-                "strip_think": strip_think,
-                "judge_prompts_sha256": prompts_hash(texts),
-                "max_points": {key: most for key, _, most in COLUMNS if most != 1},
+                "official_compat": official_compat,
+                "judge_wording_sha256": prompts_hash(texts),
+                "judge_prompts_sha256": None if judge_prompts is None else sha256(judge_prompts),
+                "max_points": {key: most for key, _, most, _, _ in COLUMNS if most != 1},
             },
             inputs=inputs,
             manifest=manifest,
-            notes=_notes(mode, manifest, judging, judge_prompts is None, cases),
+            notes=_notes(mode, manifest, judging, cases),
         ),
     )
 
@@ -214,7 +232,7 @@ def report(run: str | Path) -> list[Path]:
     """report.json and report.md as everywhere, and a plot in which every value is a share of its highest one."""
     folder = RunFolder(run)
     result = reports.read_score(folder)
-    most = {key: value for key, _, value in COLUMNS}
+    most = {key: value for key, _, value, _, _ in COLUMNS}
     shares = {
         (key if most[key] == 1 else f"{key} / {most[key]}"): entry
         | {"value": None if entry["value"] is None else entry["value"] / most[key]}
@@ -238,9 +256,9 @@ def _hashes(data: str | Path) -> dict[str, str]:
     return {source: sha256(folder / source) for source in SOURCES.values() if (folder / source).exists()}
 
 
-def _chat(leg: str, model: str, url: str | None, timeout: float) -> Chat:
+def _chat(leg: str, model: str, url: str | None, timeout: float) -> Any:
     from ..chat import OpenAIChat
-    from .scoring import ANSWER_TOKENS
+    from .judging import ANSWER_TOKENS
 
     return OpenAIChat(model, url, max_tokens=ANSWER_TOKENS.get(leg, 512), timeout=timeout)
 
@@ -250,22 +268,32 @@ def _name(judge: Any) -> str | None:
 
 
 def _notes(
-    mode: str, manifest: Mapping[str, Any] | None, judging: Any, own_wording: bool, cases: Mapping[str, list]
+    mode: str, manifest: Mapping[str, Any] | None, judging: Judging, cases: Mapping[str, list[Case]]
 ) -> list[str]:
+    from .judging import TEXT_LEGS
+    from .prompts import OFFICIAL_SHA256, prompts_hash
+
     notes = ["code_shape_color and code_position are points of 5, the others shares of 1"]
     if mode == "native":
         notes.append(
             "mode native: geometry, jigsaw, maze and sliding are answered from the given images, without the visual "
-            "scaffold of own pictures; pictures that need editing are not painted"
+            "scaffold of own images; images that need editing are not generated"
         )
     else:
-        notes.append("mode torchumm: where an edit is asked for, the picture is painted from the text alone")
+        notes.append("mode torchumm: where an edit is asked for, the image is generated from the text alone")
     if (manifest or {}).get("settings", {}).get("own_wording"):
         notes.append("the model was asked in our wording of the instructions, not in the official one")
-    if own_wording and judging.chats:
-        notes.append("judges had our wording of the rubrics; numbers move with it")
-    if judging.strip_think and judging.chats:
-        notes.append("a judge's reasoning was dropped before its JSON was read; the official scorer does not")
+    official = {leg: TEXT_MODEL if leg in TEXT_LEGS else VL_MODEL for leg in judging.chats}
+    others = any(chat.name != official[leg] for leg, chat in judging.chats.items())
+    if judging.chats and (others or prompts_hash(judging.texts) != OFFICIAL_SHA256):
+        notes.append(
+            f"the official judges are {VL_MODEL} and {TEXT_MODEL} with their authors' wording (--judge-prompts): the "
+            "numbers of other judges or of another wording are not comparable"
+        )
+    if judging.chats and not judging.official_compat:
+        notes.append(
+            "replies are read more carefully than officially (--official-compat): see docs/benchmarks.md"
+        )
     if judging.unusable:
         notes.append(
             f"{len(judging.unusable)} judgements had no usable JSON and count 0: {', '.join(judging.unusable[:3])}"
@@ -273,7 +301,7 @@ def _notes(
     if judging.failures:
         some = "; ".join(f"{key}: {reason}" for key, reason in list(judging.failures.items())[:3])
         notes.append(
-            f"{len(judging.failures)} got no judgement and are left out; the next run asks again. {some}"
+            f"{len(judging.failures)} could not be read or got no judgement; the next run asks again. {some}"
         )
     for task, of_task in cases.items():
         if len(of_task) != RELEASED[task]:

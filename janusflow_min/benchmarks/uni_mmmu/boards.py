@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Mazes and sliding puzzles as pictures: reading their boards back, and the frames that right moves give.
+"""Mazes and sliding puzzles as images: reading their boards back, and the frames that right moves give.
 
-Pure numpy, no model. Colours, thresholds and the order of the tests are Uni-MMMU's (Vchitect/Uni-MMMU, its evaluation
-of maze and sliding, read through TorchUMM 083395e); one difference: a board in a picture that is not square is
-clamped to the picture in both directions.
+Pure numpy, no model. Colours, thresholds and the order of the tests are Uni-MMMU's (Vchitect/Uni-MMMU b5200b2,
+eval_ummmu.py). One difference: a board in an image that is not square is kept inside the image; with official_compat
+it is not, as in the original.
 
-Legend: H W picture, K colours, R C rows and columns of tiles.
+Legend: H W image, K colours, R C rows and columns of tiles.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 MAZE_SIDE, PUZZLE_SIDE = 6, 3  # tiles
 TOLERANCE = 0.75  # share of a maze's tile that must be of one kind
 START_SHARE, GOAL_SHARE = TOLERANCE * 0.25, TOLERANCE * 0.75
-FAINT_START, FAINT_GOAL = 0.08, 0.25  # enough for the best tile where no tile has the shares above
+# Enough for the best tile where no tile has the shares above; a float32 as the shares are, in every numpy.
+FAINT_START, FAINT_GOAL = np.float32(0.08), 0.25
 PUZZLE_TOLERANCE = 0.80
 MARGIN = 2  # px around a board
+MAX_PIXELS = 1 << 24  # of an image; official ones have less than a million
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,13 @@ class Maze:
         return [[cell == "#" for cell in row] for row in self.grid]
 
 
-def parse_maze(image: Image.Image) -> Maze:
-    """Read a maze of 6 x 6 tiles from a picture, which may have a white or floor-coloured surround."""
-    pixels = _pixels(image)
-    board = _board(pixels, (WALL, START, GOAL, PATH), (WHITE, FLOOR), share=0.003)
+def parse_maze(image: Image.Image, official_compat: bool = False) -> Maze:
+    """Read a maze of 6 x 6 tiles from an image, which may have a white or floor-coloured surround.
+
+    ValueError for more than MAX_PIXELS pixels.
+    """
+    content, around = (WALL, START, GOAL, PATH), (WHITE, FLOOR)
+    board = _board(_pixels(image), content, around, 0.003, official_compat, swapped=True)
     shares = _shares(board, (FLOOR, WALL, START, GOAL), MAZE_SIDE)  # (R, C, K)
     grid: Grid = []
     start = goal = None
@@ -111,17 +116,17 @@ def is_maze_of(grid: Grid, walls: Sequence[Sequence[bool]]) -> bool:
     return (cells.count("S"), cells.count("G"), cells.count("SG")) in ((1, 1, 0), (0, 0, 1))
 
 
-def parse_puzzle(image: Image.Image) -> Grid:
-    """Read a sliding puzzle of 3 x 3 tiles: "1" to "9" by colour, "?" where none covers 80 % of a tile."""
-    board = _board(_pixels(image), TILES, (WHITE,), share=0.002)
-    shares = _shares(board, TILES, PUZZLE_SIDE)
-    best = shares.argmax(-1)
+def parse_puzzle(image: Image.Image, official_compat: bool = False) -> Grid:
+    """Read a sliding puzzle of 3 x 3 tiles: "1" to "9" by colour, "?" where none covers 80 % of a tile.
+
+    ValueError for more than MAX_PIXELS pixels.
+    """
+    board = _board(_pixels(image), TILES, (WHITE,), 0.002, official_compat)
+    shares = _shares(board, TILES, PUZZLE_SIDE)  # (R, C, K)
+    best, most = shares.argmax(-1), shares.max(-1)
+    tiles = range(PUZZLE_SIDE)
     return [
-        [
-            str(best[r, c] + 1) if shares[r, c, best[r, c]] >= PUZZLE_TOLERANCE else "?"
-            for c in range(PUZZLE_SIDE)
-        ]
-        for r in range(PUZZLE_SIDE)
+        [str(best[r, c] + 1) if float(most[r, c]) >= PUZZLE_TOLERANCE else "?" for c in tiles] for r in tiles
     ]
 
 
@@ -130,6 +135,10 @@ def parse_puzzle(image: Image.Image) -> Grid:
 
 def _pixels(image: Image.Image) -> np.ndarray:
     """(H, W, 3) in [0, 1]."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"an image of {image.width} x {image.height} px is no board; {MAX_PIXELS:,} px are allowed"
+        )
     return np.asarray(image.convert("RGB")).astype(np.float32) / 255.0
 
 
@@ -142,14 +151,32 @@ def _distances(pixels: np.ndarray, colours: Sequence[str]) -> np.ndarray:
     return np.stack([np.linalg.norm(pixels - _colour(colour), axis=-1) for colour in colours], axis=-1)
 
 
-def _board(pixels: np.ndarray, content: Sequence[str], around: Sequence[str], share: float) -> np.ndarray:
-    """The square with the board: around the rows and columns with more than `share` of content, and a margin."""
+def _board(
+    pixels: np.ndarray,
+    content: Sequence[str],
+    around: Sequence[str],
+    share: float,
+    official_compat: bool,
+    swapped: bool = False,
+) -> np.ndarray:
+    """The square with the board: around the rows and columns with more than `share` of content, and a margin.
+
+    official_compat: a square larger than the image begins before it, which a slice counts from the end. swapped: then
+    also the rows end at the width and the columns at the height.
+    """
     height, width = pixels.shape[:2]
     inside = _distances(pixels, content).min(-1) + 0.01 < _distances(pixels, around).min(-1)  # (H, W)
     top, bottom = _span(inside.mean(1) > share, height)
     left, right = _span(inside.mean(0) > share, width)
     side = max(bottom - top, right - left) + 1
-    y, x = _start(top, bottom, side, height), _start(left, right, side, width)
+    if official_compat and swapped:
+        height, width = width, height
+    y, x = (
+        min(size, max(0, (first + last) // 2 - side // 2) + side) - side
+        for first, last, size in ((top, bottom, height), (left, right, width))
+    )
+    if not official_compat:
+        y, x = max(0, y), max(0, x)
     return pixels[y : y + side, x : x + side]
 
 
@@ -158,12 +185,6 @@ def _span(some: np.ndarray, size: int) -> tuple[int, int]:
     found = np.flatnonzero(some)
     first, last = (int(found[0]), int(found[-1])) if len(found) else (0, size - 1)
     return max(0, first - MARGIN), min(size - 1, last + MARGIN)
-
-
-def _start(first: int, last: int, side: int, size: int) -> int:
-    """Where a stretch of `side` begins that is centred on [first, last] and stays inside [0, size)."""
-    start = max(0, (first + last) // 2 - side // 2)
-    return max(0, min(size, start + side) - side)
 
 
 def _shares(board: np.ndarray, colours: Sequence[str], tiles: int) -> np.ndarray:

@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..runner import RunFolder, Settings, World, blocks, is_whole, read_json, shard
-from .prompts import fill
+from ...files import read_json
+from ..official_prompts import fill
+from ..reading import read_image, read_text
+from ..runner import RunFolder, Settings, World, blocks, is_whole, shard
 from .readers import TASKS, Case
 
 if TYPE_CHECKING:
@@ -74,14 +76,15 @@ def program(case: Case, mode: str, texts: Mapping[str, str]) -> Program:
 
 
 def _code(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
-    start = [texts["code"], case.truth["svg"].read_text(encoding="utf-8")]
+    start: list[Part] = [texts["code"], read_text(case.truth["svg"])]
     answer = yield Ask([*start, texts["code_text"]])
     yield Paint([*start, answer, texts["code_image"]], "model_image_01.png", own=2)
     return answer
 
 
 def _science(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
-    context = [texts["science"], "Initial image:", case.images[0], f"Condition: {case.fields['condition']}"]
+    condition = f"Condition: {case.fields['condition']}"
+    context: list[Part] = [texts["science"], "Initial image:", case.images[0], condition]
     answer = yield Ask(context)
     if paints:
         yield Paint([*context, answer, texts["science_image"]], "model_image_01.png", own=4)
@@ -95,7 +98,7 @@ def _math(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
         choices="\n".join(case.fields["choices"]) or "(none)",
         auxiliary=case.fields["auxiliary"] or "(none)",
     )
-    context = [instruction, "The figure:", case.images[0]]
+    context: list[Part] = [instruction, "The figure:", case.images[0]]
     if paints:
         overlay = yield Paint([*context, texts["math_image"]], "model_image_01.png")
         context += ["The figure with the auxiliary lines:", overlay]
@@ -103,7 +106,7 @@ def _math(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
 
 
 def _jigsaw(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
-    context = [texts["jigsaw"]]
+    context: list[Part] = [texts["jigsaw"]]
     for name, image in zip(("The picture:", "Candidate 0:", "Candidate 1:"), case.images, strict=True):
         context += [name, image]
     if paints:
@@ -119,7 +122,13 @@ def _maze(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
 
 
 def _sliding(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
-    context = [texts["sliding"], "As it is:", case.images[0], "As it must become:", case.images[1]]
+    context: list[Part] = [
+        texts["sliding"],
+        "As it is:",
+        case.images[0],
+        "As it must become:",
+        case.images[1],
+    ]
     return (yield from _steps(case, paints, texts, context))
 
 
@@ -164,6 +173,8 @@ class Run:
             self.waiting = self.steps.send(value)
         except StopIteration as end:
             self.waiting, self.text = None, end.value
+        except (OSError, ValueError) as error:  # a file of the data
+            self.stop(str(error))
 
     def stop(self, problem: str) -> None:
         self.steps.close()
@@ -183,20 +194,20 @@ def run_block(
     for run in runs:
         run.send(None)
     while waiting := [run for run in runs if run.waiting is not None]:
-        asking = [run for run in waiting if isinstance(run.waiting, Ask)]
+        asking = [(run, run.waiting) for run in waiting if isinstance(run.waiting, Ask)]
         if asking:
             _ask(pipe, asking, mode, max_new_tokens)
         else:
-            _paint(pipe, waiting, settings)
+            _paint(pipe, [(run, run.waiting) for run in waiting if isinstance(run.waiting, Paint)], settings)
     return runs
 
 
-def _ask(pipe: Pipeline, runs: Sequence[Run], mode: str, max_new_tokens: int) -> None:
+def _ask(pipe: Pipeline, waiting: Sequence[tuple[Run, Ask]], mode: str, max_new_tokens: int) -> None:
     ready = []
-    for run in runs:
+    for run, request in waiting:
         try:
-            ready.append((run, conversation(pipe, run.waiting.parts, first_image_only=mode == "torchumm")))
-        except TooLong as error:
+            ready.append((run, conversation(pipe, request.parts, first_image_only=mode == "torchumm")))
+        except ValueError as error:
             run.stop(str(error))
     if ready:
         answers = pipe.chat([messages for _, messages in ready], max_new_tokens=max_new_tokens)
@@ -204,38 +215,38 @@ def _ask(pipe: Pipeline, runs: Sequence[Run], mode: str, max_new_tokens: int) ->
             run.send(answer.text.strip())
 
 
-def _paint(pipe: Pipeline, runs: Sequence[Run], settings: Settings) -> None:
+def _paint(pipe: Pipeline, waiting: Sequence[tuple[Run, Paint]], settings: Settings) -> None:
     ready = []
-    for run in runs:
+    for run, request in waiting:
         try:
-            text, shortened = painting_prompt(pipe, run.waiting)
-        except TooLong as error:
+            text, shortened = painting_prompt(pipe, request)
+        except ValueError as error:
             run.stop(str(error))
             continue
         run.shortened += shortened
         case = run.case
         first = settings.seed + 100_000 * TASKS.index(case.task) + 100 * case.index
         run.seeds.append(first + len(run.images))
-        ready.append((run, text))
+        ready.append((run, request.name, text))
     if not ready:
         return
     images = pipe.generate(
-        [text for _, text in ready],
+        [text for _, _, text in ready],
         parallel_size=1,
         cfg_weight=settings.cfg_weight,
         num_inference_steps=settings.num_inference_steps,
-        seed=[run.seeds[-1] for run, _ in ready],
+        seed=[run.seeds[-1] for run, _, _ in ready],
         progress=False,
     ).images
-    for (run, _), image in zip(ready, images, strict=True):
-        run.images[run.waiting.name] = image
+    for (run, name, _), image in zip(ready, images, strict=True):
+        run.images[name] = image
         run.send(image)
 
 
 def conversation(pipe: Pipeline, parts: Sequence[Part], first_image_only: bool) -> list[dict[str, Any]]:
     """The parts as one message of the user: each picture where it stands, or the first one in front and no other.
 
-    Raises TooLong where the answer would have no position left.
+    Raises TooLong where the answer would have no position left, ValueError for an image that cannot be read.
     """
     tag = pipe.processor.tokenizer.image_tag
     images = [part for part in parts if not isinstance(part, str)]
@@ -243,13 +254,14 @@ def conversation(pipe: Pipeline, parts: Sequence[Part], first_image_only: bool) 
     if first_image_only:
         images = images[:1]
         texts = [tag] * len(images) + [text for text in texts if text != tag]
-    user = {"role": "User", "content": "\n".join(texts), "images": images}
+    for image in images:
+        if isinstance(image, Path):
+            read_image(image)
+    user: dict[str, Any] = {"role": "User", "content": "\n".join(texts), "images": images}
     messages = [user, {"role": "Assistant", "content": ""}]
     processor = pipe.processor
     needed = len(processor.tokenizer.encode(processor.template(messages)))
-    needed += len(images) * (
-        processor.num_image_tokens + 1
-    )  # a tag is one token already; begin and end come too
+    needed += len(images) * (processor.num_image_tokens + 1)  # a tag is one token; begin and end come too
     _check(pipe, needed + 1, "the question")
     return messages
 
@@ -262,19 +274,17 @@ def painting_prompt(pipe: Pipeline, request: Paint) -> tuple[str, list[dict[str,
     image_tokens = pipe.model.num_image_tokens  # t_emb takes the generation tag's place
     limit = pipe.model.config.llm.max_position_embeddings
 
-    def prompt(own: str | None) -> str:
+    def prompt(own: str) -> str:
         texts = [own if i == request.own else part for i, part in enumerate(request.parts)]
         return "\n".join(_plain(pipe, text) for text in texts if isinstance(text, str) and text)
 
-    def needed(own: str | None) -> int:
+    def needed(own: str) -> int:
         return len(pipe.processor.generation_prompt(prompt(own))[0]) + image_tokens
 
-    own = None if request.own is None else str(request.parts[request.own])
+    own = "" if request.own is None else str(request.parts[request.own])
     if needed(own) <= limit:
         return prompt(own), []
-    if not own:
-        _check(pipe, needed(own), "the prompt of the picture")
-    _check(pipe, needed(""), "the prompt of the picture without the explanation")
+    _check(pipe, needed(""), "the image's prompt" + " without the explanation" * bool(own))
     spans = [span for _, span in pipe.processor.tokenizer.encode_with_offsets(own) if span != (0, 0)]
     keep, most = 0, len(spans)
     while keep < most:  # the largest number of tokens that fits
@@ -302,12 +312,15 @@ def _plain(pipe: Pipeline, text: str) -> str:
 
 
 def is_done(folder: RunFolder, case: Case) -> bool:
-    """Whether a case is there whole: the marker, its record, and every picture that the record lists."""
+    """Whether a case is there whole: the marker, its record, and every image that the record lists."""
     here = folder.root / case.folder
-    if not (here / "_done.ok").is_file() or not (here / "result.json").is_file():
+    if not (here / "_done.ok").is_file():
         return False
-    record = read_json(here / "result.json")
-    return all(is_whole(here / name) for name in record.get("files", ()))
+    try:
+        files = read_json(here / "result.json").get("files", [])
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(files, list) and all(is_whole(here / str(name)) for name in files)
 
 
 def write_case(folder: RunFolder, run: Run, mode: str) -> None:

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: MIT
 """What the model is asked and what judges are told: our own wording of Uni-MMMU's instructions.
 
-The official texts are its authors'; these say the same in other words and ask for the same answer formats. Wording
-moves numbers: `override` takes texts from a JSON file, the official ones for instance, and the hash of what was used
-is stored. {names} in a text are filled in.
+The official texts are its authors'; these say the same in other words, ask for the same answer formats and have the
+same {placeholders}. Wording moves numbers: `read_wording` takes other texts out of the official script or a JSON
+file, and the hash of what was used is stored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
+
+from ..official_prompts import check_placeholders, read_prompts
 
 MOVES = "The only moves are up, down, left and right, one cell at a time."
 ANSWER = 'Answer with one line and nothing else: <ANSWER_JSON>["move", "move", ...]</ANSWER_JSON>'
@@ -65,75 +66,122 @@ JUDGES = {
     "science_text_system": "You grade answers in natural science, strictly and by the facts. Reply with JSON only.",
     "science_text": """A scene was changed by a condition, and a candidate explained what comes of it.
 
-reasoning_correct: 1 if the candidate's cause and mechanism are scientifically right for this condition and do \
-not contradict the reference, else 0.
-result_correct: 1 if the final state that the candidate describes is the reference's in all that matters, else 0.
+reasoning_correct: 1 if the candidate names the causes and mechanisms that lead from the condition to the final \
+state, without a wrong law or a contradiction; else 0.
+result_correct: 1 if the final state that the candidate describes can come of this scene and condition by science \
+and common sense; else 0. The reference is the expected answer, but another final state also counts if it is \
+scientifically sound and contradicts neither scene nor condition.
 
-Scene: (none)
+Scene: {scene}
 Condition: {condition}
-Reference: {truth}
-Candidate: {candidate}
+Reference: {gt_text}
+Candidate: {pred_text}
 
-Reply with {"reasoning_correct": 0 or 1, "result_correct": 0 or 1, "reason": "short"}.""",
-    "science_image_system": """You grade edits of images. An edit is right if the background and all that the \
-condition does not touch stay as they were, and what must change has changed as the target says. Reply with JSON \
-only.""",
+Reply with {"reasoning_correct": 0 or 1, "result_correct": 0 or 1}.""",
+    "science_image_system": """You grade edits of images: the first image is the scene before, the second the \
+candidate. The edit is right if the scene stays recognisably the same (viewpoint, main objects, surfaces) except \
+where the target asks for a change, and if it shows what the target says without contradiction. Style and small \
+differences in rendering do not matter. Reply with JSON only.""",
     "science_image": """Condition: {condition}
-Target: {truth}
-The first image is the scene before, the second the candidate.
+Target: {gt_text}
 
-Reply with {"image_correct": 0 or 1, "reason": "short"}.""",
-    "math_overlay_system": "You check auxiliary lines in geometric figures, strictly. Reply with JSON only.",
-    "math_overlay": """Auxiliary lines: {auxiliary}
-Three images: the figure, the figure with the right auxiliary lines, the candidate. overlay_ok is 1 if the \
-candidate is the same figure, unchanged, with just these lines between the right points, however they are \
-styled; else 0.
+Reply with {"image_correct": 0 or 1}.""",
+    "math_overlay_system": "You check auxiliary lines in geometric figures, strictly but fairly. Reply with JSON only.",
+    "math_overlay": """Auxiliary lines that must be drawn, all of them:
+{aux_en}
+
+Three images: the figure, the figure with the right auxiliary lines, the candidate. overlay_ok is 1 if every line is \
+in the candidate, between the right points or in the right relation; else 0. Further marks and letters do no harm \
+unless they change the meaning, nor do small shifts while it is clear what is meant.
 
 Reply with {"overlay_ok": 0 or 1, "overlay_reason": "short"}.""",
-    "math_text_system": "You check solutions and proofs in geometry, strictly. Reply with JSON only.",
-    "math_text": """Type: {type}
+    "math_text_system": "You check solutions and proofs in geometry, rigorously. Reply with JSON only.",
+    "math_text": """Type: {task_type}
 Problem: {problem}
-Reference solution: {truth}
-Candidate: {candidate}
+Reference solution, which need not be the only way: {gt_text}
+Candidate: {cand_text}
 
-reasoning_rigorous: 1 if every step of the candidate follows and none that is needed is missing. \
-conclusion_correct: 1 if it ends where the reference ends. calc_numeric_match: for CALCULATION, 1 if the values \
-are equal. text_ok: 1 only if reasoning_rigorous and conclusion_correct are both 1.
+reasoning_rigorous: 1 if the candidate has no major gap and no false claim.
+conclusion_correct: 1 if, for CALCULATION, its final number equals the reference's (form and units do not matter, nor \
+does the letter of a choice); for PROVING, if it establishes the claim, in whatever valid steps.
+calc_numeric_match: for CALCULATION, 1 if the numbers are equal; else null.
+text_ok: 1 only if reasoning_rigorous and conclusion_correct are both 1.
 
-Reply with {"reasoning_rigorous": 0 or 1, "conclusion_correct": 0 or 1, "calc_numeric_match": 0 or 1, "text_ok": \
-0 or 1, "text_reason": "short"}.""",
-    "code_image": """The first image is the reference rendering of a drawing, the second a candidate. Judge two \
-things with whole numbers from 0 (nothing right) to 5 (all right):
-shape_color_accuracy: are the shapes there, in number, kind and colour?
-position_accuracy: are they where they belong, in the right sizes and overlaps?
+Reply with {"reasoning_rigorous": 0 or 1, "conclusion_correct": 0 or 1, "calc_numeric_match": 0, 1 or null, \
+"text_ok": 0 or 1, "text_reason": "short"}.""",
+    "code_image": """The first image is the reference rendering of an SVG drawing of circles, polygons, lines and \
+curves, the second a candidate. Give two scores, whole numbers from 0 (nothing right) over 3 (about half) to 5 (all \
+right but for traces of rendering):
+shape_color_accuracy: are the same shapes there, in kind, number of sides and count, which must be exact, and in \
+colours of the same family? A missing or additional shape, or any text that is not in the reference, costs points.
+position_accuracy: are they where they belong: order, alignment, spacing, rotation, size on the canvas, and which \
+shape lies over which?
+Thin strokes that differ by a pixel, and noise, do not matter.
 verdict: "match" if both are at least 4; "partial" if both are at least 2, or one is at least 4 and the other at \
 least 1; else "mismatch".
 
 Reply with JSON only: {"shape_color_accuracy": 0, "position_accuracy": 0, "verdict": "...", "explanation": "short"}.""",
     "code_text": """The image is the reference rendering of a drawing; a candidate described it without seeing \
-it. text_semantic_match is 1 if the description names the main shapes, their colours and their arrangement \
-without a contradiction to the image, else 0.
+it. text_semantic_match is 1 only if all of this holds: the kinds of shapes and their counts are right (a polygon \
+with its number of sides), the colours are of the right family, and the arrangement (place, order, spacing, \
+rotation, overlaps) is right in words that a person would use. Traces of rendering do not matter.
 
 Reply with JSON only: {"text_semantic_match": 0 or 1, "explanation": "short"}.""",
 }
+# Placeholders without which whoever reads the text could not know what it is about.
+PROMPTS_NEED: dict[str, tuple[str, ...]] = {
+    "math": ("problem", "choices", "auxiliary"),
+    "jigsaw_image": ("candidate",),
+    "plan": ("step",),
+    "frame": ("step",),
+}
+JUDGES_NEED: dict[str, tuple[str, ...]] = {
+    "science_text": ("condition", "gt_text", "pred_text"),
+    "science_image": ("condition", "gt_text"),
+    "math_overlay": ("aux_en",),
+    "math_text": ("task_type", "problem", "gt_text", "cand_text"),
+}
+JUDGES_PLACES = {  # of the judges' texts in the official eval_ummmu.py
+    "science_text_system": "science.text_system",
+    "science_text": "science.text_user_tmpl",
+    "science_image_system": "science.image_system",
+    "science_image": "science.image_user_tmpl",
+    "math_overlay_system": "geometry.system_overlay",
+    "math_overlay": "geometry.overlay_user_tmpl",
+    "math_text_system": "geometry.system_text",
+    "math_text": "geometry.text_user_tmpl",
+    "code_image": "code_svg.image_prompt",
+    "code_text": "code_svg.text_prompt",
+}
 
 
-def fill(text: str, **values: object) -> str:
-    """`text` with each {name} of `values` replaced, in one pass; other braces stay."""
-    if not values:
-        return text
-    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: str(values[match[1]]), text)
+OFFICIAL_SHA256 = "bc3ac7c4f5f7d6584f7a81627076be5ff0ea86476c379626253c56417835cd95"  # of its judges' texts
 
 
-def override(texts: Mapping[str, str], path: str | Path | None) -> dict[str, str]:
-    """`texts` with those that the JSON object in `path` names. ValueError for a name that is not one of them."""
-    if path is None:
-        return dict(texts)
-    given = json.loads(Path(path).read_text(encoding="utf-8"))
-    good = isinstance(given, dict) and all(isinstance(value, str) for value in given.values())
-    if not good or set(given) - set(texts):
-        raise ValueError(f"{path}: an object from names to texts is needed; names are {', '.join(texts)}")
-    return dict(texts) | given
+def model_wording(path: str | Path | None) -> dict[str, str]:
+    """PROMPTS, with those texts in their place that the JSON file `path` has. ValueError as `read_prompts`."""
+    if path is not None and Path(path).suffix != ".json":
+        raise ValueError(
+            f"{path}: the model's prompts come from a .json file with names as in uni_mmmu/prompts.py"
+        )
+    return _wording(PROMPTS, path, dict.fromkeys(PROMPTS, ""), PROMPTS_NEED)
+
+
+def judge_wording(path: str | Path | None) -> dict[str, str]:
+    """JUDGES, or the official texts out of eval_ummmu.py, or those in a JSON file in place of ours."""
+    return _wording(JUDGES, path, JUDGES_PLACES, JUDGES_NEED)
+
+
+def _wording(
+    own: Mapping[str, str],
+    path: str | Path | None,
+    places: Mapping[str, str],
+    needed: Mapping[str, tuple[str, ...]],
+) -> dict[str, str]:
+    texts = dict(own) | ({} if path is None else read_prompts(path, places))
+    for name, placeholders in needed.items():
+        check_placeholders(texts[name], placeholders, f"{path}: {name}")
+    return texts
 
 
 def prompts_hash(texts: Mapping[str, str]) -> str:

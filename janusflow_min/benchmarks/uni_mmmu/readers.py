@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...files import parse_json
+
 SOURCES = {  # task, named as its output folder -> what it is read from
     "science": "science/dim_all.json",
     "math": "math_data/filtered.json",
@@ -33,6 +35,7 @@ RELEASED = {
     "sliding": 84,
     "code": 200,
 }  # second-hand
+MOST_MOVES = 99
 DEMONSTRATION = "00015"  # the maze that the official run shows as its example and so leaves out
 
 
@@ -99,10 +102,10 @@ def _code(root: Path, source: Path) -> Iterator[Case]:
     for i, sample in enumerate(_list(_json(source), "samples", source)):
         place = f"{source}, samples[{i}]"
         identity, svg = _text(sample, "id", place), _text(sample, "svg", place)
-        png = sample.get("png") or None
+        png = _optional(sample, "png", place)
         path = _path(root, source.parent, svg, place)
-        reference = None if png is None else _path(root, source.parent, str(png), place, must=False)
-        fields = {"svg": svg, "png": png or "", "difficulty": sample.get("difficulty", "")}
+        reference = _find(root, source.parent, png)[0] if png else None
+        fields = {"svg": svg, "png": png, "difficulty": sample.get("difficulty", "")}
         yield Case(
             "code",
             i,
@@ -118,15 +121,19 @@ def _science(root: Path, source: Path) -> Iterator[Case]:
         raise ValueError(f"{source}: an array of blocks is needed, got {type(blocks).__name__}")
     samples = []
     for b, block in enumerate(blocks):
+        if not isinstance(block, dict):
+            raise ValueError(f"{source}, block {b} must be an object, got {type(block).__name__}")
         levels = {"level_1": block.get("level_1_category"), "level_2": block.get("level_2_category")}
         for s, sample in enumerate(_list(block, "samples", f"{source}, block {b}")):
             samples.append((sample, levels, f"{source}, block {b}, samples[{s}]"))
     for i, (sample, levels, place) in enumerate(samples):
-        paths, condition = sample.get("input_image_file_path_list"), sample.get("input_prompt")
-        usable = isinstance(paths, list) and bool(paths) and isinstance(condition, str) and bool(condition)
-        images = (_path(root, source.parent, str(paths[0]), place),) if usable else ()
-        fields = {"condition": condition.strip() if usable else "", "meta": levels}
-        truth = {"text": sample.get("output_prompt") or ""}
+        paths = sample.get("input_image_file_path_list")
+        condition = _optional(sample, "input_prompt", place).strip()
+        first = paths[0] if isinstance(paths, list) and paths else None
+        usable = first is not None and bool(condition)
+        images = (_path(root, source.parent, first, place),) if usable else ()
+        fields = {"condition": condition, "meta": levels}
+        truth = {"text": _optional(sample, "output_prompt", place)}
         yield Case("science", i, f"case_{i + 1:02d}", fields, images, truth, usable)
 
 
@@ -141,22 +148,22 @@ def _math(root: Path, source: Path) -> Iterator[Case]:
         place = f"{source}, {big}/{small}"
         if not isinstance(item, dict):
             raise ValueError(f"{place}: an object is needed, got {type(item).__name__}")
-        problem = item.get("problem_text_en") or item.get("problem_text")
+        problem = _optional(item, "problem_text_en", place) or _optional(item, "problem_text", place)
         if not problem:
             raise ValueError(f"{place}: problem_text_en and problem_text are both missing")
         choices = item.get("choices_en")
         fields = {
             "big_key": big,
             "small_key": small,
-            "type": item.get("type") or "",
+            "type": _optional(item, "type", place),
             "problem": problem,
             "choices": [str(choice) for choice in choices] if isinstance(choices, list) else [],
-            "auxiliary": (item.get("auxiliary_text_en") or "").strip(),
+            "auxiliary": _optional(item, "auxiliary_text_en", place).strip(),
         }
-        overlay = item.get("auxiliary_image")
+        overlay = _optional(item, "auxiliary_image", place)
         truth = {
-            "text": item.get("solution_en") or item.get("solution") or "",
-            "overlay": _path(root, source.parent, overlay, place, must=False) if overlay else None,
+            "text": _optional(item, "solution_en", place) or _optional(item, "solution", place),
+            "overlay": _find(root, source.parent, overlay)[0] if overlay else None,
         }
         image = _path(root, source.parent, _text(item, "original_image", place), place)
         yield Case("math", i, f"{safe_name(big)}__{safe_name(small)}", fields, (image,), truth)
@@ -173,9 +180,9 @@ def _jigsaw(root: Path, source: Path) -> Iterator[Case]:
             raise ValueError(f"{place}: candidate_paths must be two paths, got {candidates!r}")
         panel = item.get("ref_panel")
         reference = _text(panel if isinstance(panel, dict) else {}, "ref_image_path", f"{place}, ref_panel")
-        images = tuple(_path(root, source.parent, str(path), place) for path in (reference, *candidates))
+        images = tuple(_path(root, source.parent, path, place) for path in (reference, *candidates))
         finished = [
-            _path(root, source.parent, str(item[key]), place, must=False) if item.get(key) else None
+            _find(root, source.parent, str(item[key]))[0] if item.get(key) else None
             for key in ("gt_completed_2x2_path", "gt_wrong_2x2_path")
         ]
         slots = finished if label == 0 else finished[::-1]  # what painting with candidate 0 and 1 should give
@@ -190,10 +197,8 @@ def _maze(root: Path, source: Path) -> Iterator[Case]:
             raise ValueError(f"{first.parent}: a folder like maze_6x6_00015_steps is needed")
         answer = first.parent.parent / f"{match[1]}_steps_{match[2]}.json"
         steps = _json(answer)
-        moves = steps.get("steps_long") or steps.get("steps") or []
-        if not isinstance(moves, list) or not moves:
-            raise ValueError(f"{answer}: steps_long must be a list of moves, got {moves!r}")
-        truth = {"moves": [str(move).lower() for move in moves]}
+        moves = _moves(steps, ("steps_long", "steps"), answer)
+        truth = {"moves": [move.lower() for move in moves]}
         yield Case("maze", i, f"case_{match[2]}", {"steps": len(moves)}, (first,), truth)
 
 
@@ -206,13 +211,13 @@ def _sliding(root: Path, source: Path) -> Iterator[Case]:
         where = first_of(item, "steps_dir", "step_dir", "steps_path")
         frames: list[Path] = []
         if where is not None:
-            folder = _path(root, source.parent, str(where), place, folder=True)
+            folder = _path(root, source.parent, where, place, folder=True)
             frames = sorted(folder.glob("demo_step_*.png"))
             name = folder.name
         else:
             name = str(first_of(item, "case_name", "id") or f"{i:05d}")
         if len(frames) >= 2:
-            images = (frames[0], frames[-1])
+            images: tuple[Path, ...] = (frames[0], frames[-1])
         else:
             keys = (("initial_png", "init_png", "init"), ("final_png", "goal_png", "final"))
             named = [first_of(item, *names) for names in keys]
@@ -220,14 +225,14 @@ def _sliding(root: Path, source: Path) -> Iterator[Case]:
                 raise ValueError(
                     f"{place}: neither two demo_step_*.png in steps_dir nor initial and final image"
                 )
-            images = tuple(_path(root, source.parent, str(path), place) for path in named)
+            images = tuple(_path(root, source.parent, path, place) for path in named)
         answer = first_of(item, "steps_words_json", "gt_json", "json")
         if answer is None:
             raise ValueError(f"{place}: steps_words_json is missing")
-        path = _path(root, source.parent, str(answer), place)
-        moves = _list(_json(path), "steps_words", path)
+        path = _path(root, source.parent, answer, place)
+        moves = _moves(_json(path), ("steps_words",), path)
         truth = {
-            "moves": [str(move) for move in moves],
+            "moves": moves,
             "frames": tuple(f for f in sorted(images[0].parent.glob("*.png")) if "0000" not in f.name),
         }
         yield Case("sliding", i, f"case_{safe_name(name)}", {"steps": len(moves)}, images, truth)
@@ -247,17 +252,32 @@ READERS = {
 
 
 def _json(path: Path) -> Any:
+    value = parse_json(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} holds half of a UTF-16 pair, which is no text") from None
+    return value
 
 
 def _list(value: Any, key: str, place: Any) -> list[dict[str, Any]]:
+    """A list of objects."""
     found = value.get(key) if isinstance(value, dict) else None
     if not isinstance(found, list):
         raise ValueError(f"{place}: {key} must be a list, got {type(found).__name__}")
+    for i, item in enumerate(found):
+        if not isinstance(item, dict):
+            raise ValueError(f"{place}: {key}[{i}] must be an object, got {type(item).__name__}")
     return found
+
+
+def _moves(value: Any, keys: Sequence[str], place: Any) -> list[str]:
+    """Texts; seeds allow so many images a case."""
+    found = next((value[key] for key in keys if value.get(key)), None) if isinstance(value, dict) else None
+    if not isinstance(found, list) or len(found) > MOST_MOVES:
+        got = f"{len(found)}" if isinstance(found, list) else repr(found)[:80]
+        raise ValueError(f"{place}: {keys[0]} must be a list of 1 to {MOST_MOVES} moves, got {got}")
+    return [str(move) for move in found]
 
 
 def _text(value: Mapping[str, Any], key: str, place: str) -> str:
@@ -267,16 +287,27 @@ def _text(value: Mapping[str, Any], key: str, place: str) -> str:
     return found
 
 
-def _path(
-    root: Path, folder_: Path, stored: str, place: str, must: bool = True, folder: bool = False
-) -> Path | None:
-    """A stored path on this machine; where nothing is there, ValueError if it `must`, else None."""
+def _optional(value: Mapping[str, Any], key: str, place: str) -> str:
+    found = value.get(key) or ""
+    if not isinstance(found, str):
+        raise ValueError(f"{place}: {key} must be a text, got {type(found).__name__}")
+    return found
+
+
+def _path(root: Path, beside: Path, stored: Any, place: str, folder: bool = False) -> Path:
+    """A stored path on this machine. ValueError where nothing is there."""
+    found, tried = _find(root, beside, str(stored), folder)
+    if found is None:
+        raise ValueError(f"{place}: {stored} is not there; tried {', '.join(map(str, tried))}")
+    return found
+
+
+def _find(root: Path, beside: Path, stored: str, folder: bool = False) -> tuple[Path | None, list[Path]]:
+    """(where it lies, where it was looked for)."""
     path = Path(stored)
     inner = re.sub(r"^(\./)?data/", "", path.as_posix())
-    tried = [path] if path.is_absolute() else [root / inner, folder_ / path]
+    tried = [path] if path.is_absolute() else [root / inner, beside / path]
     for candidate in tried:
         if candidate.is_dir() if folder else candidate.is_file():
-            return candidate
-    if must:
-        raise ValueError(f"{place}: {stored} is not there; tried {', '.join(map(str, tried))}")
-    return None
+            return candidate, tried
+    return None, tried

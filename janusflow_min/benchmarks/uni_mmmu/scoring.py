@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Uni-MMMU's scoring: rules at once, judges where they are given, one table of 14 numbers and no total.
 
-A *leg* is one task's texts or pictures. A leg without its judge, or whose pictures the mode does not paint, is not
-run. A case that is not generated, or about which a judge was never reached, is left out and makes its leg partial: the
-leg then has a value with its counts, and an empty place in the table. A judge's answer without usable JSON counts 0,
-as officially, where judges are greedy and asked once.
+A *leg* is one task's texts or images. A leg without its judge, or whose images the mode does not generate, is not
+run. A case that is not there, or about which a judge gave no answer, is left out and makes its leg partial: the leg
+then has a value with its counts, and an empty place in the table. A judge's answer without usable JSON counts 0, as
+officially, where judges are greedy and asked once.
 
 Files, official names: `eval/TASK/eval_summary.json` with eval_details.json (math, science, code) or `summary.json` with
 a CSV (jigsaw, maze, sliding), `eval/all_tasks_summary.json` and .csv.
@@ -12,178 +12,28 @@ a CSV (jigsaw, maze, sliding), `eval/all_tasks_summary.json` and .csv.
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from PIL import Image
 
-from ..runner import RunFolder, sha256
+from ...files import read_json
+from ..official_prompts import fill
+from ..reading import read_image
+from ..runner import RunFolder
 from . import boards, rules
 from .generation import is_done
-from .prompts import fill, prompts_hash
+from .judging import Job, Judging
 from .readers import Case
 
-if TYPE_CHECKING:
-    from ..judges import Chat
-
-WIDEST = 2048  # px of an image that a judge is sent
-ANSWER_TOKENS = {"science_text": 1024, "math_text": 32767}  # of a judge's answer; other legs have 512
-TEXT_LEGS = ("math_text",)  # judged by the language model; the others by the one that sees
-MEASURED = {  # column of the table -> task, key of its records
-    "jigsaw_image": ("jigsaw", "d_mean"),
-    "jigsaw_text": ("jigsaw", "text_correct"),
-    "maze_image": ("maze", "img_frame_acc"),
-    "maze_text": ("maze", "text_frame_acc"),
-    "sliding_image": ("sliding", "img_frame_acc"),
-    "sliding_text": ("sliding", "text_frame_acc"),
-    "math_overlay": ("math", "overlay_ok"),
-    "math_text": ("math", "text_ok"),
-    "science_reasoning": ("science", "reasoning_correct"),
-    "science_result": ("science", "result_correct"),
-    "science_image": ("science", "image_correct"),
-    "code_text": ("code", "text_semantic_match"),
-    "code_shape_color": ("code", "shape_color_accuracy"),
-    "code_position": ("code", "position_accuracy"),
-}
 Record = dict[str, Any]
 
 
-class Distance(Protocol):
-    """How different two pictures look: 0 is the same, 1 the penalty for a picture that is not there."""
-
-    name: str
-
-    def __call__(self, a: Image.Image, b: Image.Image) -> float: ...
-
-
-class DreamSim:
-    """DreamSim's ensemble, the official distance. Needs `pip install dreamsim`, which downloads its weights."""
-
-    name = "DreamSim ensemble"
-
-    def __init__(self, cache: str | Path, device: str = "auto"):
-        from ...loading import pick_device
-
-        try:
-            from dreamsim import dreamsim
-        except ImportError:
-            raise ImportError("the jigsaw's pictures need DreamSim: pip install dreamsim") from None
-        self.device = pick_device(device)
-        self.model, self.prepare = dreamsim(pretrained=True, device=str(self.device), cache_dir=str(cache))
-
-    def __call__(self, a: Image.Image, b: Image.Image) -> float:
-        import torch
-
-        pair = [self.prepare(image.convert("RGB")).to(self.device) for image in (a, b)]
-        with torch.inference_mode():
-            return float(self.model(*pair).item())
-
-
-@dataclass(frozen=True)
-class Job:
-    """One question to a judge. key: unique in its leg."""
-
-    key: str
-    text: str
-    images: Sequence[Path] = ()
-    after: str = ""  # text behind the images
-
-
-@dataclass
-class Judging:
-    """What scoring has at hand, and what it met. chats: leg -> its judge; a leg without one is not run."""
-
-    folder: RunFolder
-    texts: Mapping[str, str]  # as prompts.JUDGES
-    chats: Mapping[str, Chat] = field(default_factory=dict)
-    distance: Distance | None = None
-    strip_think: bool = True
-    concurrency: int = 8
-    attempts: int = 3
-    wait: float = 1.0
-    progress: bool = True
-    failures: dict[str, str] = field(default_factory=dict)  # leg/key -> why there is no answer
-    unusable: list[str] = field(default_factory=list)  # leg/key of answers without JSON
-
-    def ask(self, leg: str, jobs: Sequence[Job]) -> dict[str, Mapping[str, Any] | None]:
-        """key -> the reply's JSON, None where it had none. Keys without any answer are absent."""
-        from ..chat import Question, judge_all
-        from ..judges import Records
-
-        wording = {name: text for name, text in self.texts.items() if name in (leg, f"{leg}_system")}
-        identity = {
-            "judge": self.chats[leg].name,
-            "prompt_sha256": prompts_hash(wording),
-            "strip_think": self.strip_think,
-        }
-
-        def parse(text: str) -> dict[str, Any]:
-            reply = rules.first_object(text, self.strip_think)
-            return {"reply": reply if isinstance(reply, dict) else None}
-
-        records = Records(self.folder.root / "eval" / f"judge_{leg}.jsonl", "key", identity)
-        questions = [
-            Question(job.key, _seen(job), lambda job=job: _messages(job, wording.get(f"{leg}_system")))
-            for job in jobs
-        ]
-        try:
-            failures = judge_all(
-                self.chats[leg],
-                questions,
-                parse,
-                records,
-                self.concurrency,
-                self.attempts,
-                self.progress,
-                self.wait,
-            )
-        finally:
-            records.close()
-        self.failures |= {f"{leg}/{key}": reason for key, reason in failures.items()}
-        replies = {q.key: records.entries[q.key]["reply"] for q in questions if records.has(q.key, q.sha256)}
-        self.unusable += [f"{leg}/{key}" for key, reply in replies.items() if reply is None]
-        return replies
-
-
-def _seen(job: Job) -> str:
-    content = "\0".join([job.text, *map(sha256, job.images), job.after])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _messages(job: Job, system: str | None) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [{"type": "text", "text": job.text}, *map(image_part, job.images)]
-    if job.after:
-        parts.append({"type": "text", "text": job.after})
-    content = parts if job.images else job.text
-    return [
-        *([{"role": "system", "content": system}] if system else []),
-        {"role": "user", "content": content},
-    ]
-
-
-def image_part(path: Path) -> dict[str, Any]:
-    """An image file for a judge: at most 2048 px wide; PNG stays PNG and what is transparent becomes it."""
-    with Image.open(path) as image:
-        form = "PNG" if image.format == "PNG" or image.mode in ("RGBA", "LA", "P") else "JPEG"
-        if image.width > WIDEST:
-            image = image.resize((WIDEST, max(1, int(image.height * WIDEST / image.width))), Image.LANCZOS)
-        buffer = io.BytesIO()
-        (image if form == "PNG" else image.convert("RGB")).save(buffer, form)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/{form.lower()};base64,{data}"}}
-
-
-# Tasks -----------------------------------------------------------------------
-
-
 def score_task(task: str, cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
-    """A record for every case, of maze and sliding for every candidate. paints: its pictures are the model's.
+    """A record for every case, of maze and sliding for every candidate. paints: its images are the model's.
 
     A key that a leg did not measure is absent; "status" is ok, missing or what is wrong.
     """
@@ -191,10 +41,20 @@ def score_task(task: str, cases: Sequence[Case], paints: bool, judging: Judging)
 
 
 def _start(cases: Sequence[Case], judging: Judging) -> tuple[list[Record], dict[str, Record], list[Case]]:
-    """All records, those of cases that are there by name, and these cases."""
+    """All records, those of cases that are there by name, and these cases.
+
+    There is what the run marked as done. official_compat: every case that has a folder, of the jigsaw every one that
+    the run's own summary lists.
+    """
     records, there = [], []
+    listed = _listed(judging.folder) if judging.official_compat and cases[0].task == "jigsaw" else None
     for case in cases:
-        done = case.usable and is_done(judging.folder, case)
+        if not judging.official_compat:
+            done = case.usable and is_done(judging.folder, case)
+        elif listed is not None:
+            done = case.fields["id"] in listed
+        else:
+            done = (judging.folder.root / case.folder).is_dir()
         records.append({"id": case.name, "status": "ok" if done else "missing"})
         if done:
             there.append(case)
@@ -203,9 +63,14 @@ def _start(cases: Sequence[Case], judging: Judging) -> tuple[list[Record], dict[
     return records, {record["id"]: record for record in records}, there
 
 
-def _text(case: Case, judging: Judging) -> str:
+def _listed(folder: RunFolder) -> set[str]:
+    summary = read_json(folder.root / "jigsaw" / "summary.json")
+    return {item["id"] for item in summary.get("per_item", [])}
+
+
+def _text(case: Case, judging: Judging) -> str | None:
     path = judging.folder.root / case.folder / "model_text.txt"
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def _images(case: Case, judging: Judging) -> list[Path]:
@@ -218,26 +83,27 @@ def _code(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]
     if "code_text" in judging.chats:
         jobs = []
         for case in there:
-            summary = rules.render_summary(_text(case, judging))
-            if summary and references[case.name]:
+            summary = rules.render_summary(_text(case, judging) or "")
+            reference = references[case.name]
+            if summary and reference:
                 after = f"Candidate description:\n{summary}"
-                jobs.append(Job(case.name, judging.texts["code_text"], [references[case.name]], after))
+                jobs.append(Job(case.name, judging.texts["code_text"], [reference], after))
             else:
                 by_name[case.name]["text_semantic_match"] = 0
-        for name, reply in judging.ask("code_text", jobs).items():
-            by_name[name]["text_semantic_match"] = rules.truth(reply, "text_semantic_match")
+        judging.judge("code_text", jobs, by_name)
     if "code_image" in judging.chats:
-        pictures = {case.name: _images(case, judging) if references[case.name] else [] for case in there}
+        images = {case.name: _images(case, judging) if references[case.name] else [] for case in there}
         jobs = [
-            Job(f"{name}#{i}", judging.texts["code_image"], [references[name], path])
-            for name, paths in pictures.items()
+            Job(f"{name}#{i}", judging.texts["code_image"], [reference, path])
+            for name, paths in images.items()
+            if (reference := references[name]) is not None
             for i, path in enumerate(paths)
         ]
         replies = judging.ask("code_image", jobs)
-        for name, paths in pictures.items():
+        for name, paths in images.items():
             keys = [f"{name}#{i}" for i in range(len(paths))]
             if all(key in replies for key in keys):
-                by_name[name] |= rules.best_of([replies[key] for key in keys])
+                by_name[name] |= rules.best_of([replies[key] for key in keys], judging.official_compat)
     return records
 
 
@@ -263,105 +129,110 @@ def _reference(case: Case, judging: Judging) -> Path | None:
 
 def _science(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
-    unusable = [case.name for case in cases if not case.usable]
+    lost = [case.name for case in cases if case not in there and (judging.official_compat or not case.usable)]
     if "science_text" in judging.chats:
-        for name in unusable:  # the official scorer counts every sample
+        for name in lost:  # the official scorer counts every sample
             by_name[name] |= {"reasoning_correct": 0, "result_correct": 0}
         jobs = []
         for case in there:
             text, truth = _text(case, judging), case.truth["text"]
-            if text.strip() and truth:
+            if truth and (text is not None if judging.official_compat else (text or "").strip()):
                 filled = fill(
                     judging.texts["science_text"],
-                    condition=case.fields["condition"],
-                    truth=truth,
-                    candidate=text,
+                    scene="(none)",
+                    condition=case.fields["condition"] or "(none)",
+                    gt_text=truth,
+                    pred_text=text,
                 )
                 jobs.append(Job(case.name, filled))
             else:
                 by_name[case.name] |= {"reasoning_correct": 0, "result_correct": 0}
-        for name, reply in judging.ask("science_text", jobs).items():
-            keys = ("reasoning_correct", "result_correct")
-            by_name[name] |= {key: rules.truth(reply, key) for key in keys}
+        judging.judge("science_text", jobs, by_name)
     if paints and "science_image" in judging.chats:
-        for name in unusable:
+        for name in lost:
             by_name[name]["image_correct"] = 0
         jobs = []
         for case in there:
             paths = _images(case, judging)
-            if paths:
+            if paths and case.images:
                 filled = fill(
                     judging.texts["science_image"],
                     condition=case.fields["condition"],
-                    truth=case.truth["text"],
+                    gt_text=case.truth["text"],
                 )
                 jobs.append(Job(case.name, filled, [case.images[0], paths[0]]))
             else:
                 by_name[case.name]["image_correct"] = 0
-        for name, reply in judging.ask("science_image", jobs).items():
-            by_name[name]["image_correct"] = rules.truth(reply, "image_correct")
+        judging.judge("science_image", jobs, by_name)
     return records
 
 
 def _math(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
+    if paints or judging.official_compat:  # officially an error of the data, not scored
+        for case in there:
+            if case.truth["overlay"] is None:
+                by_name[case.name]["status"] = "no auxiliary_image in the data"
+        there = [case for case in there if case.truth["overlay"] is not None]
     if paints and "math_overlay" in judging.chats:
         jobs = []
         for case in there:
-            paths, truth = _images(case, judging), case.truth["overlay"]
-            if truth is None:  # officially an error of the data, not scored
-                by_name[case.name]["status"] = "no auxiliary_image in the data"
-            elif paths:
-                auxiliary = case.fields["auxiliary"] or "(none)"
-                filled = fill(judging.texts["math_overlay"], auxiliary=auxiliary)
-                jobs.append(Job(case.name, filled, [case.images[0], truth, paths[0]]))
+            paths = _images(case, judging)
+            if paths:
+                filled = fill(judging.texts["math_overlay"], aux_en=case.fields["auxiliary"] or "(none)")
+                jobs.append(Job(case.name, filled, [case.images[0], case.truth["overlay"], paths[0]]))
             else:
                 by_name[case.name]["overlay_ok"] = 0
-        for name, reply in judging.ask("math_overlay", jobs).items():
-            by_name[name]["overlay_ok"] = rules.truth(reply, "overlay_ok")
+        judging.judge("math_overlay", jobs, by_name)
     if "math_text" in judging.chats:
         jobs = []
         for case in there:
             kind = "CALCULATION" if case.fields["type"].lower().startswith("calc") else "PROVING"
             filled = fill(
                 judging.texts["math_text"],
-                type=kind,
+                task_type=kind,
                 problem=case.fields["problem"],
-                truth=case.truth["text"],
-                candidate=_text(case, judging),
+                gt_text=case.truth["text"],
+                cand_text=_text(case, judging) or "",
             )
             jobs.append(Job(case.name, filled))
-        for name, reply in judging.ask("math_text", jobs).items():
-            keys = ("reasoning_rigorous", "conclusion_correct", "calc_numeric_match", "text_ok")
-            by_name[name] |= {key: rules.truth(reply, key) for key in keys}
+        judging.judge("math_text", jobs, by_name)
     return records
 
 
 def _jigsaw(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
     for case in there:
-        choice, status = rules.choice(_text(case, judging))
+        choice, status = rules.choice(_text(case, judging) or "", judging.official_compat)
         record = by_name[case.name]
         record |= {"label": case.truth["label"], "choice": choice, "text_status": status}
         record["text_correct"] = int(choice == case.truth["label"])
         if paints and judging.distance is not None:
-            paths, slots = _images(case, judging), case.truth["slots"]
-            if None in slots:
-                raise ValueError(f"{case.name}: the finished pictures are not in the data")
-            if len(paths) == 2:
-                pairs = [
-                    judging.distance(Image.open(a), Image.open(b)) for a, b in zip(paths, slots, strict=True)
-                ]
-                record |= {"image_status": "ok", "d0": pairs[0], "d1": pairs[1], "d_mean": sum(pairs) / 2}
-            else:
-                record |= {"image_status": f"{len(paths)} images, 2 are needed", "d_mean": 1.0}
+            record |= _jigsaw_distance(case, judging)
     return records
+
+
+def _jigsaw_distance(case: Case, judging: Judging) -> Record:
+    """1, the penalty, where there are not two images. An image that cannot be read: {}, officially the penalty."""
+    paths, slots = _images(case, judging), case.truth["slots"]
+    if len(paths) != 2:
+        return {"image_status": f"{len(paths)} images, 2 are needed", "d_mean": 1.0}
+    assert judging.distance is not None
+    if None in slots:
+        judging.failures[f"jigsaw/{case.name}"] = "the finished images are not in the data"
+    opened = [judging.open(path) for path in (*paths, *slots) if path is not None]
+    images = [image for image in opened if image is not None]
+    if len(images) < 4:
+        return {"image_status": "unreadable", "d_mean": 1.0} if judging.official_compat else {}
+    d0, d1 = judging.distance(images[0], images[2]), judging.distance(images[1], images[3])
+    return {"image_status": "ok", "d0": d0, "d1": d1, "d_mean": (d0 + d1) / 2}
 
 
 def _candidates(case: Case, judging: Judging) -> list[tuple[str, list[Path]]]:
     """(text, frames) of each candidate."""
     here = judging.folder.root / case.folder
-    texts = _text(case, judging).split(rules.CANDIDATES)
+    text = _text(case, judging)
+    texts = [] if text is None else text.split(rules.CANDIDATES)
     folders = sorted(path for path in here.glob("cand_*") if path.is_dir())
     return [
         (
@@ -372,36 +243,61 @@ def _candidates(case: Case, judging: Judging) -> list[tuple[str, list[Path]]]:
     ]
 
 
+def _grids(
+    paths: Sequence[Path], judging: Judging, read: Callable[[Image.Image], boards.Grid], unclear: bool
+) -> list[boards.Grid] | None:
+    """The boards in the images; where one cannot be read, it is unclear, or all is None."""
+    grids: list[boards.Grid] = []
+    for path in paths:
+        try:
+            grids.append(read(read_image(path)))
+        except ValueError as error:
+            judging.failures[str(path)] = str(error)
+            if not unclear:
+                return None
+            grids.append([["?"]])
+    return grids
+
+
 def _maze(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
+    compat = judging.official_compat
     for case in there:
-        first = boards.parse_maze(Image.open(case.images[0]))
-        if first.start is None:  # officially skipped
+        image = judging.open(case.images[0])
+        first = boards.parse_maze(image, compat) if image else boards.Maze([], None, None)
+        if first.start is None:  # officially skipped too
             by_name[case.name]["status"] = f"no agent found in {case.images[0]}"
             continue
         records.remove(by_name[case.name])
         for i, (text, paths) in enumerate(_candidates(case, judging), 1):
             truth = case.truth["moves"]
-            record = {"id": case.name, "status": "ok", "cand_idx": i}
-            record |= rules.score_moves(rules.moves(text), truth)
+            record: Record = {"id": case.name, "status": "ok", "cand_idx": i}
+            record |= rules.score_moves(rules.moves(text, compat), truth)
             if paints:
-                frames = [boards.parse_maze(Image.open(path)).grid for path in paths]
-                record |= rules.score_maze_frames(frames, first, truth)
+                frames = _grids(paths, judging, lambda image: boards.parse_maze(image, compat).grid, compat)
+                record |= {} if frames is None else rules.score_maze_frames(frames, first, truth)
             records.append(record)
     return records
 
 
 def _sliding(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
+
+    def read(image: Image.Image) -> boards.Grid:
+        return boards.parse_puzzle(image, judging.official_compat)
+
     for case in there:
+        expected = _grids(case.truth["frames"] if paints else (), judging, read, unclear=False)
+        if expected is None:
+            by_name[case.name]["status"] = "an image of the data cannot be read"
+            continue
         records.remove(by_name[case.name])
-        expected = [boards.parse_puzzle(Image.open(path)) for path in case.truth["frames"]] if paints else []
         for i, (text, paths) in enumerate(_candidates(case, judging), 1):
-            record = {"id": case.name, "status": "ok", "cand_idx": i}
-            record |= rules.score_moves(rules.moves(text), case.truth["moves"])
+            record: Record = {"id": case.name, "status": "ok", "cand_idx": i}
+            record |= rules.score_moves(rules.moves(text, judging.official_compat), case.truth["moves"])
             if paints:
-                frames = [boards.parse_puzzle(Image.open(path)) for path in paths]
-                record |= rules.score_puzzle_frames(frames, expected)
+                frames = _grids(paths, judging, read, judging.official_compat)
+                record |= {} if frames is None else rules.score_puzzle_frames(frames, expected)
             records.append(record)
     return records
 
@@ -414,14 +310,6 @@ SCORERS = {
     "sliding": _sliding,
     "code": _code,
 }
-SUMMARIES = {
-    "science": rules.summarize_science,
-    "math": rules.summarize_math,
-    "jigsaw": rules.summarize_jigsaw,
-    "maze": lambda records: rules.summarize_frames(records, maze=True),
-    "sliding": lambda records: rules.summarize_frames(records, maze=False),
-    "code": rules.summarize_code,
-}
 
 
 # Together -----------------------------------------------------------------------
@@ -431,7 +319,7 @@ def write_task(folder: RunFolder, task: str, records: Sequence[Record]) -> dict[
     """The official summary and details of a task under `eval/`; returns the summary."""
     here = folder.root / "eval" / task
     measured = [record for record in records if record["status"] == "ok" or len(record) > 2]
-    summary = SUMMARIES[task](records if task == "math" else measured)
+    summary = rules.summarize(task, records if task == "math" else measured)
     if task in ("math", "science", "code"):
         folder.write_json(here / "eval_summary.json", summary)
         folder.write_json(here / "eval_details.json", list(records))
@@ -442,10 +330,12 @@ def write_task(folder: RunFolder, task: str, records: Sequence[Record]) -> dict[
     return summary
 
 
-def counts(records: Mapping[str, Sequence[Record]], cases: Mapping[str, Sequence[Case]]) -> dict[str, tuple]:
+def counts(
+    records: Mapping[str, Sequence[Record]], cases: Mapping[str, Sequence[Case]]
+) -> dict[str, tuple[int, int]]:
     """column -> (cases scored, cases of the task); (0, 0) for a task that is not part of this."""
     result = {}
-    for column, (task, key) in MEASURED.items():
+    for column, _, _, task, key in rules.COLUMNS:
         scored = {record["id"] for record in records.get(task, ()) if record.get(key) is not None}
         result[column] = (len(scored), len(cases.get(task, ())))
     return result
@@ -454,7 +344,7 @@ def counts(records: Mapping[str, Sequence[Record]], cases: Mapping[str, Sequence
 def write_table(folder: RunFolder, table: Mapping[str, float | None]) -> None:
     """The 14 numbers as JSON and as CSV with the columns' long names; null and empty are not, or not wholly, run."""
     folder.write_json(folder.root / "eval" / "all_tasks_summary.json", dict(table))
-    row = {name: table[key] for key, name, _ in rules.COLUMNS}
+    row = {column[1]: table[column[0]] for column in rules.COLUMNS}
     folder.write_text(folder.root / "eval" / "all_tasks_summary.csv", _csv([row]))
 
 
