@@ -18,11 +18,12 @@ TINY = Path(__file__).parent / "assets" / "tiny"
 SDXL_VAE = "stabilityai/sdxl-vae"
 
 
-def resolve(source: str | Path, progress: bool = True) -> Path:
+def resolve(source: str | Path, progress: bool = True, weights: bool = True) -> Path:
     """The folder of a checkpoint: "tiny" (inside the package), a folder, or a hub id, which is downloaded.
 
     An interrupted download resumes; without a network the cache is enough. `config.json` is checked before the
-    weights are fetched. Raises FileNotFoundError, and ValueError for the configuration of another model.
+    weights are fetched; weights=False leaves them. Raises FileNotFoundError, and ValueError for the configuration
+    of another model.
     """
     if str(source) == "tiny":
         return TINY
@@ -31,8 +32,10 @@ def resolve(source: str | Path, progress: bool = True) -> Path:
     small = [CONFIG, INDEX, *PROCESSOR_FILES]
     folder = _download("source", str(source), small, progress)
     read_config(folder)
-    weights = sorted(set(read_index(folder).values())) if (folder / INDEX).is_file() else [WEIGHTS]
-    return _download("source", str(source), [*weights, *(f"vae/{name}" for name in VAE_FILES)], progress)
+    if not weights:
+        return folder
+    files = sorted(set(read_index(folder).values())) if (folder / INDEX).is_file() else [WEIGHTS]
+    return _download("source", str(source), [*files, *(f"vae/{name}" for name in VAE_FILES)], progress)
 
 
 def resolve_vae(folder: Path, vae_path: str | Path | None = None, progress: bool = True) -> Path:

@@ -63,6 +63,7 @@ REPLACED = {  # an option's value, and some options' names
     "--model": ["--model", "tiny"],
     "--device": ["--device", "cpu"],
     "--at-least": ["--at-least", "0"],
+    "--export": ["--export", "runs/two/checkpoints/step-00000002"],
     "--detector": ["--detections", "detections.jsonl"],
     "--vqa": ["--answers", "answers.jsonl"],
     "--vl-url": ["--vl-url", "{url}"],
@@ -84,7 +85,7 @@ SMALL = {  # how a command begins: what is added to it
     "janusflow-min bench wise score": ["--judge-url", "{url}"],
     "janusflow-min bench uni_mmmu (generate|score)": ["--tasks", "science"],
     "janusflow-min bench uni_mmmu generate": ["--max-new-tokens", "8"],
-    "janusflow-min train": [word for setting in TRAINING for word in ("--set", setting)],
+    r"janusflow-min train (?!--export)": [word for setting in TRAINING for word in ("--set", setting)],
 }
 GRADES = 'Consistency: 2\nRealism: 1\nAesthetic Quality: 0\n{"verdict": "yes", "score": 1}'
 
@@ -238,6 +239,10 @@ def check(words: list[str], printed: str) -> None:
         assert json.loads(printed)["answer"] if "--json" in words else printed.strip()
     elif name == "info":
         assert "parameters" in printed
+    elif name == "train" and "--dry-run" in words:
+        assert "memory" in printed and "data.0" in printed
+    elif name == "train" and "--export" in words:
+        assert (Path(printed.strip()) / "model.safetensors").is_file()
     elif name == "train":
         settings = dict(word.split("=", 1) for word in words if "=" in word)
         output = Path(settings.get("output", "."))

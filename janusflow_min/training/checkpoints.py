@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import warnings
 import zlib
@@ -71,20 +72,64 @@ def load(folder: Path, state: dict[str, Any]) -> None:
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
+class Lock:
+    """At most one run in a folder. The system frees the lock of a process that is gone, however it ended."""
+
+    def __init__(self, folder: Path):
+        """RuntimeError where another run has it."""
+        self.file = (folder / ".lock").open("a+", encoding="utf-8")
+        try:
+            import fcntl
+
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows: no lock
+            return
+        except BlockingIOError:
+            self.file.seek(0)
+            owner = self.file.read().strip()
+            self.file.close()
+            raise RuntimeError(
+                f"another run ({owner}) writes to {folder}; wait for it, or take another output"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {platform.node()}")
+        self.file.flush()
+
+    def release(self) -> None:
+        self.file.close()
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed run left half-written: of a checkpoint, an export, or a list of lines."""
+    for path in (*folder.glob(".*.writing-*"), *folder.glob(".writing-*"), *folder.glob("*/.*writing-*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A checkpoint's `checkpoint.json`, after its files were compared with it. ValueError where it is not whole."""
+    try:
+        about = json.loads((path / META).read_text(encoding="utf-8"))
+        for name, (size, checksum) in about["files"].items():
+            actual = (path / name).stat().st_size
+            if actual != size:
+                raise ValueError(f"{name} has {actual} bytes, not {size}")
+            if crc(path / name) != checksum:
+                raise ValueError(f"{name} has another checksum")
+        return about
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = "is damaged" if path.is_dir() else "is no checkpoint"
+        raise ValueError(f"{path} {what} ({type(error).__name__}: {error})") from error
+
+
 def newest(folder: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint and its `checkpoint.json`; `tell` hears of each broken one."""
     for path in found(folder):
         try:
-            about = json.loads((path / META).read_text(encoding="utf-8"))
-            for name, (size, checksum) in about["files"].items():
-                actual = (path / name).stat().st_size
-                if actual != size:
-                    raise ValueError(f"{name} has {actual} bytes, not {size}")
-                if crc(path / name) != checksum:
-                    raise ValueError(f"{name} has another checksum")
-            return path, about
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            tell(f"{path} is damaged ({error}); looking for an older one")
+            return path, describe(path)
+        except ValueError as error:
+            tell(f"{error}; looking for an older one")
     return None
 
 

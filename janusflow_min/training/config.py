@@ -133,9 +133,11 @@ class SourceConfig:
 
     @staticmethod
     def not_paths(data: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-        """The files of a data set on the hub are no paths here."""
+        """With files, a plain word is a format's name, and what is no path is a data set on the hub, as they are."""
         name = str(data.get("dataset", ""))
-        return ("files",) if "/" in name and not (folder / Path(name).expanduser()).exists() else ()
+        if "/" in name:
+            return () if (folder / Path(name).expanduser()).exists() else ("files",)
+        return ("dataset",) if data.get("files") else ()
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,10 @@ class Config:
         require(not (self.steps and self.epochs), "epochs", "left out where steps is given", self.epochs)
         one_each = len(report.images) in (0, len(report.questions))
         require(one_each, "report.images", "one for each question", report.images)
+        if self.parallel == "fsdp":
+            require(
+                not self.lora.rank, "lora.rank", '0 with parallel = "fsdp" (use "replicate")', self.lora.rank
+            )
         if self.loader.cache:
             require(self.loader.crop == "fixed", "loader.crop", '"fixed" where there is a cache', "random")
         if report.keep_best:
@@ -247,6 +253,11 @@ class Config:
             require(
                 rates[name] > 0, key, f'above 0 for its adapters; stage "{self.stage}" does not train it', 0
             )
+
+    @staticmethod
+    def not_paths(data: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+        """The default is itself whatever else is called so."""
+        return ("model",) if data.get("model") == "tiny" else ()
 
     def rate(self, component: str) -> float:
         """The learning rate of a component; 0: it is frozen."""

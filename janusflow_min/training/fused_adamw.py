@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .optimizer import Step
 
 BLOCK = 2048  # elements of one program
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -47,7 +43,8 @@ def _update(
     g = tl.where(good > 0, g, 0.0)
     m = tl.where(good > 0, m + (g - m) * share1, m)
     v = tl.where(good > 0, v + (g * g - v) * share2, v)
-    rate = tl.load(rates + which) * factor * good
+    rate = tl.load(rates + 2 * which) * factor * good
+    master *= 1 - rate * tl.load(rates + 2 * which + 1)
     master -= rate * (m / correct1) / (tl.sqrt_rn(v / correct2) + eps)
     tl.store(m_at, m, inside)
     tl.store(v_at, v, inside)
@@ -70,17 +67,21 @@ def _part(cell, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 def update_all(
     tensors: Sequence[Sequence[Tensor | None]],
-    rates: Sequence[float],
-    step: Step,
+    rates: Sequence[tuple[float, float]],
+    numbers: Tensor,
+    factor: float,
+    corrections: tuple[float, float],
+    blend: float,
+    betas: tuple[float, ...],
+    eps: float,
 ) -> None:
     """One step of every tensor, in place.
 
     tensors: for each master, gradient, m, v, average and weight (None where there is none), contiguous, on one
-    device; rates: the learning rate of each.
+    device; rates: learning rate and weight decay of each; the rest as in `optimizer.update`.
     """
-    device = step.numbers.device
-    shares = (1 - beta for beta in step.betas)
-    scalars = [float(x) for x in (step.factor, *step.corrections, step.blend, *shares, step.eps)]
+    device = numbers.device
+    scalars = [float(x) for x in (factor, *corrections, blend, 1 - betas[0], 1 - betas[1], eps)]
     groups: dict[tuple, list[int]] = {}
     rows = [[parts[0].numel(), *(0 if x is None else x.data_ptr() for x in parts)] for parts in tensors]
     for k, (row, parts) in enumerate(zip(rows, tensors, strict=True)):
@@ -96,7 +97,7 @@ def update_all(
             table,
             to_device(np.array([rates[k] for k in members], np.float32), device),
             chunks,
-            step.numbers,
+            numbers,
             *scalars,
             GRAD=TYPES[grad],
             AVERAGE=average,

@@ -14,6 +14,7 @@ batch: T tokens of all sorts, G painted images, M images that are asked about, L
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 
 from ..flow import TIME_SCALE, flow_loss, interpolate
 from ..model import JanusFlow, merge_image_embeds
+from .config import ObjectiveConfig
 
+BINS = 4  # of t, in the metrics
 IGNORE = -100  # label of a token that carries no loss; processor_config.json's ignore_id
 
 
@@ -163,38 +166,44 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> MixedBatch:
     return MixedBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-class Losses(NamedTuple):
-    """`total` is a sum over samples, each of weight 1; the others say where it comes from."""
+class Term(NamedTuple):
+    """One loss of a batch: its weighted sum is what is minimised, times `scale`."""
 
-    flow: Tensor  # (G,) mean squared error of the velocity
-    alignment: Tensor  # (G,) minus the mean cosine similarity
-    cross_entropy: Tensor  # (L,) of each labelled token
-    total: Tensor  # ()
+    values: Tensor  # (K,) of each sample, or of each token
+    weights: Tensor  # (K,) those of one sample add up to 1
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """The losses of a batch, by name. A new one is one more entry of `terms`: it is minimised, summed over
+    micro-batches and ranks, and reported."""
+
+    terms: dict[str, Term]
+    total: Tensor  # () what is minimised: a sum over samples, each of weight 1
+    rows: Tensor  # () samples of the batch
+    flow_by_time: tuple[Tensor, Tensor]  # sums and counts in bins of t, (BINS,) each
+
+    def metrics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """name: (sum, number of samples), both () and without gradients; every batch has the same names."""
+        found = {"loss": (self.total, self.rows)}
+        found |= {name: ((t.values * t.weights).sum(), t.weights.sum()) for name, t in self.terms.items()}
+        for k, pair in enumerate(zip(*self.flow_by_time, strict=True)):
+            found[f"flow_t{k / BINS:.2f}"] = pair
+        return {name: (total.detach().float(), count) for name, (total, count) in found.items()}
 
 
 class JanusFlowLoss(nn.Module):
-    """Model and alignment head; its forward pass is the paper's loss of a mixed batch.
+    """Model and alignment head; its forward pass is the paper's loss of a mixed batch."""
 
-    alignment_layer: the block after which states are aligned (the paper: 6, section 3.4); alignment_weight 0 leaves
-    the head and SigLIP out.
-    """
-
-    def __init__(
-        self,
-        model: JanusFlow,
-        head: AlignmentHead,
-        alignment_layer: int = 6,
-        alignment_weight: float = 1.0,
-        answer_weight: float = 1.0,
-    ):
+    def __init__(self, model: JanusFlow, head: AlignmentHead, settings: ObjectiveConfig):
         super().__init__()
-        self.model, self.head, self.alignment_layer = model, head, alignment_layer
-        self.alignment_weight, self.answer_weight = alignment_weight, answer_weight
+        self.model, self.head, self.settings = model, head, settings
 
     def forward(self, batch: MixedBatch, grad_for_unused: tuple[str, ...] = ()) -> Losses:
         """grad_for_unused: prefixes of parameters that get a gradient here, if only zeros: sharded ranks must agree on
         what has one, and may hold samples of different kinds."""
-        model = self.model
+        model, settings = self.model, self.settings
         embeds = model.llm.embed_tokens(batch.input_ids)  # (B, T, D)
         if batch.und_pixels is not None:
             images = model.embed_images(batch.und_pixels.to(embeds.dtype))  # (M, 1 + N, D)
@@ -204,31 +213,45 @@ class JanusFlowLoss(nn.Module):
             x, t_emb, skip = model.encode_latents(z.to(embeds.dtype), batch.t * TIME_SCALE)
             tokens = torch.cat([t_emb[:, None], x], dim=1)  # (G, 1 + N, D)
             embeds = merge_image_embeds(embeds, tokens, batch.gen_places)
-        hidden, tapped = model.llm(embeds, batch.position_ids, hidden_layer=self.alignment_layer)
-        flow = alignment = cross_entropy = hidden.new_zeros(0, dtype=torch.float32)
+        layer = settings.alignment_layer
+        hidden, states = model.llm(embeds, batch.position_ids, hidden_layer=layer)  # (B, T, D) twice
+        none = hidden.new_zeros(0, dtype=torch.float32)
+        flow = weighted = alignment = cross_entropy = label_weight = none
         if batch.t is not None:
             v = model.decode_velocity(pick(hidden, batch.gen_index).view_as(x), skip, t_emb)
             flow = flow_loss(v, target)
-            if self.alignment_weight:
-                with torch.no_grad():
+            weighted = flow * time_weight(batch.t, settings.flow_weighting)
+            if settings.alignment_weight:
+                with torch.no_grad():  # only the LLM's states move towards the features
                     features = batch.features
                     if features is None:
                         features = model.siglip(batch.pixels.to(embeds.dtype))
-                states = self.head(pick(tapped, batch.gen_index).view_as(x))  # (G, N, P)
-                alignment = -F.cosine_similarity(states.float(), features.float(), dim=-1).mean(1)
-        total = flow.sum() + self.alignment_weight * alignment.sum()
+                projected = self.head(pick(states, batch.gen_index).view_as(x))  # (G, N, P)
+                alignment = -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean(1)
         if batch.labels is not None:
             logits = model.logits(pick(hidden, batch.label_index))  # (L, vocabulary)
             cross_entropy = F.cross_entropy(logits, batch.labels, reduction="none")
-            total = total + self.answer_weight * (cross_entropy * batch.label_weight).sum()
+            label_weight = batch.label_weight
+        terms = {
+            "flow": Term(weighted, torch.ones_like(weighted)),
+            "alignment": Term(alignment, torch.ones_like(alignment), settings.alignment_weight),
+            "answers": Term(cross_entropy, label_weight, settings.answer_weight),
+        }
+        total = sum(term.scale * (term.values * term.weights).sum() for term in terms.values())
         if grad_for_unused:
-            named = (
-                p
-                for name, p in self.named_parameters()
-                if p.requires_grad and name.startswith(grad_for_unused)
-            )
-            total = total + 0.0 * sum(p.sum() for p in named)
-        return Losses(flow, alignment, cross_entropy, total)
+            named = (p for name, p in self.named_parameters() if name.startswith(grad_for_unused))
+            total = total + 0.0 * sum(p.sum() for p in named if p.requires_grad)
+        rows = torch.full((), float(len(batch.input_ids)), dtype=torch.float32, device=hidden.device)
+        return Losses(terms, total, rows, by_time(flow, none if batch.t is None else batch.t))
+
+
+def time_weight(t: Tensor, kind: str) -> Tensor:
+    """Weights (G,) of the flow loss at times t (G,), as Stable Diffusion 3's training names them; noise is 1 - t."""
+    if kind == "sigma_sqrt":
+        return (1 - t).clamp(min=0.01) ** -2
+    if kind == "cosmap":
+        return 2 / (math.pi * (1 - 2 * t * (1 - t)))
+    return torch.ones_like(t)
 
 
 def pick(hidden: Tensor, index: Tensor) -> Tensor:
@@ -236,7 +259,7 @@ def pick(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, index)
 
 
-def by_time(flow: Tensor, t: Tensor, bins: int = 4) -> tuple[Tensor, Tensor]:
+def by_time(flow: Tensor, t: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor]:
     """Sums and counts of the flow loss (G,) in equal bins of t (G,): two of (bins,)."""
     bin_of = (t * bins).long().clamp(max=bins - 1)
     inside = (bin_of[None] == torch.arange(bins, device=t.device)[:, None]).float()  # (bins, G)

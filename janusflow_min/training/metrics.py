@@ -1,52 +1,99 @@
 # SPDX-License-Identifier: MIT
-"""What a run shows: metrics as JSON lines and in TensorBoard, sheets of pictures, answers, and a plot at the end."""
+"""What a run reports: metrics as JSON lines and to a tracker, generated images and answers, and a plot at the end."""
 
 from __future__ import annotations
 
 import json
+import math
+import zlib
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from ..contact_sheet import contact_sheet, save_png
 from ..files import atomic_write
 from ..pipeline import Pipeline
-from ..processor import Processor
 from .config import Config
+
+CLOCK = ("time", "samples_per_second", "tokens_per_second", "memory_gib")  # what differs from run to run
+
+
+class Tracker(Protocol):
+    """Where numbers go beside metrics.jsonl. Whatever has this method may be handed to `Trainer`."""
+
+    def log(self, numbers: dict[str, float], step: int) -> None: ...
+
+
+class TensorBoard:
+    """Event files in OUTPUT/tensorboard."""
+
+    def __init__(self, folder: Path, first: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+
+class Client:
+    """A run of wandb or trackio, which have the same calls; one that goes on after a stop keeps its name there."""
+
+    def __init__(self, name: str, folder: Path, config: Config):
+        where = {"name": f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}", "resume": "allow"}
+        if name == "wandb":
+            where |= {"id": where["name"], "dir": str(folder)}
+        self.run = import_module(name).init(project=config.report.project, config=config.to_dict(), **where)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.run.log(numbers, step=step)
+
+
+def make_tracker(config: Config, folder: Path, first: int) -> Tracker | None:
+    """The tracker of the settings; without tensorboard installed, none. ImportError for a client that is missing."""
+    name = config.report.tracker
+    try:
+        return TensorBoard(folder, first) if name == "tensorboard" else Client(name, folder, config)
+    except ImportError:
+        if name == "tensorboard":
+            return None
+        raise ImportError(f'report.tracker = "{name}" needs the package: pip install {name}') from None
 
 
 class Report:
     """Writes into the run's folder; with `folder` None it computes the same and writes nothing (a sharded model
-    paints on all ranks together). `step`: where the run goes on; what was written of later steps is dropped."""
+    generates on all ranks together). `step`: where the run goes on; what was written of later steps is dropped."""
 
-    def __init__(self, folder: Path | None, config: Config, processor: Processor, step: int):
-        self.folder, self.config, self.board = folder, config, None
+    def __init__(self, folder: Path | None, config: Config, tracker: Tracker | None = None, step: int = 0):
+        self.folder, self.config, self.tracker = folder, config, tracker
         if folder is None:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [row for row in rows(folder / name) if row["step"] <= step]
+            kept = [row for row in read_lines(folder / name) if row["step"] <= step]
             atomic_write(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
-        if config.report.tracker == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                return
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if tracker is None and config.report.tracker != "none":
+            self.tracker = make_tracker(config, folder, step + 1)
 
-    def metrics(self, step: int, row: dict, file: str = "metrics.jsonl") -> None:
+    def metrics(self, step: int, row: Mapping[str, Any], file: str = "metrics.jsonl") -> None:
+        """Write numbers down; one that is not finite, which JSON cannot say, becomes null."""
+        assert self.folder is not None
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+        row = {k: None if isinstance(v, float) and k not in numbers else v for k, v in row.items()}
         with (self.folder / file).open("a", encoding="utf-8") as f:
-            print(json.dumps({"step": step, **row}, ensure_ascii=False), file=f)
-        if self.board is not None:
-            for key, value in row.items():
-                if isinstance(value, int | float) and key != "time":
-                    self.board.add_scalar(
-                        key if file == "metrics.jsonl" else f"validation/{key}", value, step
-                    )
-            self.board.flush()
+            print(json.dumps({"step": step, **row}, ensure_ascii=False, allow_nan=False), file=f)
+        if self.tracker is not None:
+            prefix = "" if file == "metrics.jsonl" else "validation/"
+            self.tracker.log({prefix + k: float(v) for k, v in numbers.items() if k != "time"}, step)
 
-    def show(self, pipe: Pipeline, step: int, validation: dict | None) -> None:
-        """Paint the fixed prompts with fixed seeds, ask the fixed questions, note the validation loss."""
-        r, row = self.config.report, dict(validation or {})
+    def show(self, pipe: Pipeline, step: int, validation: Mapping[str, float | None] | None) -> None:
+        """Generate the fixed prompts with fixed seeds, ask the fixed questions, note the validation loss."""
+        r, row = self.config.report, dict[str, Any](validation or {})
         if r.prompts:
             out = pipe.generate(
                 list(r.prompts),
@@ -64,21 +111,23 @@ class Report:
         if r.questions:
             images = [image or None for image in r.images] or [None] * len(r.questions)
             answers = pipe.understand(list(r.questions), images, max_new_tokens=64)
-            row["said"] = [answer.text.strip() for answer in answers]
+            row["answered"] = [answer.text.strip() for answer in answers]
         if self.folder is not None and row:
             self.metrics(step, row, "samples.jsonl")
 
     def plot(self) -> None:
-        """`curves.png`, where matplotlib is installed."""
+        """`curves.png` of every loss, the gradient's norm and the learning rate, where matplotlib is installed."""
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError:
             return
-        steps, shown = rows(self.folder / "metrics.jsonl"), rows(self.folder / "samples.jsonl")
-        figure = Figure(figsize=(11, 7), layout="constrained")
-        for k, key in enumerate(("loss", "flow", "answers", "alignment", "norm", "lr"), start=1):
-            axes = figure.add_subplot(2, 3, k, title=key, xlabel="step")
+        assert self.folder is not None
+        steps, shown = read_lines(self.folder / "metrics.jsonl"), read_lines(self.folder / "samples.jsonl")
+        keys = curves(steps[-1]) if steps else []
+        figure = Figure(figsize=(11, 3.5 * math.ceil(len(keys) / 3)), layout="constrained")
+        for k, key in enumerate(keys, start=1):
+            axes = figure.add_subplot(math.ceil(len(keys) / 3), 3, k, title=key, xlabel="step")
             points = [(row["step"], row[key]) for row in steps if row.get(key) is not None]
             if points:
                 x, y = np.array(points).T
@@ -94,7 +143,30 @@ class Report:
         FigureCanvasAgg(figure).print_png(str(self.folder / "curves.png"))
 
 
-def rows(path: Path) -> list[dict]:
+def curves(row: Mapping[str, Any]) -> list[str]:
+    """The keys of a step's row that stand for the whole step: losses, the gradient's norm, the learning rate."""
+    return [k for k in row if k not in ("step", "epoch", "padding", *CLOCK) and not k.startswith("flow_t")]
+
+
+def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:
+    """Of each metric's sum and number of samples; None where no sample had such a loss."""
+    return {name: total / round(count) if round(count) else None for name, (total, count) in sums.items()}
+
+
+def memory_gib(device: torch.device) -> float | None:
+    """The most memory that this process had so far: of the GPU, else resident."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON-lines file; the last one may have been cut off with its run."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""AdamW without weight decay over fp32 master weights, with clipping and a moving average, in one pass over memory.
+"""AdamW over fp32 master weights, with clipping and a moving average, in one pass over memory.
 
 The weights that compute may be bfloat16: then each has an fp32 master copy here, which alone accumulates. One
 elementwise function, `update`, steps moments, master, average and computing weight; on a GPU one kernel does the same
@@ -11,24 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .config import OptimizerConfig
-
-
-class Step(NamedTuple):
-    """What a step's update of every tensor has in common."""
-
-    numbers: Tensor  # (2,) on the device: factor of the gradients, and 1 where they are finite
-    factor: float  # of the learning rates
-    corrections: tuple[float, float]  # 1 - beta^k
-    blend: float  # share of the new weight in the average
-    betas: tuple[float, float]
-    eps: float
 
 
 def update(
@@ -39,17 +27,28 @@ def update(
     average: Tensor | None,
     weight: Tensor | None,
     rate: float,
-    step: Step,
+    decay: float,
+    numbers: Tensor,
+    factor: float,
+    corrections: tuple[float, float],
+    blend: float,
+    betas: tuple[float, ...],
+    eps: float,
 ) -> None:
-    """One tensor's step, in place; average is None where there is none, weight where the master itself computes."""
-    scale, good = step.numbers
+    """One tensor's step, in place; average is None where there is none, weight where the master itself computes.
+
+    numbers (2,): factor of the gradient, and 1 where it is finite; factor: of the learning rate; corrections:
+    1 - beta^k; blend: share of the new weight in the average.
+    """
+    scale, good = numbers
     g = torch.where(good > 0, grad.float() * scale, 0.0)
-    m.copy_(torch.where(good > 0, torch.lerp(m, g, 1 - step.betas[0]), m))
-    v.copy_(torch.where(good > 0, torch.lerp(v, g * g, 1 - step.betas[1]), v))
-    denominator = (v / step.corrections[1]).sqrt() + step.eps
-    master -= rate * step.factor * good * (m / step.corrections[0]) / denominator
+    m.copy_(torch.where(good > 0, torch.lerp(m, g, 1 - betas[0]), m))
+    v.copy_(torch.where(good > 0, torch.lerp(v, g * g, 1 - betas[1]), v))
+    if decay:
+        master *= 1 - rate * factor * good * decay
+    master -= rate * factor * good * (m / corrections[0]) / ((v / corrections[1]).sqrt() + eps)
     if average is not None:
-        average.lerp_(master, step.blend * good)
+        average.lerp_(master, blend * good)
     if weight is not None:
         weight.copy_(master)
 
@@ -72,6 +71,7 @@ class AdamW:
         self.total, self.config = steps, config
         self.params = dict(named)
         self.rates = {name: rates[name] for name in self.params}
+        self.decays = {n: config.weight_decay if decays(n, p) else 0.0 for n, p in self.params.items()}
         self.master = {name: p.detach() for name, p in self.params.items()}
         if dtype != torch.float32:
             for p in self.params.values():
@@ -130,23 +130,28 @@ class AdamW:
         numbers = torch.stack(
             [(c.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.isfinite(norm).float()]
         )
-        factor, blend = rate_factor(c, index, self.total), 1 - c.ema_decay if c.ema_decay else 0.0
-        corrections = (1 - c.betas[0] ** (index + 1), 1 - c.betas[1] ** (index + 1))
+        common = {
+            "numbers": numbers,
+            "factor": rate_factor(c, index, self.total),
+            "corrections": (1 - c.betas[0] ** (index + 1), 1 - c.betas[1] ** (index + 1)),
+            "blend": 1 - min(c.ema_decay, (1 + index) / (10 + index)),  # soon forgets where it started
+            "betas": c.betas,
+            "eps": c.eps,
+        }
         tensors = []
         for name in names:
             weight = self.params[name] if self.params[name].dtype != torch.float32 else None
             grad, average = gradients[name].contiguous(), self.average.get(name)
             parts = (self.master[name], grad, self.m[name], self.v[name], average, weight)
             tensors.append([None if x is None else local(x) for x in parts])
-        rates = [self.rates[name] for name in names]
-        common = Step(numbers, factor, corrections, blend, c.betas, c.eps)
+        rates = [(self.rates[name], self.decays[name]) for name in names]
         if self.kernel:
             from .fused_adamw import update_all
 
-            update_all(tensors, rates, common)
+            update_all(tensors, rates, **common)
         else:
-            for parts, rate in zip(tensors, rates, strict=True):
-                update(*parts, rate, common)
+            for parts, (rate, decay) in zip(tensors, rates, strict=True):
+                update(*parts, rate, decay, **common)
         self.zero()
         return norm
 
@@ -164,6 +169,11 @@ class AdamW:
         self.sums = {}
         for p in self.params.values():
             p.grad = None
+
+
+def decays(name: str, p: Tensor) -> bool:
+    """Weight decay is for matrices and convolutions; not for norms, biases, begin-of-image and embedding tables."""
+    return sum(size > 1 for size in p.shape) > 1 and "embed_tokens" not in name and "pos_embed" not in name
 
 
 def local(x: Tensor) -> Tensor:

@@ -12,13 +12,16 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,68 +30,122 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..checkpoint import load_model
+from ..files import atomic_write
 from ..hub import resolve, resolve_vae
-from ..loading import pick_device, pick_dtype, save
-from ..model import JanusFlow
+from ..loading import pick_device, pick_dtype
 from ..pipeline import Pipeline
-from ..processor import Processor, check_processor_matches
+from ..progress import progress_bar
 from ..vae import load_vae
 from . import checkpoints
 from .batch import StepDataset, explain_loader_error, load_steps, unpack
+from .check import check, compare
 from .config import Config
-from .dataset import open_sources
+from .export import export
 from .losses import MixedBatch
-from .metrics import Report
-from .metrics import rows as read_lines
+from .metrics import Report, Tracker, curves, means, memory_gib, read_lines
 from .optimizer import rate_factor
 from .rows import BadRow, Manifest, kind_of, seeded_generator
 from .sample import Cache, SampleBuilder
-from .step import BINS, TrainStep, sums_of
+from .settings import to_toml
+from .step import TrainStep, add_metrics, reduce_metrics
+
+MAX_SKIPPED = 20  # steps in a row whose loss is not finite
+
+
+class Waiting(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    step: int
+    sums: dict[str, Tensor]
+    tokens: int  # of this rank
+    padded: int
 
 
 class Trainer:
     """A run of a configuration. `run` trains to the end, from the newest whole checkpoint where there is one."""
 
-    def __init__(self, config: Config, fresh: bool = False, progress: bool = True):
-        self.config, self.progress = config, progress
+    def __init__(
+        self, config: Config, fresh: bool = False, progress: bool = True, tracker: Tracker | None = None
+    ):
+        """fresh: start anew; old checkpoints go once the new run has saved one. progress: a bar or lines on stderr,
+        and remarks. tracker: where numbers go, instead of the one that the settings name. Raises what
+        `check.check` raises, ValueError where the output holds another run, RuntimeError where one is writing to
+        it."""
+        self.progress = progress
         self.device, self.rank, self.world, self.parallel = start(config)
+        self.plan = check(config, self.world, True, self.shown)
+        self.config = self.plan.config
         self.dtype = pick_dtype(config.dtype, self.device)
-        self.folder = Path(config.output)
-        self.checkpoints = self.folder / "checkpoints"
-        self.tell(f"reading {config.model}")
-        self.source = resolve(config.model, self.shown)
-        self.model = load_model(self.source, self.device, torch.float32, progress=self.shown)
-        self.processor = Processor.from_folder(self.source, self.model.config.llm.vocab_size)
-        check_processor_matches(self.source, self.model.config, self.processor)
-        self.vae = load_vae(resolve_vae(self.source, config.vae or None, self.shown), self.device, self.dtype)
-        cache = None
-        if config.loader.cache:
-            cache = Cache(config.loader.cache, fingerprint(self.vae, self.model.siglip))
-        # Features only where they stay the same; outside its forward pass a sharded SigLIP is not whole.
-        self.cache_features = cache is not None and not config.rate("siglip") and self.parallel != "fsdp"
-        sources = open_sources(config)
-        builder = SampleBuilder(config, self.processor, self.model, cache)
-        self.dataset = StepDataset(config, sources, builder, self.rank, self.world)
-        parts = self.model, self.device, self.dtype, self.parallel, self.world
-        self.train_step = TrainStep(config, *parts)  # from here on the model may be sharded
-        self.optimizer = self.train_step.optimizer
-        self.index, self.last_saved, self.signal = 0, -1, 0
-        self.bad: set[tuple[str, int]] | None = None
-        found = [None]
+        self.folder = Path(self.config.output)
+        self.checkpoints, self.replaced = self.folder / "checkpoints", self.folder / "checkpoints.replaced"
+        for note in self.plan.notes:
+            self.tell(f"note: {note}")
+        self.index, self.last_saved, self.skipped, self.stop_requested = 0, -1, 0, False
+        self.lock: checkpoints.Lock | None = None
+        try:
+            self.build(self.find(fresh), fresh, tracker)
+        except BaseException:
+            self.release()
+            raise
+
+    def find(self, fresh: bool) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from, the same for all ranks, its settings and data compared with this run's."""
+        found: list[Any] = [None]
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            found = [None if fresh else checkpoints.newest(self.checkpoints, self.tell)]
+            self.lock = checkpoints.Lock(self.folder)
+            checkpoints.clean(self.folder)
+            if not fresh:
+                found = [checkpoints.newest(self.checkpoints, self.tell)]
         if self.world > 1:
             dist.broadcast_object_list(found)
         if found[0] is None and checkpoints.found(self.checkpoints) and not fresh:
             raise ValueError(f"no checkpoint in {self.checkpoints} is whole; --fresh starts anew")
         if found[0] is not None:
-            self.resume(*found[0])
+            try:
+                for text in compare(found[0][1], self.config, self.plan.sources):
+                    self.tell(f"note: {text}")
+            except ValueError as error:
+                raise ValueError(f"{found[0][0]} {error}; take another output, or --fresh") from None
+        return found[0]
+
+    def build(
+        self, checkpoint: tuple[Path, dict[str, Any]] | None, fresh: bool, tracker: Tracker | None
+    ) -> None:
+        config = self.config
+        self.tell(f"reading {config.model}")
+        self.source = resolve(config.model, self.shown)
+        self.model = load_model(self.source, self.device, torch.float32, progress=self.shown)
+        self.processor = self.plan.processor
+        self.vae = load_vae(resolve_vae(self.source, config.vae or None, self.shown), self.device, self.dtype)
+        cache = None
+        if config.loader.cache:
+            cache = Cache(config.loader.cache, checksum(self.vae, self.model.siglip))
+        # Features only where they stay the same; outside its forward pass a sharded SigLIP is not whole.
+        self.cache_features = cache is not None and not config.rate("siglip") and self.parallel != "fsdp"
+        builder = SampleBuilder(config, self.processor, self.model, cache)
+        self.dataset = StepDataset(config, self.plan.sources, builder, self.rank, self.world)
+        parts = self.model, self.device, self.dtype, self.parallel, self.world
+        self.train_step = TrainStep(config, *parts)  # from here on the model may be sharded
+        self.optimizer = self.train_step.optimizer
+        if checkpoint is not None:
+            checkpoints.load(checkpoint[0], self.optimizer.state())
+            self.optimizer.load()
+            self.index = self.last_saved = checkpoint[1]["step"]
+            self.tell(f"going on from {checkpoint[0]}")
         elif self.rank == 0:
-            for old in checkpoints.found(self.checkpoints):
-                shutil.rmtree(old)
-        self.report = Report(self.folder, config, self.processor, self.index) if self.rank == 0 else None
-        for source in sources:
+            if fresh and checkpoints.found(self.checkpoints):
+                shutil.rmtree(self.replaced, ignore_errors=True)
+                os.rename(self.checkpoints, self.replaced)
+            (self.folder / "bad_rows.jsonl").unlink(missing_ok=True)
+        self.report = None
+        if self.rank == 0:
+            atomic_write(self.folder / "config.toml", to_toml(config))
+            self.report = Report(self.folder, config, tracker, self.index)
+        shown = (row.get("loss") for row in read_lines(self.folder / "samples.jsonl"))
+        self.best = min((loss for loss in shown if loss is not None), default=float("inf"))
+        self.bad = {(row["source"], row["line"]) for row in read_lines(self.folder / "bad_rows.jsonl")}
+        for source in self.plan.sources:
             self.note_bad(source.bad, everywhere=True)
 
     @torch.no_grad()
@@ -102,7 +159,7 @@ class Trainer:
         cache = self.dataset.builder.cache
         if cache is None:
             return replace(batch, latents=self.vae.encode(batch.pictures).float())
-        # One at a time, so that what is stored depends on nothing but the picture.
+        # One at a time, so that what is stored depends on nothing but the image.
         found = {"latents": batch.latents}
         if batch.latents is None:
             found["latents"] = torch.cat([self.vae.encode(p[None]).float() for p in batch.pictures])
@@ -115,168 +172,204 @@ class Trainer:
     # The run -----------------------------------------------------------------------
 
     def run(self) -> Path:
-        """Train, then export; returns the exported folder. KeyboardInterrupt, after saving, when told to stop."""
-        config = self.config
-        before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        waiting: list[tuple[int, Tensor, dict]] = []  # steps whose numbers are still on the device
-        bar = tqdm(
-            total=config.steps,
-            initial=self.index,
-            desc="Training",
-            unit="step",
-            disable=not self.shown,
-            leave=False,
+        """Train, then export; returns the exported folder. KeyboardInterrupt, after saving, when asked to stop."""
+        config, every = self.config, self.config.report.every
+        waiting: list[Waiting] = []
+        self.bar = progress_bar(
+            self.shown, total=config.steps, initial=self.index, desc="Training", unit="step"
         )
+        self.began, self.first, self.mark = time.perf_counter(), self.index, time.perf_counter()
         try:
-            steps = load_steps(self.dataset, range(self.index, config.steps), self.device.type == "cuda")
-            while self.index < config.steps:
-                index, data = self.index, next(steps)
-                batches, keys = data.batches, data.keys
-                sums, told = self.train_step.step(
-                    index,
-                    batches,
-                    lambda i, b, keys=keys: self.encode(b.to(self.device), keys[i]),
-                    self.signal,
-                )
-                stop = told if self.world > 1 else self.signal  # ranks act on what all of them know
-                self.index += 1
-                self.note_bad(data.bad)
-                padding = round(1 - data.tokens / max(1, data.padded_tokens), 4)  # of this rank's samples
-                waiting.append((index, sums, {"padding": padding, "time": round(time.time(), 3)}))
-                done = self.index == config.steps
-                save_now = done or stop or self.index % config.save_every == 0
-                show = config.report.every and (done or self.index % config.report.every == 0)
-                if save_now or show or len(waiting) >= config.report.log or self.device.type == "cpu":
-                    self.flush(waiting, bar)
-                if save_now:
-                    self.save()
-                if stop:
-                    raise KeyboardInterrupt
-                if show:
-                    self.evaluate()
-                bar.update()
-            return self.finish()
+            with self.signals():
+                steps = load_steps(self.dataset, range(self.index, config.steps), self.device.type == "cuda")
+                while self.index < config.steps:
+                    data = next(steps)
+                    sums, stop = self.train_step.step(
+                        self.index,
+                        data.batches,
+                        lambda i, b, keys=data.keys: self.encode(b.to(self.device), keys[i]),
+                        self.stop_requested,
+                    )
+                    if self.world == 1:  # else ranks act on what all of them know
+                        stop = self.stop_requested
+                    self.index += 1
+                    self.note_bad(data.bad)
+                    waiting.append(Waiting(self.index, sums, data.tokens, data.padded_tokens))
+                    done = self.index == config.steps
+                    save_now = done or stop or self.index % config.save_every == 0
+                    show = every and (done or self.index % every == 0)
+                    if save_now or show or len(waiting) >= config.report.log or self.device.type == "cpu":
+                        self.flush(waiting)
+                    if save_now:
+                        self.save()
+                    if stop:
+                        raise KeyboardInterrupt
+                    if show:
+                        self.evaluate()
+                    if save_now or show:
+                        self.mark = time.perf_counter()
+                    self.bar.update()
+                return self.finish()
         except RuntimeError as error:  # a worker's death is told wherever the trainer happens to be
             if "DataLoader" not in str(error):
                 raise
-            if self.signal:  # it went to the workers too
+            if self.stop_requested:  # it went to the workers too
                 raise KeyboardInterrupt from error
-            told = explain_loader_error(error, config.loader)
-            raise RuntimeError(f"before step {self.index + 1}: {told}. {self.kept()}") from error
+            reason = explain_loader_error(error, config.loader)
+            raise RuntimeError(f"before step {self.index + 1}: {reason}. {self.kept()}") from error
         finally:
-            bar.close()
+            self.bar.close()
+            self.release()
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Ctrl-C and a cluster's notice end the run after the step. Only the main thread can hear them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
             for which, handler in before.items():
                 signal.signal(which, handler)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Stop after this step; a second Ctrl-C at once."""
-        if self.signal and number == signal.SIGINT and self.world == 1:
+        if self.stop_requested and number == signal.SIGINT and self.world == 1:
             raise KeyboardInterrupt
-        self.signal = 1
+        self.stop_requested = True
         self.tell("stopping after this step")
 
-    def flush(self, waiting: list[tuple[int, Tensor, dict]], bar: tqdm) -> None:
-        """Bring the waiting steps' numbers to the host and write them down; stop at one that is not finite."""
-        c, table = self.config, torch.stack([sums for _, sums, _ in waiting]).tolist()
-        for (index, _, more), numbers in zip(waiting, table, strict=True):
-            row = describe(numbers, c.batch)
-            row |= {"lr": c.optimizer.lr * rate_factor(c.optimizer, index, c.steps), **more}
-            finite = row["loss"] - row["loss"] == 0 and row["norm"] - row["norm"] == 0
+    def flush(self, waiting: list[Waiting]) -> None:
+        """Bring the waiting steps' numbers to the host and write them down; stop where they are not finite."""
+        c, names = self.config, list(waiting[0].sums)
+        table = torch.stack([torch.stack(list(w.sums.values())) for w in waiting]).tolist()
+        seconds = (time.perf_counter() - self.mark) / len(waiting)
+        for (step, _, tokens, padded), numbers in zip(waiting, table, strict=True):
+            row: dict[str, Any] = means(dict(zip(names, numbers, strict=True)))
+            norm = row["norm"] = row.pop("norm")
+            finite = all(abs(x) < float("inf") for x in (row["loss"], norm))
+            self.skipped = 0 if finite else self.skipped + 1
+            row["lr"] = c.optimizer.lr * rate_factor(c.optimizer, step - 1, c.steps)
+            row |= {"epoch": self.plan.epochs(step), "padding": round(1 - tokens / max(1, padded), 4)}
+            row |= {} if finite else {"skipped": True}
+            row |= {
+                "samples_per_second": round(c.batch / seconds, 2),
+                "tokens_per_second": round(tokens * self.world / seconds),
+                "memory_gib": memory_gib(self.device),
+                "time": round(time.time(), 3),
+            }
             if self.report is not None:
-                self.report.metrics(index + 1, row)
-            if not finite and self.config.on_nan == "stop":
-                raise FloatingPointError(
-                    f"the loss of step {index + 1} is {row['loss']}, its gradient's norm {row['norm']}; no weight took "
-                    f'it over. {self.kept()} on_nan = "skip" leaves such steps out'
+                self.report.metrics(step, row)
+            if not finite and (c.on_nan == "stop" or self.skipped >= MAX_SKIPPED):
+                advice = (
+                    'on_nan = "skip" leaves such steps out'
+                    if c.on_nan == "stop"
+                    else "lower the learning rate"
                 )
-        bar.set_postfix(
-            {k: f"{row[k]:.4g}" for k in ("loss", "flow", "answers", "norm") if row.get(k) is not None}
-        )
+                raise FloatingPointError(
+                    f"the loss of step {step} is {row['loss']}, its gradient's norm {norm}"
+                    f"{f', as in {self.skipped - 1} steps before it' if self.skipped > 1 else ''}; no weight took it "
+                    f"over. {self.kept()} {advice}"
+                )
+            if self.shown and self.bar.disable and (step % c.report.log == 0 or step == c.steps):
+                self.tell(self.line(step, row))
+        self.bar.set_postfix({k: f"{row[k]:.4g}" for k in curves(row) if row[k] is not None and k != "lr"})
+        self.mark = time.perf_counter()
         waiting.clear()
+
+    def line(self, step: int, row: Mapping[str, Any]) -> str:
+        """A step for who has no terminal."""
+        left = (time.perf_counter() - self.began) / (step - self.first) * (self.config.steps - step)
+        numbers = [f"{key} {row[key]:.4g}" for key in curves(row) if row[key] is not None]
+        numbers += [f"{row['samples_per_second']:.3g} samples/s"]
+        return f"step {step:,} of {self.config.steps:,}: {', '.join(numbers)}, {timedelta(seconds=round(left))} left"
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Validation loss, pictures and answers of the averaged weights."""
+        """Validation loss, images and answers of the averaged weights; a new best one is exported where asked."""
         self.optimizer.swap(average=True)
+        self.train_step.loss.eval()
         try:
             loss = self.validation_loss() if self.config.report.validation else None
             if self.parallel == "fsdp":
                 self.train_step.loss.unshard()
-            pipe = Pipeline(self.model, self.processor, self.vae)
             if self.report is not None or self.parallel == "fsdp":
-                report = self.report or Report(None, self.config, self.processor, self.index)
-                report.show(pipe, self.index, loss)
+                report = self.report or Report(None, self.config)
+                report.show(Pipeline(self.model, self.processor, self.vae), self.index, loss)
             if self.parallel == "fsdp":
                 self.train_step.loss.reshard()
         finally:
+            self.train_step.loss.train()
             self.optimizer.swap(average=False)
+        value = loss["loss"] if loss is not None else None
+        if value is not None and value < self.best:
+            self.best = value
+            if self.config.report.keep_best:
+                self.tell(f"the best validation loss so far, {value:.4g}: exported to {self.export('best')}")
 
-    def validation_loss(self) -> dict[str, float]:
+    def validation_loss(self) -> dict[str, float | None]:
         """Over the first rows of the validation manifest, with times and noise of their own, no prompt hidden."""
-        report, sums = self.config.report, torch.zeros(6 + 2 * BINS, dtype=torch.float32, device=self.device)
+        report, sums = self.config.report, dict[str, Tensor]()
         rows = Manifest(report.validation, limit=report.validation_rows)
         count = len(rows)
         samples = []
         for i in range(count if self.parallel == "fsdp" else 0) or range(self.rank, count, self.world):
-            row = rows[i]
-            generator = seeded_generator("validation", i)
-            kind, folder = kind_of(row.values), row.folder
-            samples.append(self.dataset.builder(row.values, kind, generator, 0.0, folder))
+            row, generator = rows[i], seeded_generator("validation", i)
+            samples.append(self.dataset.builder(row.values, kind_of(row.values), generator, 0.0, row.folder))
         data = self.dataset.pack(0, samples, [])
         for batch, keys in zip(data.batches, data.keys, strict=True):
-            batch = self.encode(batch.to(self.device), keys)
-            sums += sums_of(self.train_step.loss(batch), batch)
+            add_metrics(sums, self.train_step.loss(self.encode(batch.to(self.device), keys)).metrics())
         if self.world > 1 and self.parallel != "fsdp":
-            dist.all_reduce(sums)
-        row = describe([*sums.tolist(), 0.0], count)
-        return {k: row[k] for k in ("loss", "flow", "alignment", "answers")}
+            reduce_metrics(sums)
+        row = means({name: tuple(pair.tolist()) for name, pair in sums.items()})
+        return {name: row[name] for name in curves(row)}
 
     def save(self) -> None:
-        if self.last_saved != self.index:
-            about = {"config": self.config.to_dict()}
-            checkpoints.save(self.checkpoints, self.index, self.optimizer.state(), about, self.config.keep)
-            self.last_saved = self.index
+        if self.last_saved == self.index:
+            return
+        about = {"config": self.config.to_dict(), "data": [s.fingerprint for s in self.plan.sources]}
+        checkpoints.save(self.checkpoints, self.index, self.optimizer.state(), about, self.config.keep)
+        self.last_saved = self.index
+        if self.rank == 0:
+            shutil.rmtree(self.replaced, ignore_errors=True)
 
-    def resume(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. ValueError where the run was another one."""
-        differ = differences(about["config"], json.loads(json.dumps(self.config.to_dict())))
-        if differ:
-            raise ValueError(
-                f"{folder} belongs to a run with other settings ({'; '.join(differ)}); take another output, or --fresh"
-            )
-        checkpoints.load(folder, self.optimizer.state())
-        self.optimizer.load()
-        self.index = self.last_saved = about["step"]
-        self.tell(f"going on from {folder}")
+    def export(self, name: str) -> Path:
+        """The averaged weights, where there is an average, in the official layout."""
+        target = self.folder / name
+        weights = self.optimizer.average or self.optimizer.master
+        whole = {key: whole_tensor(tensor) for key, tensor in weights.items()}
+        if self.rank == 0:
+            export(self.config, self.source, whole, self.processor, self.vae, target)
+        return target
 
     def finish(self) -> Path:
         """Export to the official layout, and plot the curves."""
-        target = self.folder / "export"
-        weights = self.optimizer.average or self.optimizer.master
-        whole = {name: whole_tensor(tensor) for name, tensor in weights.items()}
-        if self.rank == 0:
-            dtype = getattr(torch, self.config.export_dtype)
-            clean = load_model(self.source, "cpu", torch.float32, progress=False)
-            merge(clean, whole, self.model)
-            clean = clean.to(dtype)
-            clean.extra_tensors = {name: t.to(dtype) for name, t in clean.extra_tensors.items()}
-            save(Pipeline(clean, self.processor, self.vae), target, overwrite=True)
+        target = self.export("export")
+        if self.report is not None:
             self.report.plot()
-            self.tell(f"exported to {target}")
+            decay = self.config.optimizer.ema_decay
+            which = (
+                f"the average of the weights (optimizer.ema_decay = {decay:g})"
+                if decay
+                else "the last weights"
+            )
+            losses = "; the training losses are those of the weights before averaging" if decay else ""
+            self.tell(f"exported {which} to {target}{losses}")
         if self.world > 1:
             dist.barrier()
             dist.destroy_process_group()
         return target
 
+    # Remarks -----------------------------------------------------------------------
+
     def note_bad(self, rows: list[BadRow], everywhere: bool = False) -> None:
         """Write each bad row down once, restarts included. everywhere: all ranks found them; the first one writes."""
-        path = self.folder / "bad_rows.jsonl"
-        if self.bad is None:
-            self.bad = {(row["source"], row["line"]) for row in read_lines(path)}
         new = [row for row in rows if (row.source, row.line) not in self.bad]
         self.bad |= {(row.source, row.line) for row in new}
         if new:
-            with path.open("a", encoding="utf-8") as f:
+            with (self.folder / "bad_rows.jsonl").open("a", encoding="utf-8") as f:
                 for row in new if self.rank == 0 or not everywhere else []:
                     print(json.dumps(row._asdict(), ensure_ascii=False), file=f)
             more = f" ({len(self.bad)} bad rows so far)" if len(self.bad) > 1 else ""
@@ -289,55 +382,18 @@ class Trainer:
         left = checkpoints.found(self.checkpoints)
         return f"The last checkpoint is {left[0]}." if left else "There is no checkpoint yet."
 
+    def release(self) -> None:
+        """Let another run have the output."""
+        if self.lock is not None:
+            self.lock.release()
+
     @property
     def shown(self) -> bool:
         return self.progress and self.rank == 0
 
     def tell(self, text: str) -> None:
-        if self.shown:
+        if self.shown and sys.stderr is not None:
             tqdm.write(text, file=sys.stderr)
-
-
-# Numbers and settings -----------------------------------------------------------------------
-
-
-def describe(numbers: list[float], samples: int) -> dict[str, float | None]:
-    """The means of a step's sums; None where no sample had such a loss."""
-    total, flow, painted, alignment, answers, answered, *rest = numbers
-    painted, answered = round(painted), round(answered)
-    row = {"loss": total / samples, "flow": flow / painted if painted else None}
-    row |= {"alignment": alignment / painted if painted else None}
-    row |= {"answers": answers / answered if answered else None, "norm": rest[-1]}
-    for k in range(BINS):
-        row[f"flow_t{k / BINS:.2f}"] = rest[k] / rest[BINS + k] if rest[BINS + k] else None
-    return row
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """Settings that decide the result and are not the same."""
-    free = {
-        "output",
-        "steps",
-        "report",
-        "save_every",
-        "keep",
-        "export_dtype",
-        "workers",
-        "device",
-        "parallel",
-        "on_nan",
-    }
-    found = []
-    for key in sorted((old.keys() | new.keys()) - free):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{where}{key}.")
-        elif a != b:
-            found.append(f"{where}{key} was {a!r}, is {b!r}")
-    return found
-
-
-# Beginning and end -----------------------------------------------------------------------
 
 
 def start(config: Config) -> tuple[torch.device, int, int, str]:
@@ -358,27 +414,12 @@ def start(config: Config) -> tuple[torch.device, int, int, str]:
     return device, dist.get_rank(), world, "replicate" if parallel == "auto" else parallel
 
 
-@torch.no_grad()
-def merge(clean: JanusFlow, trained: Mapping[str, Tensor], model: JanusFlow) -> None:
-    """Put trained weights (names of `JanusFlowLoss`) into a plain model; adapters are added to what they adapt."""
-    plain = dict(clean.named_parameters())
-    modules = dict(model.named_modules())
-    for name, tensor in trained.items():
-        name = name.removeprefix("model.")
-        if ".lora_A." in name:
-            where = name.partition(".lora_A.")[0]
-            b = trained["model." + name.replace(".lora_A.", ".lora_B.")]
-            plain[f"{where}.weight"] += modules[where].scaling["default"] * (b.float() @ tensor.float()).cpu()
-        elif ".lora_B." not in name and not name.startswith("head."):
-            plain[name].copy_(tensor)
-
-
 def whole_tensor(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """A checksum of weights: another encoder, another cache."""
+def checksum(*modules: nn.Module) -> str:
+    """Of weights: another encoder, another cache."""
     value = 0
     for module in modules:
         for p in module.parameters():

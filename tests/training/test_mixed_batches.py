@@ -17,6 +17,7 @@ from torch import Tensor
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
 from janusflow_min.training.batch import collate, unpack
+from janusflow_min.training.config import ObjectiveConfig
 from janusflow_min.training.losses import (
     IGNORE,
     AlignmentHead,
@@ -42,7 +43,7 @@ def processor(parity_dir) -> Processor:
 def objective(parity_dir) -> JanusFlowLoss:
     model = load_model(parity_dir, progress=False).requires_grad_(True)
     torch.manual_seed(0)
-    return JanusFlowLoss(model, AlignmentHead(64, 32), alignment_layer=TAP)
+    return JanusFlowLoss(model, AlignmentHead(64, 32), ObjectiveConfig(alignment_layer=TAP))
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_mutations_are_caught(objective, samples, processor, mutation, monkeypat
     batch = batch_of(samples[kind], processor)
     expected = sum(plain(objective, sample, processor).item() for sample in samples[kind])
     if mutation == "alignment layer":
-        monkeypatch.setattr(objective, "alignment_layer", TAP + 1)
+        monkeypatch.setattr(objective, "settings", ObjectiveConfig(alignment_layer=TAP + 1))
     elif mutation == "sign of the velocity":
         object.__setattr__(batch, "noise", -batch.noise)
     elif mutation == "hidden prompt moves the image":
@@ -199,8 +200,12 @@ def test_the_two_forms_of_the_objective_agree(objective, samples, processor):
                     torch.tensor([False]),
                     tap=TAP,
                 )
-                torch.testing.assert_close(losses.flow[i : i + 1], one.flow, rtol=1e-4, atol=1e-5)
-                torch.testing.assert_close(losses.alignment[i : i + 1], one.alignment, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    losses.terms["flow"].values[i : i + 1], one.flow, rtol=1e-4, atol=1e-5
+                )
+                torch.testing.assert_close(
+                    losses.terms["alignment"].values[i : i + 1], one.alignment, rtol=1e-4, atol=1e-5
+                )
         text = samples["mixed"][-1]
         one = understanding_loss(model, torch.tensor([text.ids]), torch.tensor([text.labels]))
         mine = objective(batch_of([text], processor))

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: MIT
+"""Everything about a run that can be wrong, looked at before any weight is read; `--dry-run` prints what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import read_config
+from ..files import check_folder
+from ..hub import resolve
+from ..loading import pick_device, pick_dtype
+from ..model import JanusFlow
+from ..pixels import open_image
+from ..processor import Processor, check_processor_matches
+from . import checkpoints
+from .config import COMPONENTS, KINDS, Config, LoraConfig
+from .dataset import Source, open_sources, summarize
+from .prepare import component, trainable
+from .rows import Manifest
+from .settings import anchored, read
+
+KIND_COMPONENTS = {  # what only samples of a kind train
+    "generation": ("gen_aligners", "uvit_encoder", "uvit_decoder", "alignment_head"),
+    "understanding": ("siglip", "und_aligner"),
+}
+GIB = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a run will do."""
+
+    config: Config  # with its steps, where epochs were given, and absolute paths
+    folder: Path  # of the model
+    processor: Processor
+    sources: list[Source]
+    trained: dict[str, int]  # parameters, by component
+    frozen: dict[str, int]
+    memory: dict[str, float]  # GiB on each device, by purpose: an estimate
+    disk: float  # GiB of the checkpoints and the export
+    notes: list[str]  # what is allowed, but hardly meant
+
+    def epochs(self, step: int) -> float | None:
+        """How often every row was read after so many steps; None for streams."""
+        shares = zip(self.sources, self.config.ratios(), strict=True)
+        total = sum(self.config.ratios())
+        passes = [step * self.config.batch * r / total / len(s) for s, r in shares if len(s) and r]
+        return round(min(passes), 4) if passes else None
+
+    def __str__(self) -> str:
+        c, o = self.config, self.config.optimizer
+        trained = [f"{name} {n / 1e6:,.2f} M at {c.rate(name):g}" for name, n in self.trained.items() if n]
+        frozen = [f"{name} {n / 1e6:,.2f} M" for name, n in self.frozen.items() if n]
+        lines = [("model", f"{c.model} ({self.folder})"), ("trains", ", ".join(trained))]
+        lines += [("frozen", ", ".join(frozen) or "nothing")]
+        for i, row in enumerate(summarize(c, self.sources)):
+            count = f"{row['rows']:,} rows" if row["rows"] else "a stream"
+            bad = f", {row['bad']:,} bad ones" if row["bad"] else ""
+            share = f"{row['share']:.1%} of the samples"
+            lines.append((f"data.{i}", f"{row['kind']}: {row['source']}, {count}{bad}, {share}"))
+        passes, left = self.epochs(c.steps), checkpoints.found(Path(c.output) / "checkpoints")
+        lines += [
+            ("steps", f"{c.steps:,} of {c.batch} samples{'' if passes is None else f', {passes:.3g} epochs'}"),
+            ("rate", f"{o.warmup:,} steps of warm-up, then {o.schedule}"),
+            ("memory", f"about {sum(self.memory.values()):.2f} GiB on each device: "
+             + ", ".join(f"{name} {gib:.2f}" for name, gib in self.memory.items())),
+            ("disk", f"about {self.disk:.2f} GiB for {c.keep} checkpoints and the export"),
+            ("output", f"{c.output}{f', where the run goes on from {left[0].name}' if left else ''}"),
+        ]  # fmt: skip
+        return "\n".join(f"{name:<8} {text}" for name, text in [*lines, *(("note", n) for n in self.notes)])
+
+
+def check(config: Config, world: int = 1, weights: bool = False, progress: bool = False) -> Plan:
+    """Look at settings, files, data and the model's layers, without reading weights.
+
+    weights: download those of a hub's model, which the run will need. Raises ValueError, OSError or ImportError,
+    which name the setting.
+    """
+    config = read(Config, anchored(Config, config.to_dict(), Path.cwd()))
+    report = config.report
+    with naming("output"):
+        check_folder(config.output, "output")
+    if config.loader.cache:
+        with naming("loader.cache"):
+            check_folder(config.loader.cache)
+    if report.tracker in ("wandb", "trackio") and find_spec(report.tracker) is None:
+        raise ImportError(
+            f'report.tracker = "{report.tracker}" needs the package: pip install {report.tracker}'
+        )
+    for i, image in enumerate(report.images):
+        if image:
+            with naming(f"report.images.{i}"):
+                open_image(image)
+    if report.validation:
+        with naming("report.validation"):
+            Manifest(report.validation, limit=report.validation_rows)
+    sources = open_sources(config)
+    config = dataclasses.replace(config, steps=steps_of(config, sources), epochs=None)
+    folder = resolve(config.model, progress, weights)
+    sizes = read_config(folder)
+    processor = Processor.from_folder(folder, sizes.llm.vocab_size)
+    check_processor_matches(folder, sizes, processor)
+    for i, prompt in enumerate(report.prompts):
+        with naming(f"report.prompts.{i}"):
+            processor.generation_prompt(prompt)
+    for i, question in enumerate(report.questions):
+        with naming(f"report.questions.{i}"):
+            if not question.strip() and not any(report.images[i : i + 1]):
+                raise ValueError("it is empty, and there is no image to describe")
+            processor.tokenizer.reject_special_tokens(question)
+    with torch.device("meta"):
+        model = JanusFlow(sizes)
+    loss, rates = trainable(config, model)
+    trained, frozen = dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0)
+    for name, p in loss.named_parameters():
+        (trained if rates[name] else frozen)[component(name)] += p.numel()
+    memory = estimate(config, model, sum(trained.values()), sum(frozen.values()), world)
+    state = sum(trained.values()) * (16 if config.optimizer.ema_decay else 12)
+    whole = sum(p.numel() for p in model.parameters()) * (4 if config.export_dtype == "float32" else 2)
+    disk = (state * (config.keep + 1) + whole) / GIB
+    plan = Plan(config, folder, processor, sources, trained, frozen, memory, disk, [])
+    plan.notes.extend(remarks(plan))
+    return plan
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Errors inside begin with the setting's name."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        kind = type(error) if type(error) in (ValueError, FileNotFoundError, PermissionError) else ValueError
+        raise kind(f"{key}: {error}") from error
+
+
+def steps_of(config: Config, sources: Sequence[Source]) -> int:
+    """The run's steps; for epochs, as many as read every source's rows so often."""
+    if config.steps is not None:
+        return config.steps
+    most, total = 0.0, sum(config.ratios())
+    for i, (source, ratio) in enumerate(zip(sources, config.ratios(), strict=True)):
+        if ratio and not len(source):
+            raise ValueError(f"epochs needs the number of rows, and data.{i} is a stream; give steps instead")
+        if ratio:
+            most = max(most, config.epochs * len(source) * total / ratio)
+    return max(1, math.ceil(round(most / config.batch, 6)))
+
+
+def estimate(config: Config, model: JanusFlow, trained: int, frozen: int, world: int) -> dict[str, float]:
+    """GiB on each device. Activations: 17 values per token, block and hidden unit, as measured on one GPU."""
+    size = 2 if pick_dtype(config.dtype, pick_device(config.device)) == torch.bfloat16 else 4
+    shards = world if config.parallel == "fsdp" else 1
+    llm, rows = model.config.llm, min(config.micro_batch, math.ceil(config.batch / world))
+    tokens = rows * (64 + 1 + model.num_image_tokens)
+    kept = llm.num_hidden_layers + 17 if config.gradient_checkpointing else llm.num_hidden_layers * 17
+    copies = size if size == 2 or shards > 1 else 0
+    several = config.batch > config.micro_batch * world and shards == 1  # gradients are summed up in fp32
+    return {
+        "weights": (frozen * size / shards + trained * copies) / GIB,
+        "optimizer": trained * (16 if config.optimizer.ema_decay else 12) / shards / GIB,
+        "gradients": trained * (size + (4 if several else 0)) / shards / GIB,
+        "activations": tokens * kept * llm.hidden_size * size / GIB,
+    }
+
+
+def remarks(plan: Plan) -> Iterator[str]:
+    """What is allowed, but has no effect or hardly the one that is meant."""
+    c, o = plan.config, plan.config.optimizer
+    if not c.lora.rank and c.lora != LoraConfig():
+        yield "the settings of [lora] have no effect without lora.rank"
+    if o.schedule == "constant" and o.min_lr_ratio:
+        yield 'optimizer.min_lr_ratio has no effect with optimizer.schedule = "constant"'
+    if o.warmup >= c.steps:
+        yield f"the warm-up of {o.warmup:,} steps ends after the run, of {c.steps:,}"
+    if not c.report.every and (c.report.prompts or c.report.questions or c.report.validation):
+        yield "report.every = 0: nothing of [report] is generated, asked or validated"
+    if not c.objective.alignment_weight and o.lr_by_component.get("alignment_head"):
+        yield "optimizer.lr_by_component.alignment_head has no effect without objective.alignment_weight"
+    for i, ratio in enumerate(c.ratios()):
+        if not ratio:
+            yield f'data.{i} is never read: stage "{c.stage}" has no share for {c.data[i].kind}; give ratios'
+    kinds = {s.kind for s, ratio in zip(c.data, c.ratios(), strict=True) if ratio}
+    for kind in KINDS:
+        parts = [name for name in KIND_COMPONENTS.get(kind, ()) if plan.trained[name]]
+        if kind not in kinds and parts:
+            yield f"no sample trains {', '.join(parts)}: there is no data of kind {kind}"
+    if c.objective.flow_weighting != "none" and "generation" not in kinds:
+        yield "objective.flow_weighting has no effect without data of kind generation"
+    free = shutil.disk_usage(next(p for p in (Path(c.output), *Path(c.output).parents) if p.exists())).free
+    if plan.disk * GIB > free:
+        yield f"only {free / GIB:.2f} GiB are free for the {plan.disk:.2f} GiB of checkpoints and export"
+
+
+# Going on with a run -----------------------------------------------------------------------
+
+FREE = {  # settings that may change within a run: they do not decide what is learned
+    *("output", "epochs", "micro_batch", "device", "parallel", "compile", "gradient_checkpointing", "on_nan"),
+    *(
+        "save_every",
+        "keep",
+        "export_dtype",
+        "report",
+        "loader.max_padding",
+        "loader.workers",
+        "loader.timeout",
+    ),
+    *("loader.on_bad_row", "loader.cache", "steps", "optimizer.warmup"),
+}
+PATHS = (
+    "manifest",
+    "folder",
+    "dataset",
+    "files",
+)  # of a source; its fingerprint says whether the data are others
+
+
+def compare(about: Mapping[str, Any], config: Config, sources: Sequence[Source]) -> list[str]:
+    """What a run that goes on from a checkpoint should say, settings and data compared with its `checkpoint.json`.
+
+    ValueError where it would be another run.
+    """
+    old = about["config"]
+    changes = list(differences(old, config))
+    prints = about.get("data", [s.fingerprint for s in sources])
+    if len(prints) == len(sources):
+        for i, (was, source) in enumerate(zip(prints, sources, strict=True)):
+            if was != source.fingerprint:
+                changes.append(f"data.{i} ({source.name}) holds other data than before")
+    if changes:
+        raise ValueError(f"belongs to a run with other settings: {'; '.join(changes)}")
+    said = []
+    if old["optimizer"].get("warmup") != config.optimizer.warmup:
+        said.append(f"optimizer.warmup was {old['optimizer'].get('warmup')}, is {config.optimizer.warmup}")
+    if old["steps"] != config.steps and config.optimizer.schedule == "cosine":
+        said.append(f"steps was {old['steps']}, is {config.steps}, and the cosine now ends there")
+    return [f"{text}: the learning rates to come are other ones" for text in said]
+
+
+def differences(old: Mapping[str, Any], new: Any, where: str = "") -> Iterator[str]:
+    """Settings that decide what is learned and are not the same. One that was not known then had its default."""
+    for f in dataclasses.fields(new):
+        key, b = where + f.name, getattr(new, f.name)
+        if key in FREE or (where.startswith("data.") and f.name in PATHS):
+            continue
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        a = old.get(f.name, dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default)
+        if dataclasses.is_dataclass(b):
+            yield from differences(a, b, f"{key}.")
+        elif f.name == "data":
+            if len(a) != len(b):
+                yield f"there were {len(a)} sources of data, are {len(b)}"
+            for i, (x, y) in enumerate(zip(a, b, strict=False)):
+                yield from differences(x, y, f"{key}.{i}.")
+        elif a != b and not (isinstance(b, tuple) and list(a) == list(b)):
+            yield f"{key} was {a!r}, is {b!r}"
