@@ -23,7 +23,7 @@ from janusflow_min.processor import Processor
 from janusflow_min.training import config as training_config
 from janusflow_min.training.batch import StepDataset, explain_loader_error, load_steps
 from janusflow_min.training.dataset import open_sources, summarize
-from janusflow_min.training.metrics import Report, rows
+from janusflow_min.training.metrics import Report, read_lines
 from janusflow_min.training.sample import SampleBuilder
 from janusflow_min.training.trainer import Trainer
 
@@ -126,7 +126,9 @@ def test_bad_rows_are_written_down_once(settings, tmp_path, manifest, monkeypatc
     for steps in (2, 4):
         config = settings(data=[{"kind": "generation", "manifest": str(path)}], steps=steps, batch=4)
         Trainer(config, progress=False).run()
-    written = [(row["line"], row["reason"][:12]) for row in rows(Path(config.output) / "bad_rows.jsonl")]
+    written = [
+        (row["line"], row["reason"][:12]) for row in read_lines(Path(config.output) / "bad_rows.jsonl")
+    ]
     assert written == [(1, "JSONDecodeEr"), (5, "FileNotFound")]
 
 
@@ -207,4 +209,4 @@ def test_a_small_dev_shm(settings, tmp_path):
     process = start(tmp_path, config, *mount)
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 4
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 4
