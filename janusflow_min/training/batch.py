@@ -24,7 +24,7 @@ from ..processor import ImageProcessor, Processor
 from .config import STAGES, Config, LoaderConfig
 from .dataset import Mixture, Source
 from .losses import IGNORE, MixedBatch
-from .rows import BadRow, seeded_generator
+from .rows import BadRow, cause, seeded_generator
 from .sample import Sample, SampleBuilder
 
 MAX_BAD = 1000  # rows of a source in a row
@@ -172,7 +172,7 @@ class StepDataset(Dataset):
             except MemoryError:
                 raise
             except Exception as error:  # whatever lies in the data
-                bad.append(BadRow(row.source, row.line, f"{type(error).__name__}: {error}"))
+                bad.append(BadRow(row.source, row.line, f"{type(error).__name__}: {error}"[:500]))
                 if stop:
                     raise ValueError(f"a bad row: {bad[-1]}") from error
         raise ValueError(f"{MAX_BAD:,} bad rows in a row, the last: {bad[-1]}")
@@ -188,7 +188,8 @@ class _Worker(Dataset):
         try:
             return self.dataset[step]
         except Exception as error:
-            return StepBatches(step, [], [], 0, 0, 0, [], error)
+            plain = type(error).__module__ == "builtins"  # others may not survive the way
+            return StepBatches(step, [], [], 0, 0, 0, [], error if plain else RuntimeError(cause(error)))
 
 
 def load_steps(dataset: StepDataset, steps: range, pin_memory: bool = False) -> Iterator[StepBatches]:

@@ -210,9 +210,12 @@ class Config:
         for i, source in enumerate(self.data):
             given = [key for key in ("manifest", "folder", "dataset") if getattr(source, key)]
             require(len(given) == 1, f"data.{i}", "a manifest, a folder or a dataset, one of them", given)
-            for key in ("subset", "files", "streaming"):
-                useless = getattr(source, key) and not source.dataset
-                require(not useless, f"data.{i}.{key}", "left out without a dataset", getattr(source, key))
+            file = bool(source.manifest or source.folder)
+            unused = dict.fromkeys(("subset", "files", "streaming", "split"), file)
+            unused |= {"columns": bool(source.folder), "shuffle_buffer": not source.streaming}
+            for key in (key for key, without_effect in unused.items() if without_effect):
+                value, default = getattr(source, key), getattr(SourceConfig, key, {})
+                require(value == default, f"data.{i}.{key}", "left out, for it has no effect here", value)
             captions = source.kind == "generation" or not source.folder
             require(captions, f"data.{i}.kind", '"generation" for a folder', source.kind)
         given = [source.ratio is not None for source in self.data]

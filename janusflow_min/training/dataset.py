@@ -73,7 +73,8 @@ def open_sources(config: Config, show: bool = False) -> list[Source]:
         try:
             found.append(Source(source, config.seed, f"{i} {source.kind}", skip, show))
         except (ValueError, OSError) as error:
-            raise type(error)(f"data.{i}: {error}") from error
+            known = FileNotFoundError, OSError, ValueError
+            raise next(k for k in known if isinstance(error, k))(f"data.{i}: {error}") from error
     return found
 
 

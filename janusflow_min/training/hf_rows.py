@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import SourceConfig
-from .rows import CONVERSATIONS, BadRow, Row, seeded_generator
+from .rows import CONVERSATIONS, BadRow, Row, cause, seeded_generator
 
+SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
 NEEDED = {  # by kind: columns, one of each group
     "understanding": (CONVERSATIONS,),
     "generation": (("image",), ("text",)),
@@ -48,28 +49,24 @@ def open_dataset(config: SourceConfig, key: tuple, skip_bad: bool, show: bool = 
     where a file cannot be read, or with `skip_bad` where none can, and where a column is missing.
     """
     local, bad, parts = Path(config.dataset), list[BadRow](), list[Part]()
-    if (local / "dataset_info.json").is_file() or (
-        local / "state.json"
-    ).is_file():  # read in place, never streamed
-        parts = [Part(local, import_datasets().load_from_disk(config.dataset))]
-        files = [str(p) for p in sorted(local.rglob("*"))]
-    else:
-        folders: dict[Path | None, list[str]] = {}
-        for pattern in config.files:
-            here = Path(pattern).is_absolute()  # what is not comes from the hub or the net
-            found = sorted(glob.glob(pattern, recursive=True)) if here else [pattern]
-            if not found:
-                raise FileNotFoundError(f"files: nothing at {pattern}")
-            for file in found:
-                folders.setdefault(Path(file).parent if here else None, []).append(file)
-        for folder, names in folders.items() or [(local if local.is_dir() else None, [])]:
-            with progress_bars(show):
-                rows = load(config, names, bad if skip_bad else None)
-            parts += [Part(folder, rows)] if rows is not None else []
-        files = [file for names in folders.values() for file in names]
-        if not parts:
-            raise ValueError(f"none of its files can be read; {bad[0]}")
-    parts = [Part(part.folder, prepare(config, part.rows)) for part in parts]
+    folders: dict[Path | None, list[str]] = {}
+    for pattern in config.files:
+        here = "://" not in pattern and (
+            local.exists() or "/" not in config.dataset
+        )  # neither the net nor the hub
+        found = sorted(glob.glob(pattern, recursive=True)) if here else [pattern]
+        if not found:
+            raise FileNotFoundError(f"files: nothing at {pattern}")
+        for file in found:
+            folders.setdefault(Path(file).parent if here else None, []).append(file)
+    for folder, names in folders.items() or [(local if local.is_dir() else None, [])]:
+        with progress_bars(show):
+            rows = load(config, names, bad if skip_bad else None)
+            parts += [Part(folder, prepare(config, rows))] if rows is not None else []
+    if not parts:
+        raise ValueError(f"none of its files can be read; {bad[0]}")
+    files = [file for names in folders.values() for file in names]
+    files = files or [str(p) for p in sorted(local.rglob("*"))] if local.is_dir() else files
     sizes = [(Path(f).name, Path(f).stat().st_size if Path(f).is_file() else 0) for f in files]
     digest = hashlib.sha256(repr((config.dataset, config.subset, config.split, sizes)).encode())
     if isinstance(parts[0].rows, import_datasets().IterableDataset):
@@ -97,6 +94,9 @@ def load(config: SourceConfig, files: list[str], bad: list[BadRow] | None) -> An
     and left out; None where none can."""
 
     def open_files(files: list[str]) -> Any:
+        if any((Path(config.dataset) / name).is_file() for name in SAVED):  # read in place, never streamed
+            rows = import_datasets().load_from_disk(config.dataset)
+            return rows[config.split] if isinstance(rows, dict) else rows
         options = {"data_files": files or None, "split": config.split, "streaming": config.streaming}
         return import_datasets().load_dataset(config.dataset, config.subset or None, **options)
 
@@ -115,13 +115,6 @@ def load(config: SourceConfig, files: list[str], bad: list[BadRow] | None) -> An
         except Exception as error:
             bad.append(BadRow(file, 0, cause(error)))
     return open_files(good) if good else None
-
-
-def cause(error: BaseException) -> str:
-    """What lies at the bottom of an error, in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def prepare(config: SourceConfig, rows: Any) -> Any:

@@ -70,6 +70,13 @@ def kind_of(row: Mapping[str, Any]) -> str:
     )
 
 
+def cause(error: BaseException) -> str:
+    """What lies at the bottom of an error, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 # Files -----------------------------------------------------------------------
 
 
@@ -89,7 +96,8 @@ class Manifest:
     ):
         self.path, self.bad = Path(path), list[BadRow]()
         if not self.path.is_file():
-            raise FileNotFoundError(f"no manifest at {path}")
+            hint = "; it is a folder, which the key `folder` takes" if self.path.is_dir() else ""
+            raise FileNotFoundError(f"no manifest at {path}{hint}")
         digest, kinds, places = hashlib.sha256(), Counter[str](), []
         for line, first, text in self._entries():
             digest.update(text)
@@ -99,7 +107,7 @@ class Manifest:
                 if kind in (None, found):
                     places.append((line, first, len(text)))
             except (ValueError, RecursionError) as error:
-                self.bad.append(BadRow(str(self.path), line, f"{type(error).__name__}: {error}"))
+                self.bad.append(BadRow(str(self.path), line, cause(error)))
             if limit is not None and len(places) >= limit:
                 break
         self.fingerprint = digest.hexdigest()[:16]

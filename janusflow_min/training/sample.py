@@ -82,7 +82,7 @@ def read_conversation(row: Mapping[str, Any], image_tag: str) -> list[dict[str, 
             content = "".join(texts)
         if not isinstance(content, str | None):
             raise ValueError(f"a message's content must be text or parts, got {content!r:.80}")
-        found.append({"role": ROLES.get(role, role), "content": content or "", "images": images})
+        found.append({"role": ROLES.get(str(role).lower(), role), "content": content or "", "images": images})
     beside = row.get("images") if row.get("images") is not None else row.get("image")
     if beside is not None and found:
         found[0]["images"] = list(beside) if isinstance(beside, list | tuple) else [beside]

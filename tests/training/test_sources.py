@@ -376,6 +376,36 @@ def test_a_table_is_opened_quietly(dataset, files, datasets, capfd, monkeypatch,
     assert capfd.readouterr().err == "" and not are_progress_bars_disabled()
 
 
+def test_saved_splits_and_folders_of_images(dataset, files, tmp_path, datasets):
+    """Stops: what `save_to_disk` writes of several splits, or an image folder with its metadata, that cannot be read;
+    paths from Python, relative to where it runs, that are taken for the hub's."""
+    table = datasets.Dataset.from_dict({"image": [{"bytes": png(7), "path": None}], "text": ["row 7"]})
+    splits = datasets.DatasetDict({"train": table, "test": table})
+    splits.save_to_disk(tmp_path / "splits")
+    source = {"kind": "generation", "dataset": str(tmp_path / "splits")}
+    assert opened(dataset, source | {"split": "test"})(3).values["text"] == "row 7"
+    with pytest.raises(ValueError, match=r"data\.0: .*splits cannot be opened: KeyError: 'none'"):
+        opened(dataset, source | {"split": "none"})
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(3))
+    (folder / "metadata.csv").write_text("file_name,text\na.png,row 3\n")
+    for streaming in (False, True):
+        data = [{"kind": "generation", "dataset": str(folder), "streaming": streaming}]
+        data = dataset(data=data, batch=1)[0]
+        assert data.samples == 1 and not data.bad and int(data.batches[0].images[0, 0, 0, 0]) == 30
+    with pytest.raises(FileNotFoundError, match=r"data\.0: no manifest at .*photos; it is a folder"):
+        opened(dataset, {"kind": "generation", "manifest": str(folder)})
+
+
+def test_relative_files_count_from_here(dataset, files, monkeypatch):
+    """Stops: a table that is opened from Python by a relative path, whose images are then looked for elsewhere."""
+    monkeypatch.chdir(files)
+    table = {"kind": "generation", "dataset": "csv", "files": ["0.csv"]}
+    data = dataset(data=[table], batch=4)[0]
+    assert data.samples == 4 and not data.bad
+
+
 def test_a_row_that_lacks_a_value_names_those_it_has(dataset, tmp_path):
     """Stops: "1,000 bad rows, got None" for a manifest whose captions have another name."""
     (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "a cat"}\n')
