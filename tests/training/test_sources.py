@@ -25,7 +25,7 @@ from janusflow_min.training.batch import StepBatches, StepDataset, load_steps
 from janusflow_min.training.config import Config
 from janusflow_min.training.dataset import Source, open_sources
 from janusflow_min.training.hf_rows import Part, Stream
-from janusflow_min.training.metrics import rows as read_lines
+from janusflow_min.training.metrics import read_lines
 from janusflow_min.training.sample import SampleBuilder
 from janusflow_min.training.trainer import Trainer
 
