@@ -24,7 +24,7 @@ from ..processor import ImageProcessor, Processor
 from .config import STAGES, Config, LoaderConfig
 from .dataset import Mixture, Source
 from .losses import IGNORE, MixedBatch
-from .rows import BadRow, cause, seeded_generator
+from .rows import BadRow, Manifest, Row, cause, kind_of, seeded_generator
 from .sample import Sample, SampleBuilder
 
 MAX_BAD = 1000  # rows of a source in a row
@@ -160,22 +160,41 @@ class StepDataset(Dataset):
     def sample(self, number: int, bad: list[BadRow]) -> Sample:
         """The run's sample of that number; rows that cannot be used are added to `bad`."""
         index, position = self.mixture(number)
-        source, stop = self.sources[index], self.config.loader.on_bad_row == "stop"
+        source, dropout = self.sources[index], self.config.objective.prompt_dropout
         for further in range(MAX_BAD):
             row = source(position + further, keep=position)
-            try:
-                if isinstance(row.values, Exception):
-                    raise row.values
-                generator = seeded_generator(self.config.seed, "sample", number)
-                dropout = self.config.objective.prompt_dropout
-                return self.builder(row.values, source.config.kind, generator, dropout, row.folder)
-            except MemoryError:
-                raise
-            except Exception as error:  # whatever lies in the data
-                bad.append(BadRow(row.source, row.line, f"{type(error).__name__}: {error}"[:500]))
-                if stop:
-                    raise ValueError(f"a bad row: {bad[-1]}") from error
+            generator = seeded_generator(self.config.seed, "sample", number)
+            sample = self.build(row, source.config.kind, generator, dropout, bad)
+            if sample is not None:
+                return sample
         raise ValueError(f"{MAX_BAD:,} bad rows in a row, the last: {bad[-1]}")
+
+    def build(
+        self, row: Row, kind: str, generator: torch.Generator, dropout: float, bad: list[BadRow]
+    ) -> Sample | None:
+        """None for a row that cannot be used; with `on_bad_row = "stop"` a ValueError."""
+        try:
+            if isinstance(row.values, Exception):
+                raise row.values
+            return self.builder(row.values, kind, generator, dropout, row.folder)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever lies in the data
+            bad.append(BadRow(row.source, row.line, f"{type(error).__name__}: {error}"[:500]))
+            if self.config.loader.on_bad_row == "stop":
+                raise ValueError(f"a bad row: {bad[-1]}") from error
+            return None
+
+    def validation(self, whole: bool) -> StepBatches:
+        """The first rows of the validation manifest, this rank's or the `whole`, with times and noise of their own and
+        no prompt hidden."""
+        report, bad, samples = self.config.report, list[BadRow](), list[Sample]()
+        rows = Manifest(report.validation, limit=report.validation_rows)
+        for i in range(len(rows)) if whole else range(self.rank, len(rows), self.world):
+            generator = seeded_generator("validation", i)
+            sample = self.build(rows[i], kind_of(rows[i].values), generator, 0.0, bad)
+            samples += [] if sample is None else [sample]
+        return self.pack(0, samples, bad)
 
 
 class _Worker(Dataset):

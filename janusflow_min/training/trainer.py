@@ -44,10 +44,10 @@ from .export import export
 from .losses import MixedBatch
 from .metrics import Report, Tracker, curves, means, memory_gib, read_lines
 from .optimizer import rate_factor
-from .rows import BadRow, Manifest, kind_of, seeded_generator
+from .rows import BadRow
 from .sample import Cache, SampleBuilder
 from .settings import to_toml
-from .step import TrainStep, add_metrics, reduce_metrics
+from .step import TrainStep, add_metrics
 
 MAX_SKIPPED = 20  # steps in a row whose loss is not finite
 
@@ -310,20 +310,22 @@ class Trainer:
                 self.tell(f"the best validation loss so far, {value:.4g}: exported to {self.export('best')}")
 
     def validation_loss(self) -> dict[str, float | None]:
-        """Over the first rows of the validation manifest, with times and noise of their own, no prompt hidden."""
-        report, sums = self.config.report, dict[str, Tensor]()
-        rows = Manifest(report.validation, limit=report.validation_rows)
-        count = len(rows)
-        samples = []
-        for i in range(count if self.parallel == "fsdp" else 0) or range(self.rank, count, self.world):
-            row, generator = rows[i], seeded_generator("validation", i)
-            samples.append(self.dataset.builder(row.values, kind_of(row.values), generator, 0.0, row.folder))
-        data = self.dataset.pack(0, samples, [])
+        """Over the first rows of the validation manifest."""
+        data, sums = self.dataset.validation(whole=self.parallel == "fsdp"), dict[str, Tensor]()
+        self.note_bad(data.bad)
         for batch, keys in zip(data.batches, data.keys, strict=True):
             add_metrics(sums, self.train_step.loss(self.encode(batch.to(self.device), keys)).metrics())
+        parts = [{name: pair.tolist() for name, pair in sums.items()}]
         if self.world > 1 and self.parallel != "fsdp":
-            reduce_metrics(sums)
-        row = means({name: tuple(pair.tolist()) for name, pair in sums.items()})
+            parts *= self.world
+            dist.all_gather_object(parts, parts[0])  # a rank without a good row has no names
+        if not any(parts):
+            raise ValueError("report.validation: none of its rows can be used; bad_rows.jsonl says why")
+        total = dict.fromkeys((name for part in parts for name in part), (0.0, 0.0))
+        for name in total:
+            pairs = [part[name] for part in parts if name in part]
+            total[name] = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        row = means(total)
         return {name: row[name] for name in curves(row)}
 
     def save(self) -> None:

@@ -132,6 +132,26 @@ def test_bad_rows_are_written_down_once(settings, tmp_path, manifest, monkeypatc
     assert written == [(1, "JSONDecodeEr"), (5, "FileNotFound")]
 
 
+def test_a_bad_validation_row_is_skipped(settings, tmp_path, manifest, monkeypatch):
+    """Stops: a run that ends at its first evaluation, hours in, for one broken image among the validation rows."""
+    monkeypatch.setattr(Report, "plot", lambda self: None)
+    lines = [json.dumps(json.loads(line) | {"image": str(manifest.parent / "0.png")})
+             for line in manifest.read_text().splitlines()[:3]]  # fmt: skip
+    path = tmp_path / "validation.jsonl"
+    losses = []
+    for bad in ([], ['{"image": "none.png", "text": "a"}', '{"image": ']):
+        path.write_text("\n".join(lines + bad) + "\n")
+        report = {"every": 2, "validation": str(path), "tracker": "none"}
+        config = settings(tmp_path / f"run {len(bad)}", steps=2, report=report)
+        Trainer(config, progress=False).run()
+        losses.append(read_lines(Path(config.output) / "samples.jsonl")[0]["loss"])
+    assert losses[0] == losses[1]
+    assert [row["line"] for row in read_lines(Path(config.output) / "bad_rows.jsonl")] == [4]
+    path.write_text('{"image": "none.png", "text": "a"}\n')
+    with pytest.raises(ValueError, match=r"report\.validation: none of its rows"):
+        Trainer(settings(tmp_path / "none", steps=2, report=report), progress=False).run()
+
+
 def test_what_a_run_learns_from(settings, manifest, tmp_path):
     """Stops: a dry run that counts other rows or shares than the run has; changed data that nobody notices."""
     folder = tmp_path / "captions"
