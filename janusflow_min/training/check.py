@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoint import read_config
 from ..files import check_folder
-from ..hub import resolve
+from ..hub import resolve, resolve_vae
 from ..loading import pick_device, pick_dtype
 from ..model import JanusFlow
 from ..pixels import open_image
@@ -88,11 +88,9 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
     """
     config = read(Config, anchored(Config, config.to_dict(), Path.cwd()))
     report = config.report
-    with naming("output"):
-        check_folder(config.output, "output")
+    check_folder(config.output, "output")
     if config.loader.cache:
-        with naming("loader.cache"):
-            check_folder(config.loader.cache)
+        check_folder(config.loader.cache, "loader.cache")
     if report.tracker in ("wandb", "trackio") and find_spec(report.tracker) is None:
         raise ImportError(
             f'report.tracker = "{report.tracker}" needs the package: pip install {report.tracker}'
@@ -110,6 +108,8 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
     sizes = read_config(folder)
     processor = Processor.from_folder(folder, sizes.llm.vocab_size)
     check_processor_matches(folder, sizes, processor)
+    if weights or config.vae or (folder / "vae").is_dir():  # else the hub's, which a dry run leaves there
+        resolve_vae(folder, config.vae or None, progress)
     for i, prompt in enumerate(report.prompts):
         with naming(f"report.prompts.{i}"):
             processor.generation_prompt(prompt)

@@ -115,9 +115,9 @@ class Trainer:
         config = self.config
         self.tell(f"reading {config.model}")
         self.source = resolve(config.model, self.shown)
+        self.vae = load_vae(resolve_vae(self.source, config.vae or None, self.shown), self.device, self.dtype)
         self.model = load_model(self.source, self.device, torch.float32, progress=self.shown)
         self.processor = self.plan.processor
-        self.vae = load_vae(resolve_vae(self.source, config.vae or None, self.shown), self.device, self.dtype)
         cache = None
         if config.loader.cache:
             cache = Cache(config.loader.cache, checksum(self.vae, self.model.siglip))
