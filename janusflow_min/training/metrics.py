@@ -41,6 +41,9 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def close(self) -> None:
+        self.writer.close()
+
 
 class Client:
     """A run of wandb or trackio, which have the same calls; one that goes on after a stop keeps its name there."""
@@ -53,6 +56,9 @@ class Client:
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self.run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 def make_tracker(config: Config, folder: Path, first: int) -> Tracker | None:
@@ -79,6 +85,10 @@ class Report:
             atomic_write(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
         if tracker is None and config.report.tracker != "none":
             self.tracker = make_tracker(config, folder, step + 1)
+
+    def close(self) -> None:
+        if isinstance(self.tracker, TensorBoard | Client):
+            self.tracker.close()
 
     def metrics(self, step: int, row: Mapping[str, Any], file: str = "metrics.jsonl") -> None:
         """Write numbers down; one that is not finite, which JSON cannot say, becomes null."""

@@ -82,6 +82,7 @@ class Trainer:
             self.tell(f"note: {note}")
         self.index, self.last_saved, self.skipped, self.stop_requested = 0, -1, 0, False
         self.lock: checkpoints.Lock | None = None
+        self.report: Report | None = None
         try:
             self.build(self.find(fresh), fresh, tracker)
         except BaseException:
@@ -138,7 +139,6 @@ class Trainer:
                 shutil.rmtree(self.replaced, ignore_errors=True)
                 os.rename(self.checkpoints, self.replaced)
             (self.folder / "bad_rows.jsonl").unlink(missing_ok=True)
-        self.report = None
         if self.rank == 0:
             atomic_write(self.folder / "config.toml", to_toml(config))
             self.report = Report(self.folder, config, tracker, self.index)
@@ -386,6 +386,8 @@ class Trainer:
 
     def release(self) -> None:
         """Let another run have the output."""
+        if self.report is not None:
+            self.report.close()
         if self.lock is not None:
             self.lock.release()
 

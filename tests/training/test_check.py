@@ -324,6 +324,9 @@ def test_clients_are_called_as_they_are_published(settings, name, monkeypatch, t
         def log(self, numbers, step):
             calls.append((step, numbers["loss"]))
 
+        def finish(self):
+            calls.append("finished")
+
     class Module:
         @staticmethod
         def init(project, name, config, resume, **more):
@@ -335,6 +338,7 @@ def test_clients_are_called_as_they_are_published(settings, name, monkeypatch, t
     for steps in (1, 2):
         run(settings(steps=steps, report={"tracker": name}))
     made = [call for call in calls if len(call) == 5]
+    assert calls.count("finished") == 2
     assert made[0][:4] == made[1][:4] and made[0][3] == (["dir", "id"] if name == "wandb" else [])
     assert [call[0] for call in calls if len(call) == 2] == [1, 2]
 
