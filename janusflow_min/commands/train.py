@@ -23,7 +23,9 @@ def add_parser(command: Any) -> None:
   torchrun --nproc-per-node 2 -m janusflow_min train scripts/examples/full_two_gpus.toml
   janusflow-min train --export runs/two/checkpoints/step-00000500""",
     )
-    new.add_argument("config", metavar="CONFIG", nargs="?", help="a TOML file; docs/finetuning.md has a whole one")
+    new.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="a TOML file; docs/finetuning.md has a whole one"
+    )
     new.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -31,11 +33,15 @@ def add_parser(command: Any) -> None:
         default=[],
         help="override a setting, dots for tables; may be repeated",
     )
-    new.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and stop")
+    new.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what would be done, and stop"
+    )
     new.add_argument(
         "--fresh", action="store_true", help="start over; old checkpoints are deleted once a new one is saved"
     )
-    new.add_argument("--export", metavar="CHECKPOINT", help="export a checkpoint of a run instead of training")
+    new.add_argument(
+        "--export", metavar="CHECKPOINT", help="export a checkpoint of a run instead of training"
+    )
     new.add_argument("--quiet", action="store_true", help="no progress, no remarks")
 
 

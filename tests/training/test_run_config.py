@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from pathlib import Path
 
@@ -258,3 +259,12 @@ def test_short_runs_warm_up_shortly():
 def test_examples_are_valid(path):
     """Stops: an example that its own reader refuses."""
     assert load_config(path).steps > 0
+
+
+def test_the_page_s_whole_file_is_one(tmp_path):
+    """Stops: a first file to copy that its own reader refuses."""
+    page = (EXAMPLES.parents[1] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
+        (tmp_path / "mine.toml").write_text(block, encoding="utf-8")
+        config = load_config(tmp_path / "mine.toml")
+        assert config.output == str(tmp_path / "runs" / "mine") and len(config.data) == 2
