@@ -264,7 +264,9 @@ def test_examples_are_valid(path):
 def test_the_page_s_whole_file_is_one(tmp_path):
     """Stops: a first file to copy that its own reader refuses."""
     page = (EXAMPLES.parents[1] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    configs = []
     for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
         (tmp_path / "mine.toml").write_text(block, encoding="utf-8")
-        config = load_config(tmp_path / "mine.toml")
-        assert config.output == str(tmp_path / "runs" / "mine") and len(config.data) == 2
+        configs.append(load_config(tmp_path / "mine.toml"))
+    assert configs[0].output == str(tmp_path / "runs" / "mine") and len(configs[0].data) == 2
+    assert [len(config.data) for config in configs[1:]] == [3]
