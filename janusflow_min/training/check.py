@@ -102,7 +102,7 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
     if report.validation:
         with naming("report.validation"):
             Manifest(report.validation, limit=report.validation_rows)
-    sources = open_sources(config)
+    sources = open_sources(config, progress)
     config = dataclasses.replace(config, steps=steps_of(config, sources), epochs=None)
     folder = resolve(config.model, progress, weights)
     sizes = read_config(folder)

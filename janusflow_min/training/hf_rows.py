@@ -51,9 +51,8 @@ def open_dataset(config: SourceConfig, key: tuple, skip_bad: bool, show: bool = 
     local, bad, parts = Path(config.dataset), list[BadRow](), list[Part]()
     folders: dict[Path | None, list[str]] = {}
     for pattern in config.files:
-        here = "://" not in pattern and (
-            local.exists() or "/" not in config.dataset
-        )  # neither the net nor the hub
+        hub = "/" in config.dataset and not local.exists()
+        here = not hub and "://" not in pattern
         found = sorted(glob.glob(pattern, recursive=True)) if here else [pattern]
         if not found:
             raise FileNotFoundError(f"files: nothing at {pattern}")
@@ -260,6 +259,8 @@ class Stream:
                     done += 1
                     yield Row(name, done, {key: values[0] for key, values in batch.items()}, part.folder)
                 return
+            except MemoryError:
+                raise
             except Exception as error:  # whatever the format's reader or the net raises
                 if broken_at == done:
                     yield Row(name, done + 1, ValueError(f"it cannot be read from here on: {cause(error)}"))

@@ -35,7 +35,6 @@ from .config import Config
 from .losses import IGNORE
 from .rows import CONVERSATIONS
 
-MAX_BAD = 1000  # rows of a source in a row
 ROLES = {"human": "User", "gpt": "Assistant"}  # ShareGPT's names; others as they are
 
 
@@ -47,48 +46,47 @@ def read_conversation(row: Mapping[str, Any], image_tag: str) -> list[dict[str, 
 
     ValueError where there is none. A system message stays, as the first.
     """
-    key = next((key for key in CONVERSATIONS if row.get(key) is not None), CONVERSATIONS[0])
-    messages = row.get(key)
+    messages = next((row[key] for key in CONVERSATIONS if row.get(key) is not None), None)
     if isinstance(messages, bytes | str):
         with contextlib.suppress(ValueError):
             messages = json.loads(messages)
-    if isinstance(
-        messages, Mapping
-    ):  # an object around the list, or the columns of an old `datasets.Sequence`
-        inner = next((messages[k] for k in CONVERSATIONS if k in messages), None)
-        messages = inner or [
-            dict(zip(messages, m, strict=True)) for m in zip(*messages.values(), strict=True)
-        ]
+    if isinstance(messages, Mapping):
+        inner = next((messages[key] for key in CONVERSATIONS if key in messages), None)
+        if inner is None and all(isinstance(values, list) for values in messages.values()):
+            # Lists by key are what an old `datasets.Sequence` makes of messages.
+            inner = [
+                dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)
+            ]
+        messages = inner
     if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
         raise ValueError(f"a conversation must be a list of messages, got {messages!r:.80}")
-    found = []
-    for message in messages:
-        role, content = (
-            message.get(a) or message.get(b) for a, b in (("role", "from"), ("content", "value"))
-        )
-        images = list(message.get("images") or [])
-        if isinstance(content, list | tuple):  # OpenAI's parts
-            texts = []
-            for part in content:
-                kind = part.get("type")
-                if kind not in ("text", "image", "image_url"):
-                    raise ValueError(
-                        f"a part of a message must be text, image or image_url, got {part!r:.80}"
-                    )
-                texts.append(part["text"] if kind == "text" else image_tag + "\n")
-                image = part.get(kind) if kind != "text" else None
-                image = image.get("url", image) if isinstance(image, Mapping) else image
-                images += [] if image is None else [image]
-            content = "".join(texts)
-        if not isinstance(content, str | None):
-            raise ValueError(f"a message's content must be text or parts, got {content!r:.80}")
-        found.append({"role": ROLES.get(str(role).lower(), role), "content": content or "", "images": images})
+    found = [read_message(message, image_tag) for message in messages]
     beside = row.get("images") if row.get("images") is not None else row.get("image")
     if beside is not None and found:
         found[0]["images"] = list(beside) if isinstance(beside, list | tuple) else [beside]
     if any(m["images"] for m in found) and not any(image_tag in m["content"] for m in found):
         found = [m | {"content": m["content"].replace("<image>", image_tag)} for m in found]
     return found
+
+
+def read_message(message: Mapping[str, Any], image_tag: str) -> dict[str, Any]:
+    role = message.get("role") or message.get("from")
+    content = message.get("content") or message.get("value") or ""
+    images = list(message.get("images") or [])
+    if isinstance(content, list | tuple):  # OpenAI's parts
+        text = ""
+        for part in content:
+            kind = part.get("type")
+            if kind not in ("text", "image", "image_url"):
+                raise ValueError(f"a part of a message must be text, image or image_url, got {part!r:.80}")
+            text += part["text"] if kind == "text" else image_tag + "\n"
+            image = part.get(kind) if kind != "text" else None
+            image = image.get("url", image) if isinstance(image, Mapping) else image
+            images += [] if image is None else [image]  # one beside the conversation otherwise
+        content = text
+    if not isinstance(content, str):
+        raise ValueError(f"a message's content must be text or parts, got {content!r:.80}")
+    return {"role": ROLES.get(str(role).lower(), role), "content": content, "images": images}
 
 
 def conversation_example(
@@ -147,13 +145,8 @@ def square(image: Image.Image, side: int, generator: torch.Generator | None) -> 
     box = left, top, left + side, top + side
     if max(width, height) > 8 * side:  # a long strip may be too large as a whole
         x, y = image.width / width, image.height / height
-        inside = (
-            left * x,
-            top * y,
-            min((left + side) * x, image.width),
-            min((top + side) * y, image.height),
-        )
-        return image.resize((side, side), Image.Resampling.BICUBIC, box=inside)
+        right, bottom = min((left + side) * x, image.width), min((top + side) * y, image.height)
+        return image.resize((side, side), Image.Resampling.BICUBIC, box=(left * x, top * y, right, bottom))
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image.crop(box)
@@ -263,9 +256,10 @@ class SampleBuilder:
         self, row: Mapping[str, Any], generator: torch.Generator, prompt_dropout: float, folder: Path | None
     ) -> Sample:
         settings, processor, text = self.config.objective, self.processor, value_of(row, "text")
-        if isinstance(text, list | tuple) and text:  # several captions, one of which is drawn
+        if isinstance(text, list | tuple) and text:  # captions, of which one is drawn
+            several = len(text) > 1  # a single one leaves the generator alone
             text = text[
-                int(torch.randint(len(text), (1,), generator=generator, device="cpu")) if len(text) > 1 else 0
+                int(torch.randint(len(text), (1,), generator=generator, device="cpu")) if several else 0
             ]
         if settings.prompt_form == "chat":
             prompt = processor.generation_prompt(as_text(text))[0][:-1]  # t_emb takes the tag's place
@@ -273,10 +267,7 @@ class SampleBuilder:
             prompt = self._plain(as_text(text))
         side, fixed = processor.image_processor.image_size, self.config.loader.crop == "fixed"
         image = square(read_image(value_of(row, "image"), folder), side, None if fixed else generator)
-        if (
-            self.config.loader.random_flip
-            and torch.rand(1, generator=generator, dtype=torch.float32, device="cpu") < 0.5
-        ):
+        if self.config.loader.random_flip and torch.randint(2, (1,), generator=generator, device="cpu"):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         t = sample_time(1, settings.logit_mean, settings.logit_std, generator)
         hidden = bool(torch.rand(1, generator=generator, dtype=torch.float32, device="cpu") < prompt_dropout)
