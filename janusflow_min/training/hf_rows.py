@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import glob
 import hashlib
 import sys
@@ -117,13 +116,13 @@ def load(config: SourceConfig, files: list[str], bad: list[BadRow] | None) -> An
 
 
 def prepare(config: SourceConfig, rows: Any) -> Any:
-    """Only the columns that are used, images in them undecoded. ValueError, naming the columns, where one lacks."""
+    """Only the columns that are used, images encoded, as Arrow has them. ValueError names the columns if one lacks."""
     names = rows.column_names
     if names is None:  # a stream whose format does not say
         try:
             names = list(next(iter(rows), {}))
         except Exception:  # told when the stream is read
-            return rows
+            return rows.with_format("arrow")
     columns, has = config.columns, ", ".join(names)
     for ours, theirs in columns.items():
         if theirs not in names and theirs.split(".")[0] not in names:
@@ -134,26 +133,7 @@ def prepare(config: SourceConfig, rows: Any) -> Any:
         raise ValueError(f"there is no column {', no '.join(missing)}; say with columns which it is of {has}")
     used = {*CONVERSATIONS, "image", "images", "text", *columns.values()}
     used |= {theirs.split(".")[0] for theirs in columns.values()}
-    rows = rows.select_columns([name for name in names if name in used])
-    for name, feature in (rows.features or {}).items():
-        if (encoded := undecoded(feature)) != feature:
-            rows = rows.cast_column(name, encoded)
-    return rows
-
-
-def undecoded(feature: Any) -> Any:
-    """A feature of `datasets`, images at any depth left as bytes and path."""
-    datasets = import_datasets()
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, dict):
-        return {key: undecoded(inner) for key, inner in feature.items()}
-    if isinstance(feature, list):
-        return [undecoded(inner) for inner in feature]
-    if hasattr(feature, "feature"):  # a list, under whatever name
-        feature = copy.copy(feature)
-        feature.feature = undecoded(feature.feature)
-    return feature
+    return rows.select_columns([name for name in names if name in used]).with_format("arrow")
 
 
 class Table:
@@ -173,7 +153,8 @@ class Table:
     def __getitem__(self, index: int) -> Row:
         k = bisect_right(self.ends, index)
         folder, rows = self.parts[k]
-        return Row(self.name, index + 1, rows[index - self.ends[k] + len(rows)], folder)
+        (values,) = rows[[index - self.ends[k] + len(rows)]].to_pylist()
+        return Row(self.name, index + 1, values, folder)
 
 
 class Stream:
@@ -255,9 +236,9 @@ class Stream:
         while True:
             try:
                 # Not `iter(rows)`, which in a data loader's worker gives that worker's shards alone.
-                for batch in islice(rows.iter(batch_size=1), done, None):
+                for table in islice(rows.iter(batch_size=1), done, None):
                     done += 1
-                    yield Row(name, done, {key: values[0] for key, values in batch.items()}, part.folder)
+                    yield Row(name, done, table.to_pylist()[0], part.folder)
                 return
             except MemoryError:
                 raise

@@ -51,7 +51,7 @@ def read_conversation(row: Mapping[str, Any], image_tag: str) -> list[dict[str, 
         with contextlib.suppress(ValueError):
             messages = json.loads(messages)
     if isinstance(messages, Mapping):
-        inner = next((messages[key] for key in CONVERSATIONS if key in messages), None)
+        inner = next((messages[key] for key in CONVERSATIONS if messages.get(key) is not None), None)
         if inner is None and all(isinstance(values, list) for values in messages.values()):
             # Lists by key are what an old `datasets.Sequence` makes of messages.
             inner = [

@@ -244,6 +244,8 @@ def texts_of(source: Source, count: int) -> tuple[list[str], list[str]]:
 def test_a_stream_that_breaks_is_read_again(files, monkeypatch):
     """Stops: a bare StopIteration, rows lost or taken twice, or a run's end, where the net fails once."""
 
+    pyarrow = pytest.importorskip("pyarrow")
+
     class Rows:
         n_shards, broken = 1, 0
 
@@ -252,7 +254,7 @@ def test_a_stream_that_breaks_is_read_again(files, monkeypatch):
                 if i in (4, 6) and self.broken < i:
                     Rows.broken = i
                     raise ConnectionError("the net is down")
-                yield {"text": [f"row {i}"]}
+                yield pyarrow.table({"text": [f"row {i}"]})
 
     stream = Stream("s", [Part(None, Rows())], 0, (0, "a"))
     rows = [stream.row_at(k, k) for k in range(18)]
@@ -389,7 +391,7 @@ def test_saved_splits_and_folders_of_images(dataset, files, tmp_path, datasets):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png(3))
-    (folder / "metadata.csv").write_text("file_name,text\na.png,row 3\n")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "row 3"}\n')
     for streaming in (False, True):
         data = [{"kind": "generation", "dataset": str(folder), "streaming": streaming}]
         data = dataset(data=data, batch=1)[0]
