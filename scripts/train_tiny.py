@@ -3,13 +3,13 @@
 
     python scripts/train_tiny.py --work runs/tiny                 # all stages, about 20 minutes on an H100
     python scripts/train_tiny.py --work runs/tiny --smoke         # the same path in miniature, minutes on a CPU
-    python scripts/evaluate_tiny.py runs/tiny/tiny                # then judge it
+    janusflow-min bench tiny generate --model runs/tiny/tiny --out outputs/new    # then judge it
 
 Stages, each skipped when its result lies in --work already: `tokenizer` (a byte-level BPE over the world's
 sentences), `data` (scenes, captions, conversations, as integers), `vae`, `latents`, `model` (resumes from its
 newest checkpoint, optimizer included), `export` (the official layout, bfloat16).
 
-The objective is `janusflow_min.training.losses`, the paper's: flow matching with logit-normal time and 10 %
+The objective is the trainer's own, `JanusFlowLoss`, the paper's: flow matching with logit-normal time and 10 %
 prompt dropping, cross-entropy on answers, alignment to SigLIP's features. Everything, SigLIP too, starts from
 random weights; the paper starts from pre-trained ones.
 """
@@ -40,7 +40,8 @@ from janusflow_min.files import atomic_directory, atomic_file
 from janusflow_min.flow import sample_time
 from janusflow_min.model import JanusFlow
 from janusflow_min.processor import SYSTEM_PROMPT, Processor
-from janusflow_min.training.losses import IGNORE, AlignmentHead, generation_loss, understanding_loss
+from janusflow_min.training.config import ObjectiveConfig
+from janusflow_min.training.losses import IGNORE, AlignmentHead, JanusFlowLoss, MixedBatch
 from janusflow_min.training.sample import conversation_example
 from janusflow_min.vae import VAE
 
@@ -55,7 +56,7 @@ class Recipe:
     captions_per_scene: int = 4
     conversations: int = 300_000
     turns: int = 4  # questions about each image
-    prompt_length: int = 31  # tokens, padded on the left
+    prompt_length: int = 31  # tokens, padded on the right
     conversation_length: int = 192  # tokens, padded on the right
     families: tuple[tuple[str, int], ...] = (
         ("single_object", 10),
@@ -218,7 +219,7 @@ def make_chunk(job: tuple[str, int, int, Recipe, Path]) -> dict[str, np.ndarray]
         for i, (scene, family) in enumerate(zip(drawn, families, strict=True)):
             for j in range(recipe.captions_per_scene):
                 tokens = processor.generation_prompt(language.caption(scene, family, rng))[0][:-1]
-                ids[i, j, -len(tokens) :] = tokens  # raises where prompt_length is too short
+                ids[i, j, : len(tokens)] = tokens  # raises where prompt_length is too short
         return {"packed": packed, "ids": ids}
     ids = np.full((count, recipe.conversation_length), pad, np.int16)
     labels = np.full_like(ids, IGNORE)
@@ -397,13 +398,25 @@ def train_model(
         model.load_state_dict(load_model(init, device, torch.float32, progress=False).state_dict())
         average = [p.detach().clone() for p in params]
 
+    settings = ObjectiveConfig(
+        alignment_layer=recipe.alignment_layer,
+        alignment_weight=recipe.alignment_weight,
+        answer_weight=recipe.answer_weight,
+    )
+    objective = JanusFlowLoss(model, head, settings)
+    count = model.num_image_tokens
+
     def losses(packed, z, ids, t, noise, drop, packed_und, ids_und, labels_und):
-        generated = generation_loss(
-            model, head, z, scenes.render(packed), ids, ids != pad, t, noise, drop, tap=recipe.alignment_layer
+        pairs = objective(generation_batch(ids, pad, drop, count, t, noise, z, scenes.render(packed)))
+        places = (ids_und[..., None] == image_ids).any(-1)
+        talks = objective(conversation_batch(ids_und, labels_und, places, scenes.render(packed_und)))
+        answers = talks.terms["answers"]
+        return (
+            pairs.total / len(ids) + talks.total,
+            pairs.terms["flow"].values,
+            pairs.terms["alignment"].values,
+            (answers.values * answers.weights).sum(),
         )
-        seen = (ids_und[..., None] == image_ids).any(-1)
-        answers = understanding_loss(model, ids_und, labels_und, seen, scenes.render(packed_und))
-        return generated.flow, generated.alignment, answers
 
     if compiled:
         losses = torch.compile(losses)
@@ -436,8 +449,7 @@ def train_model(
             torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False),
             sdpa_kernel(ATTENTION),
         ):
-            flow, alignment, answers = losses(*batch)
-        loss = flow.mean() + recipe.alignment_weight * alignment.mean() + recipe.answer_weight * answers
+            loss, flow, alignment, answers = losses(*batch)
         loss.backward()
         norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
         norm = norms.norm()
@@ -526,6 +538,47 @@ def train_model(
             last = time.monotonic()
     save()
     export(recipe, work, model, params, average)
+
+
+def generation_batch(
+    ids: Tensor, pad: int, drop: Tensor, count: int, t: Tensor, noise: Tensor, latents: Tensor, pixels: Tensor
+) -> MixedBatch:
+    """Prompts (B, P), padded on the right, with their images of `count` tokens; of those in drop (B,) only BOS is left.
+
+    All shapes are fixed and nothing waits for the GPU, as a captured graph needs it.
+    """
+    rows, length = len(ids), ids.shape[1] + 1 + count
+    real = (ids != pad).sum(1)
+    start = torch.where(drop, 1, real)[:, None]  # of t_emb
+    columns = torch.arange(length, device=ids.device)
+    behind = columns >= start  # (B, T)
+    first = start + 1 + length * torch.arange(rows, device=ids.device)[:, None]
+    return MixedBatch(
+        input_ids=torch.nn.functional.pad(ids, (0, 1 + count), value=pad),
+        position_ids=columns + behind * (real[:, None] - start),
+        gen_places=behind & (columns <= start + count),
+        gen_index=(first + torch.arange(count, device=ids.device)).flatten(),
+        t=t,
+        noise=noise,
+        latents=latents,
+        pixels=pixels,
+    )
+
+
+def conversation_batch(ids: Tensor, labels: Tensor, places: Tensor, pixels: Tensor) -> MixedBatch:
+    """Conversations (B, T) whose labels weigh the same, together 1; those of weight 0 keep the shape fixed."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    before = (positions + ids.shape[1] * torch.arange(len(ids), device=ids.device)[:, None])[:, :-1]
+    wanted = labels[:, 1:] != IGNORE
+    return MixedBatch(
+        input_ids=ids,
+        position_ids=positions,
+        label_index=before.flatten(),
+        labels=labels[:, 1:].clamp(min=0).flatten(),
+        label_weight=(wanted / wanted.sum()).flatten(),
+        und_pixels=pixels,
+        und_places=places,
+    )
 
 
 def image_token_ids(folder: Path) -> list[int]:

@@ -252,8 +252,8 @@ def differences(old: Mapping[str, Any], new: Any, where: str = "") -> Iterator[s
         key, b = where + f.name, getattr(new, f.name)
         if key in FREE or (where.startswith("data.") and f.name in PATHS):
             continue
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        a = old.get(f.name, dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default)
+        default: Any = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        a = old.get(f.name, vars(default) if dataclasses.is_dataclass(default) else default)
         if dataclasses.is_dataclass(b):
             yield from differences(a, b, f"{key}.")
         elif f.name == "data":

@@ -42,6 +42,7 @@ COMPONENTS = (
     "alignment_head",
 )
 _THIN = COMPONENTS[2:]
+FROM_STAGE: Any = None  # the default of what the stage decides; set when a Config is made
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,13 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW, without decay and clipped by default (the paper's table)."""
 
-    lr: Positive | None = None  # of what the stage trains; None: the stage's
+    lr: Positive = FROM_STAGE  # of what the stage trains
     lr_by_component: dict[str, NotNegative] = field(default_factory=dict)  # 0 freezes
     betas: tuple[BelowOne, ...] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0  # of matrices and convolutions; never of norms, biases and embeddings
     max_grad_norm: Positive = 1.0
-    warmup: Interval | None = None  # steps; None: the stage's, but at most a fifth of the run
+    warmup: Interval = FROM_STAGE  # steps; the stage's is at most a fifth of the run
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr_ratio: Share = 0.0  # of the rate, at the end of a cosine
     ema_decay: BelowOne = 0.99  # of the average that is exported, lower in the first steps; 0: no average
@@ -128,7 +129,7 @@ class SourceConfig:
     streaming: bool = False
     shuffle_buffer: Count = 1000  # encoded rows of a stream that each process holds to shuffle them
     columns: dict[str, str] = field(default_factory=dict)  # ours: the data's, e.g. {image = "jpg"}
-    ratio: Positive | None = None  # of the mix; None: the stage's for this kind, shared by its sources
+    ratio: Positive = FROM_STAGE  # of the mix; the stage's is for a kind, shared by its sources
     shuffle: bool = True
 
     @staticmethod
@@ -176,9 +177,9 @@ class Config:
     output: PathText = "runs/train"
     stage: Literal["adaptation", "pretraining", "finetuning"] = "finetuning"
     seed: Interval = 0
-    steps: Steps | None = None  # None: the stage's
+    steps: Steps = FROM_STAGE
     epochs: Positive | None = None  # instead of steps: until every source was read so many times
-    batch: Count | None = None  # samples of a step, over all GPUs; None: the stage's
+    batch: Count = FROM_STAGE  # samples of a step, over all GPUs
     micro_batch: Count = 8  # samples of one forward pass, at most
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of computing; master weights are fp32
@@ -196,7 +197,7 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
-        checked(Config, self, "")
+        checked(Config, self)
         stage, o, report = STAGES[self.stage], self.optimizer, self.report
         require(len(o.betas) == 2, "optimizer.betas", "two numbers", o.betas)
         for name in o.lr_by_component:
@@ -218,8 +219,8 @@ class Config:
                 require(value == default, f"data.{i}.{key}", "left out, for it has no effect here", value)
             captions = source.kind == "generation" or not source.folder
             require(captions, f"data.{i}.kind", '"generation" for a folder', source.kind)
-        given = [source.ratio is not None for source in self.data]
-        require(all(given) or not any(given), "data.*.ratio", "given for every source or for none", given)
+        ratios = [source.ratio is not None for source in self.data]
+        require(all(ratios) or not any(ratios), "data.*.ratio", "given for every source or for none", ratios)
         require(not (self.steps and self.epochs), "epochs", "left out where steps is given", self.epochs)
         one_each = len(report.images) in (0, len(report.questions))
         require(one_each, "report.images", "one for each question", report.images)
@@ -238,14 +239,13 @@ class Config:
             )
         steps = self.steps or (None if self.epochs else stage.steps)
         warmup = o.warmup if o.warmup is not None or steps is None else min(stage.warmup, steps // 5)
-        form = self.objective.prompt_form
+        form: Any = self.objective.prompt_form
+        form = stage.prompt_form if form == "stage" else form
         resolved = {
             "optimizer": dataclasses.replace(o, lr=o.lr or stage.lr, warmup=warmup),
             "steps": steps,
             "batch": self.batch or stage.batch,
-            "objective": dataclasses.replace(
-                self.objective, prompt_form=stage.prompt_form if form == "stage" else form
-            ),
+            "objective": dataclasses.replace(self.objective, prompt_form=form),
         }
         for key, value in resolved.items():
             object.__setattr__(self, key, value)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -36,7 +37,7 @@ def export(
     `target`-adapter in peft's form, under official names.
     """
     dtype = getattr(torch, config.export_dtype)
-    model = load_model(source, "cpu", torch.float32, progress=False)
+    model: Any = load_model(source, "cpu", torch.float32, progress=False)
     plain = {name: tensor.to(dtype) for name, tensor in plain_state(trained, model, config).items()}
     extra = {name: tensor.to(dtype) for name, tensor in model.extra_tensors.items()}
     with torch.device("meta"):

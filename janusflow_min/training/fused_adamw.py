@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def _part(cell, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 def update_all(
-    tensors: Sequence[Sequence[Tensor | None]],
+    tensors: Sequence[Sequence[Any]],
     rates: Sequence[tuple[float, float]],
     numbers: Tensor,
     factor: float,

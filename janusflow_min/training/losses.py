@@ -4,12 +4,12 @@
 Paper sections 3.3 and 3.4. A generation sample's loss is flow + alignment; an understanding or text sample's loss
 is the cross-entropy of its responses. Nothing here draws random numbers: times, noise and dropping are arguments.
 
-`generation_loss` and `understanding_loss` take batches of one kind. `JanusFlowLoss` takes rows of all kinds in one pass
-of the LLM, padded on the right: attention is causal, so no row sees its padding and no mask is needed. A hidden
-prompt is left out of its row, all but BOS, and the image keeps its positions, which is the same thing.
+Rows of all kinds go through the LLM in one pass, padded on the right: attention is causal, so no row sees its padding
+and no mask is needed. A hidden prompt is left out of its row, all but BOS, and the image keeps its positions; that is
+the same as masking it.
 
-Legend: B batch, T text tokens, N image tokens, D the LLM's hidden size, C h w latent, P SigLIP's width; of a mixed
-batch: T tokens of all sorts, G painted images, M images that are asked about, L labelled tokens.
+Legend: B rows, T tokens of all sorts, N image tokens, D the LLM's hidden size, C h w latent, P SigLIP's width,
+G generated images, M images that are asked about, L labelled tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ..model import JanusFlow, merge_image_embeds
 from .config import ObjectiveConfig
 
 BINS = 4  # of t, in the metrics
+ABSENT: Any = None  # a field that a batch has no use for
 IGNORE = -100  # label of a token that carries no loss; processor_config.json's ignore_id
 
 
@@ -47,105 +48,26 @@ class AlignmentHead(nn.Module):
         return self.layers(hidden)
 
 
-class GenerationLoss(NamedTuple):
-    flow: Tensor  # (B,) mean squared error of the velocity
-    alignment: Tensor  # (B,) minus the mean cosine similarity, -1 is best
-
-
-def prompt_mask(attention_mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """Left-padded prompts, some dropped: only BOS stays visible there, and every token keeps its position.
-
-    attention_mask (B, T) true for real tokens, drop (B,) bool -> mask (B, T), position_ids (B, T). It is the form
-    that guidance uses when sampling.
-    """
-    real = attention_mask.bool()
-    position_ids = (real.cumsum(1) - 1).clamp(min=0)
-    bos = real & (position_ids == 0)
-    return torch.where(drop[:, None], bos, real), position_ids
-
-
-def generation_loss(
-    model: JanusFlow,
-    head: AlignmentHead,
-    latents: Tensor,
-    pixels: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    drop: Tensor,
-    tap: int = 6,
-) -> GenerationLoss:
-    """Flow and alignment losses of images with prompts.
-
-    latents, noise (B, C, h, w): the clean image in the flow's scale, and normal noise; pixels (B, 3, S, S): the
-    same image as SigLIP wants it; input_ids, attention_mask (B, T): left-padded prompts without the generation
-    tag; t (B,) in [0, 1]; drop (B,) bool: prompts to hide (the paper: 10 %); tap: after which block the states
-    are aligned, counted from 1 (the paper: 6).
-    """
-    z, target = interpolate(latents, noise, t)
-    mask, positions = prompt_mask(attention_mask, drop)
-    count = 1 + model.num_image_tokens
-    offsets = torch.arange(1, count + 1, device=z.device)
-    v, hidden = model.velocity(
-        z,
-        t * TIME_SCALE,
-        text_embeds=model.llm.embed_tokens(input_ids),
-        position_ids=torch.cat([positions, positions[:, -1:] + offsets], dim=1),
-        attention_mask=torch.cat([mask, mask.new_ones(len(mask), count)], dim=1),
-        hidden_layer=tap,
-    )
-    with torch.no_grad():
-        features = model.siglip(pixels)  # (B, N, P); stopped: only the LLM's states move towards it
-    alignment = -F.cosine_similarity(head(hidden).float(), features.float(), dim=-1).mean(1)
-    return GenerationLoss(flow_loss(v, target), alignment)
-
-
-def understanding_loss(
-    model: JanusFlow,
-    input_ids: Tensor,
-    labels: Tensor,
-    images_seq_mask: Tensor | None = None,
-    pixels: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """Mean cross-entropy over the tokens that carry a label, as a scalar.
-
-    input_ids, labels (B, T), labels `IGNORE` outside the responses; pixels (images, 3, S, S) in the order of
-    their places in images_seq_mask (B, T), or None for text alone. With padding on the right no attention_mask
-    is needed.
-    """
-    embeds = model.llm.embed_tokens(input_ids)
-    if pixels is not None:
-        embeds = merge_image_embeds(embeds, model.embed_images(pixels), images_seq_mask)
-    hidden = model.llm(embeds, attention_mask=attention_mask)
-    logits = model.logits(hidden[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
-
-
-# Rows of all kinds -----------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class MixedBatch:
     """Rows of understanding, generation and text, padded on the right; what a kind needs is None where it is absent."""
 
     input_ids: Tensor  # (B, T)
     position_ids: Tensor  # (B, T)
-    label_index: Tensor | None = None  # (L,) the token before each label, in the flattened rows
-    labels: Tensor | None = None  # (L,)
-    label_weight: Tensor | None = None  # (L,) 1 / labels of its sample
-    und_pixels: Tensor | None = None  # (M, 3, S, S) as SigLIP wants it; uint8 before `batch.unpack`
-    und_places: Tensor | None = None  # (B, T) begin-of-image and image tokens
-    gen_places: Tensor | None = None  # (B, T) t_emb and image tokens
-    gen_index: Tensor | None = None  # (G N,) the image tokens in the flattened rows
-    t: Tensor | None = None  # (G,)
-    noise: Tensor | None = None  # (G, C, h, w)
-    images: Tensor | None = None  # (G, 3, S, S) uint8, which `batch.unpack` makes the next two of
-    pictures: Tensor | None = None  # (G, 3, S, S) in [-1, 1], for the VAE
-    pixels: Tensor | None = None  # (G, 3, S, S) the same as SigLIP wants it
-    latents: Tensor | None = None  # (G, C, h, w) of the pictures
-    features: Tensor | None = None  # (G, N, P) of the pixels, where they are known already
+    label_index: Tensor = ABSENT  # (L,) the token before each label, in the flattened rows
+    labels: Tensor = ABSENT  # (L,)
+    label_weight: Tensor = ABSENT  # (L,) 1 / labels of its sample
+    und_pixels: Tensor = ABSENT  # (M, 3, S, S) as SigLIP wants it; uint8 before `batch.unpack`
+    und_places: Tensor = ABSENT  # (B, T) begin-of-image and image tokens
+    gen_places: Tensor = ABSENT  # (B, T) t_emb and image tokens
+    gen_index: Tensor = ABSENT  # (G N,) the image tokens in the flattened rows
+    t: Tensor = ABSENT  # (G,)
+    noise: Tensor = ABSENT  # (G, C, h, w)
+    images: Tensor = ABSENT  # (G, 3, S, S) uint8, which `batch.unpack` makes the next two of
+    pictures: Tensor = ABSENT  # (G, 3, S, S) in [-1, 1], for the VAE
+    pixels: Tensor = ABSENT  # (G, 3, S, S) the same as SigLIP wants it
+    latents: Tensor = ABSENT  # (G, C, h, w) of the pictures
+    features: Tensor = ABSENT  # (G, N, P) of the pixels, where they are known already
 
     def __reduce__(self) -> tuple:
         """Between processes as plain bytes: tensors would take shared memory, of which containers have little."""
@@ -203,7 +125,8 @@ class JanusFlowLoss(nn.Module):
     def forward(self, batch: MixedBatch, grad_for_unused: tuple[str, ...] = ()) -> Losses:
         """grad_for_unused: prefixes of parameters that get a gradient here, if only zeros: sharded ranks must agree on
         what has one, and may hold samples of different kinds."""
-        model, settings = self.model, self.settings
+        model: Any = self.model  # loaded whole: no part of it is None
+        settings = self.settings
         embeds = model.llm.embed_tokens(batch.input_ids)  # (B, T, D)
         if batch.und_pixels is not None:
             images = model.embed_images(batch.und_pixels.to(embeds.dtype))  # (M, 1 + N, D)
@@ -237,7 +160,9 @@ class JanusFlowLoss(nn.Module):
             "alignment": Term(alignment, torch.ones_like(alignment), settings.alignment_weight),
             "answers": Term(cross_entropy, label_weight, settings.answer_weight),
         }
-        total = sum(term.scale * (term.values * term.weights).sum() for term in terms.values())
+        total = none.sum()
+        for term in terms.values():
+            total = total + term.scale * (term.values * term.weights).sum()
         if grad_for_unused:
             named = (p for name, p in self.named_parameters() if name.startswith(grad_for_unused))
             total = total + 0.0 * sum(p.sum() for p in named if p.requires_grad)

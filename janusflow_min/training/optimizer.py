@@ -10,7 +10,8 @@ by shard. A step whose gradient is not finite changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,7 @@ from .config import OptimizerConfig
 
 
 def update(
-    master: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    average: Tensor | None,
-    weight: Tensor | None,
+    tensors: Sequence[Any],
     rate: float,
     decay: float,
     numbers: Tensor,
@@ -35,11 +31,13 @@ def update(
     betas: tuple[float, ...],
     eps: float,
 ) -> None:
-    """One tensor's step, in place; average is None where there is none, weight where the master itself computes.
+    """One tensor's step, in place.
 
+    tensors: master, gradient, m, v, average (None where there is none), weight (None where the master itself computes);
     numbers (2,): factor of the gradient, and 1 where it is finite; factor: of the learning rate; corrections:
     1 - beta^k; blend: share of the new weight in the average.
     """
+    master, grad, m, v, average, weight = tensors
     scale, good = numbers
     g = torch.where(good > 0, grad.float() * scale, 0.0)
     m.copy_(torch.where(good > 0, torch.lerp(m, g, 1 - betas[0]), m))
@@ -130,7 +128,7 @@ class AdamW:
         numbers = torch.stack(
             [(c.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.isfinite(norm).float()]
         )
-        common = {
+        common: dict[str, Any] = {
             "numbers": numbers,
             "factor": rate_factor(c, index, self.total),
             "corrections": (1 - c.betas[0] ** (index + 1), 1 - c.betas[1] ** (index + 1)),
@@ -138,7 +136,7 @@ class AdamW:
             "betas": c.betas,
             "eps": c.eps,
         }
-        tensors = []
+        tensors: list[list[Any]] = []
         for name in names:
             weight = self.params[name] if self.params[name].dtype != torch.float32 else None
             grad, average = gradients[name].contiguous(), self.average.get(name)
@@ -150,8 +148,8 @@ class AdamW:
 
             update_all(tensors, rates, **common)
         else:
-            for parts, (rate, decay) in zip(tensors, rates, strict=True):
-                update(*parts, rate, decay, **common)
+            for each, (rate, decay) in zip(tensors, rates, strict=True):
+                update(each, rate, decay, **common)
         self.zero()
         return norm
 

@@ -23,17 +23,18 @@ def trainable(config: Config, model: JanusFlow) -> tuple[JanusFlowLoss, dict[str
     ValueError where the settings do not fit the model. The model may lie on the meta device.
     """
     llm, layer = model.config.llm, config.objective.alignment_layer
+    device = next(model.parameters()).device
     if layer > llm.num_hidden_layers:
         raise ValueError(
             f"objective.alignment_layer must be one of the model's blocks, 1 to {llm.num_hidden_layers}; got {layer}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        with torch.device(model.und_begin.device if model.und_begin.is_meta else "cpu"):
+        with torch.device("meta" if device.type == "meta" else "cpu"):
             head = AlignmentHead(llm.hidden_size, model.config.siglip.width)
         if config.lora.rank:
             add_lora(model, config)
-    loss = JanusFlowLoss(model, head.to(model.und_begin.device), config.objective)
+    loss = JanusFlowLoss(model, head.to(device), config.objective)
     rates = {}
     for name, p in loss.named_parameters():
         part = component(name)
@@ -68,7 +69,11 @@ def lora_settings(config: Config, layers: list[str]) -> Any:
 
     c = config.lora
     return LoraConfig(
-        r=c.rank, lora_alpha=c.alpha, target_modules=layers, lora_dropout=c.dropout, use_dora=c.dora
+        r=c.rank,
+        lora_alpha=c.alpha,  # type: ignore[arg-type]  # peft takes a float as well
+        target_modules=layers,
+        lora_dropout=c.dropout,
+        use_dora=c.dora,
     )
 
 
@@ -120,11 +125,12 @@ def plain_state(trained: Mapping[str, Tensor], model: JanusFlow, config: Config)
 def prepare_blocks(model: JanusFlow, config: Config) -> None:
     """Recompute each LLM block in the backward pass, compile all blocks: in training only, sampling stays as it is."""
     blocks: list[nn.Module] = [*model.llm.layers]
+    parts: Any = model  # loaded whole: none of them is None
     if config.compile:
         # Of each block one for a fixed length, one for any, the same for a single row, all again for FSDP2's views.
         torch._dynamo.config.cache_size_limit = max(32, torch._dynamo.config.cache_size_limit)
-        blocks += [*model.siglip.blocks, *model.uvit_encoder.mid_block.res_blocks]
-        blocks += model.uvit_decoder.mid_block.res_blocks
+        blocks += [*parts.siglip.blocks, *parts.uvit_encoder.mid_block.res_blocks]
+        blocks += parts.uvit_decoder.mid_block.res_blocks
     for i, block in enumerate(blocks):
         plain = block.forward
         fast = torch.compile(plain) if config.compile else plain

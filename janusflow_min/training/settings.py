@@ -31,7 +31,8 @@ BelowOne = Annotated[float, "0 or above and below 1"]
 Steps = Annotated[int, "from 1 to 1,000,000,000"]
 Interval = Annotated[int, "0 or above"]  # in steps; 0: never
 Count = Annotated[int, "from 1 to 100,000"]
-Processes = Rank = Annotated[int, "from 0 to 1,000"]
+Processes = Annotated[int, "from 0 to 1,000"]
+Rank = Annotated[int, "from 0 to 1,000"]
 PathText = Annotated[str, "path"]  # relative ones count from the file that names them
 PathOrName = Annotated[str, "path or name"]  # a path where there is something, else a hub id or another name
 
@@ -138,31 +139,37 @@ def anchored(kind: Any, value: Any, folder: Path) -> Any:
 def read(cls: type, data: Any, where: str = "") -> Any:
     """A dataclass from plain data, strictly. ValueError names the key and what would be right."""
     require(isinstance(data, Mapping), where or "the configuration", "a table", data)
-    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     dot = f"{where}." if where else ""
     for key in data:
-        if key not in hints:
-            raise ValueError(f"unknown key {dot}{key}; the keys there are {', '.join(hints)}")
-    for f in dataclasses.fields(cls):
+        if key not in fields:
+            raise ValueError(f"unknown key {dot}{key}; the keys there are {', '.join(fields)}")
+    for f in fields.values():
         if f.default is f.default_factory is dataclasses.MISSING and f.name not in data:
             raise ValueError(f"{dot}{f.name} is missing")
-    return cls(**{key: checked(hints[key], value, f"{dot}{key}") for key, value in data.items()})
+    return cls(**_checked_fields(cls, data, dot))
 
 
-def checked(kind: Any, value: Any, where: str) -> Any:
-    """The value as its annotated type has it, checked. ValueError names the key."""
+def _checked_fields(cls: type, data: Mapping[str, Any], dot: str) -> dict[str, Any]:
+    """The values of a dataclass's fields; None stays, where it is the default."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    optional = {f.name for f in dataclasses.fields(cls) if f.default is None}
+    return {
+        key: None if value is None and key in optional else checked(hints[key], value, dot + key)
+        for key, value in data.items()
+    }
+
+
+def checked(kind: Any, value: Any, where: str = "") -> Any:
+    """The value as its annotated type has it. ValueError names the key."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, kind):
-            return read(kind, value, where)
-        hints = typing.get_type_hints(
-            kind, include_extras=True
-        )  # made in Python: its values are checked here
-        for key, hint in hints.items():
-            checked(hint, getattr(value, key), f"{where}.{key}" if where else key)
+        if not isinstance(value, typing.cast(type, kind)):
+            return read(typing.cast(type, kind), value, where)
+        _checked_fields(type(value), vars(value), f"{where}." if where else "")
         return value
-    if origin in (Union, types.UnionType):  # X | None; TOML has no null, but `to_dict` has
-        return None if value is None else checked(inner[0], value, where)
+    if origin in (Union, types.UnionType):  # X | None
+        return checked(inner[0], value, where)
     if origin is Annotated:
         value, limit = checked(inner[0], value, where), inner[1]
         require(limit not in LIMITS or LIMITS[limit](value), where, limit, value)

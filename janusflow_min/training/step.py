@@ -127,7 +127,8 @@ class TrainStep:
         here = torch.tensor([name in gradients for name in names], dtype=torch.int32, device="cpu")
         dist.all_reduce(here, dist.ReduceOp.MAX)
         used = [name for name, anywhere in zip(names, here.tolist(), strict=True) if anywhere]
-        summed, bucket = {}, []
+        summed: dict[str, Tensor] = {}
+        bucket: list[str] = []
         for k, name in enumerate(used):
             bucket.append(name)
             if k + 1 == len(used) or sum(self.optimizer.params[n].numel() for n in bucket) > 2**26:

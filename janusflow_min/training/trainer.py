@@ -7,6 +7,7 @@ same samples, times and noise, and ends with the same weights to the last bit.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -117,11 +118,12 @@ class Trainer:
         self.tell(f"reading {config.model}")
         self.source = resolve(config.model, self.shown)
         self.vae = load_vae(resolve_vae(self.source, config.vae or None, self.shown), self.device, self.dtype)
-        self.model = load_model(self.source, self.device, torch.float32, progress=self.shown)
+        model: Any = load_model(self.source, self.device, torch.float32, progress=self.shown)
+        self.model = model
         self.processor = self.plan.processor
         cache = None
         if config.loader.cache:
-            cache = Cache(config.loader.cache, checksum(self.vae, self.model.siglip))
+            cache = Cache(config.loader.cache, checksum(self.vae, model.siglip))
         # Features only where they stay the same; outside its forward pass a sharded SigLIP is not whole.
         self.cache_features = cache is not None and not config.rate("siglip") and self.parallel != "fsdp"
         builder = SampleBuilder(config, self.processor, self.model, cache)
@@ -147,6 +149,10 @@ class Trainer:
         self.bad = {(row["source"], row["line"]) for row in read_lines(self.folder / "bad_rows.jsonl")}
         for source in self.plan.sources:
             self.note_bad(source.bad, everywhere=True)
+
+    def prepare(self, keys: list[list[str]], i: int, batch: MixedBatch) -> MixedBatch:
+        """Micro-batch i of a step on the device, with latents; keys: of the cache, for each micro-batch's images."""
+        return self.encode(batch.to(self.device), keys[i])
 
     @torch.no_grad()
     def encode(self, batch: MixedBatch, keys: list[str]) -> MixedBatch:
@@ -187,7 +193,7 @@ class Trainer:
                     sums, stop = self.train_step.step(
                         self.index,
                         data.batches,
-                        lambda i, b, keys=data.keys: self.encode(b.to(self.device), keys[i]),
+                        functools.partial(self.prepare, data.keys),
                         self.stop_requested,
                     )
                     if self.world == 1:  # else ranks act on what all of them know
@@ -290,18 +296,18 @@ class Trainer:
     def evaluate(self) -> None:
         """Validation loss, images and answers of the averaged weights; a new best one is exported where asked."""
         self.optimizer.swap(average=True)
-        self.train_step.loss.eval()
+        objective: Any = self.train_step.loss.eval()  # FSDP2 gives it two more methods
         try:
             loss = self.validation_loss() if self.config.report.validation else None
             if self.parallel == "fsdp":
-                self.train_step.loss.unshard()
+                objective.unshard()
             if self.report is not None or self.parallel == "fsdp":
                 report = self.report or Report(None, self.config)
                 report.show(Pipeline(self.model, self.processor, self.vae), self.index, loss)
             if self.parallel == "fsdp":
-                self.train_step.loss.reshard()
+                objective.reshard()
         finally:
-            self.train_step.loss.train()
+            objective.train()
             self.optimizer.swap(average=False)
         value = loss["loss"] if loss is not None else None
         if value is not None and value < self.best:

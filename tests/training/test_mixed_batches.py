@@ -12,21 +12,14 @@ import math
 
 import pytest
 import torch
+from plain_losses import generation_loss, understanding_loss
 from torch import Tensor
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
 from janusflow_min.training.batch import collate, unpack
 from janusflow_min.training.config import ObjectiveConfig
-from janusflow_min.training.losses import (
-    IGNORE,
-    AlignmentHead,
-    JanusFlowLoss,
-    MixedBatch,
-    by_time,
-    generation_loss,
-    understanding_loss,
-)
+from janusflow_min.training.losses import IGNORE, AlignmentHead, JanusFlowLoss, MixedBatch, by_time
 from janusflow_min.training.rows import seeded_generator
 from janusflow_min.training.sample import SampleBuilder
 
