@@ -242,4 +242,7 @@ def explain_loader_error(error: RuntimeError, settings: LoaderConfig) -> str:
     """What a RuntimeError of the data loader means, which reaches the main process wherever it happens to be."""
     if "timed out" in str(error):
         return f"no data came within loader.timeout = {settings.timeout} s; a slow stream needs a longer one"
-    return f"a data worker died ({error}); often there is too little memory: try fewer loader.workers"
+    return (
+        f"a data worker died ({error}): often there is too little memory, so try fewer loader.workers; or a script "
+        'calls the trainer outside of `if __name__ == "__main__":`'
+    )

@@ -65,7 +65,7 @@ class Plan:
         lines += [("frozen", ", ".join(frozen) or "nothing")]
         for i, row in enumerate(summarize(c, self.sources)):
             count = f"{row['rows']:,} rows" if row["rows"] else "a stream"
-            bad = f", {row['bad']:,} bad ones" if row["bad"] else ""
+            bad = f", {row['bad']:,} bad" if row["bad"] else ""
             share = f"{row['share']:.1%} of the samples"
             lines.append((f"data.{i}", f"{row['kind']}: {row['source']}, {count}{bad}, {share}"))
         passes, left = self.epochs(c.steps), checkpoints.found(Path(c.output) / "checkpoints")

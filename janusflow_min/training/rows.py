@@ -188,5 +188,8 @@ class CaptionFolder:
 
     def __getitem__(self, index: int) -> Row:
         image, caption = self.pairs[index]
-        lines = caption.read_text(encoding="utf-8-sig").splitlines()
+        try:
+            lines = caption.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            return Row(str(caption), 0, ValueError(f"it is not text in UTF-8: {error}"))
         return Row(str(caption), 0, {"image": str(image), "text": [line for line in lines if line.strip()]})

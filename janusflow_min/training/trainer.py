@@ -146,7 +146,7 @@ class Trainer:
             self.report = Report(self.folder, config, tracker, self.index)
         shown = (row.get("loss") for row in read_lines(self.folder / "samples.jsonl"))
         self.best = min((loss for loss in shown if loss is not None), default=float("inf"))
-        self.bad = {(row["source"], row["line"]) for row in read_lines(self.folder / "bad_rows.jsonl")}
+        self.bad = self.written_bad()
         for source in self.plan.sources:
             self.note_bad(source.bad, everywhere=True)
 
@@ -374,17 +374,22 @@ class Trainer:
 
     def note_bad(self, rows: list[BadRow], everywhere: bool = False) -> None:
         """Write each bad row down once, restarts included. everywhere: all ranks found them; the first one writes."""
-        new = [row for row in rows if (row.source, row.line) not in self.bad]
-        self.bad |= {(row.source, row.line) for row in new}
+        if rows and self.world > 1:  # another rank may have met them
+            self.bad |= self.written_bad()
+        new = {(row.source, row.line): row for row in rows if (row.source, row.line) not in self.bad}
+        self.bad |= new.keys()
         if new:
             with (self.folder / "bad_rows.jsonl").open("a", encoding="utf-8") as f:
-                for row in new if self.rank == 0 or not everywhere else []:
+                for row in new.values() if self.rank == 0 or not everywhere else []:
                     print(json.dumps(row._asdict(), ensure_ascii=False), file=f)
             more = f" ({len(self.bad)} bad rows so far)" if len(self.bad) > 1 else ""
-            text = f"bad row: {new[0]}{more}"
+            text = f"bad row: {next(iter(new.values()))}{more}"
             if self.config.loader.on_bad_row == "stop":
                 raise ValueError(text)
             self.tell(text)
+
+    def written_bad(self) -> set[tuple[str, int]]:
+        return {(row["source"], row["line"]) for row in read_lines(self.folder / "bad_rows.jsonl")}
 
     def kept(self) -> str:
         left = checkpoints.found(self.checkpoints)

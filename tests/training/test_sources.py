@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -365,7 +366,12 @@ def test_columns_are_named(dataset, files, tmp_path):
     table = {"kind": "generation", "manifest": str(tmp_path / "metadata.jsonl"), "columns": columns}
     data = dataset(data=[table], batch=1)[0]
     assert data.samples == 1 and not data.bad
-    with pytest.raises(ValueError, match=r"no image with a caption .*\.txt.* without one: 1"):
+    shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
+    (tmp_path / "b.txt").write_bytes("a cat".encode("utf-16"))
+    row = opened(dataset, {"kind": "generation", "folder": str(tmp_path)})(0)
+    assert row.source.endswith("b.txt") and "not text in UTF-8" in str(row.values)
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ValueError, match=r"no image with a caption .*\.txt.* without one: 2"):
         opened(dataset, {"kind": "generation", "folder": str(tmp_path)})
 
 
