@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """From samples to mixed batches, and the processes that prepare them.
 
-Sample i of a run has its row and a generator of its own, both functions of the seed and i alone. A bad row is told and
-replaced by its source's next good one.
+Sample i of a run has its row and a generator of its own, both functions of the seed and i alone. A bad row is reported
+and replaced by its source's next good one.
 
 Legend: B rows of a micro-batch, T tokens, N image tokens, C h w latent, S image side.
 """
@@ -105,7 +105,7 @@ def unpack(batch: MixedBatch, image_processor: ImageProcessor) -> MixedBatch:
     if batch.und_pixels is not None:
         new["und_pixels"] = look_up(batch.und_pixels, siglip)
     if batch.images is not None and batch.latents is None:
-        new["pictures"] = look_up(batch.images, vae)
+        new["vae_pixels"] = look_up(batch.images, vae)
     if batch.images is not None and batch.features is None:
         new["pixels"] = look_up(batch.images, siglip)
     return replace(batch, images=None, **new)

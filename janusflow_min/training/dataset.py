@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, SourceConfig
-from .hf_rows import open_dataset
+from .hf_rows import Stream, open_dataset
 from .rows import BadRow, CaptionFolder, Manifest, Row, rename, seeded_generator
 
 
@@ -36,7 +36,7 @@ class Source:
             self.rows = open_dataset(config, (seed, key), skip_bad, show)
         self.bad: list[BadRow] = self.rows.bad
         self.fingerprint: str = self.rows.fingerprint
-        self.streamed = hasattr(self.rows, "row_at")
+        self.streamed = isinstance(self.rows, Stream)
         self._order: tuple[int, Tensor] | None = None  # of an epoch
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,19 +50,20 @@ class Source:
         """The row at a position; a stream holds the rows from `keep` on, so that they can be asked for again."""
         if self.streamed:
             row = self.rows.row_at(position, position if keep is None else keep)
-        else:
-            epoch, index = divmod(position, len(self.rows))
-            if self.config.shuffle:
-                if self._order is None or self._order[0] != epoch:
-                    generator = seeded_generator(self.seed, self.key, epoch)
-                    self._order = epoch, torch.randperm(len(self.rows), generator=generator)
-                index = int(self._order[1][index])
-            try:
-                row = self.rows[index]
-            except Exception as error:  # the file changed, or whatever a reader raises
-                row = Row(self.name, index + 1, error)
-        if isinstance(row.values, Exception):
-            return row
+            return row if isinstance(row.values, Exception) else self._renamed(row)
+        epoch, index = divmod(position, len(self.rows))
+        if self.config.shuffle:
+            if self._order is None or self._order[0] != epoch:
+                generator = seeded_generator(self.seed, self.key, epoch)
+                self._order = epoch, torch.randperm(len(self.rows), generator=generator, device="cpu")
+            index = int(self._order[1][index])
+        try:
+            row = self.rows[index]
+            return row if isinstance(row.values, Exception) else self._renamed(row)
+        except Exception as error:  # the file changed, or whatever a reader raises
+            return Row(self.name, index + 1, error)
+
+    def _renamed(self, row: Row) -> Row:
         return row._replace(values=rename(row.values, self.config.columns))
 
 

@@ -121,7 +121,7 @@ def prepare(config: SourceConfig, rows: Any) -> Any:
     if names is None:  # a stream whose format does not say
         try:
             names = list(next(iter(rows), {}))
-        except Exception:  # told when the stream is read
+        except Exception:  # reported when the stream is read
             return rows.with_format("arrow")
     columns, has = config.columns, ", ".join(names)
     for ours, theirs in columns.items():
@@ -215,15 +215,15 @@ class Stream:
                 yield from self._shard(*shard)
             return
         held: list[Row] = []
-        for index in torch.randperm(len(self.shards), generator=generator).tolist():
+        for index in torch.randperm(len(self.shards), generator=generator, device="cpu").tolist():
             for row in self._shard(*self.shards[index]):
                 if len(held) < self.buffer:
                     held.append(row)
                     continue
-                k = int(torch.randint(len(held), (1,), generator=generator))
+                k = int(torch.randint(len(held), (1,), generator=generator, device="cpu"))
                 yield held[k]
                 held[k] = row
-        for k in torch.randperm(len(held), generator=generator).tolist():
+        for k in torch.randperm(len(held), generator=generator, device="cpu").tolist():
             yield held[k]
 
     def _shard(self, part: Part, index: int, count: int) -> Iterator[Row]:

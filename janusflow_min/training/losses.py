@@ -64,9 +64,9 @@ class MixedBatch:
     t: Tensor = ABSENT  # (G,)
     noise: Tensor = ABSENT  # (G, C, h, w)
     images: Tensor = ABSENT  # (G, 3, S, S) uint8, which `batch.unpack` makes the next two of
-    pictures: Tensor = ABSENT  # (G, 3, S, S) in [-1, 1], for the VAE
+    vae_pixels: Tensor = ABSENT  # (G, 3, S, S) in [-1, 1]
     pixels: Tensor = ABSENT  # (G, 3, S, S) the same as SigLIP wants it
-    latents: Tensor = ABSENT  # (G, C, h, w) of the pictures
+    latents: Tensor = ABSENT  # (G, C, h, w) of the images
     features: Tensor = ABSENT  # (G, N, P) of the pixels, where they are known already
 
     def __reduce__(self) -> tuple:

@@ -43,7 +43,7 @@ class BadRow(NamedTuple):
 def seeded_generator(*key: Any) -> torch.Generator:
     """A CPU generator that depends on the key alone."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def rename(row: Any, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -113,10 +113,10 @@ class Manifest:
         self.fingerprint = digest.hexdigest()[:16]
         self.places = np.array(places, dtype=np.int64).reshape(-1, 3)  # (rows; line, first byte, bytes)
         if not places:
-            told = [f"{count} of kind {other}" for other, count in kinds.items()]
-            told += [f"{len(self.bad)} bad ones, the first: {self.bad[0]}"] if self.bad else []
+            known = [f"{count} of kind {other}" for other, count in kinds.items()]
+            known += [f"{len(self.bad)} bad ones, the first: {self.bad[0]}"] if self.bad else []
             raise ValueError(
-                f"{path} has no good row of kind {kind or 'any'}; found {'; '.join(told) or 'no row'}"
+                f"{path} has no good row of kind {kind or 'any'}; found {'; '.join(known) or 'no row'}"
             )
 
     def _entries(self) -> Iterator[tuple[int, int, bytes]]:

@@ -164,11 +164,11 @@ class Trainer:
             return batch
         cache = self.dataset.builder.cache
         if cache is None:
-            return replace(batch, latents=self.vae.encode(batch.pictures).float())
+            return replace(batch, latents=self.vae.encode(batch.vae_pixels).float())
         # One at a time, so that what is stored depends on nothing but the image.
         found = {"latents": batch.latents}
         if batch.latents is None:
-            found["latents"] = torch.cat([self.vae.encode(p[None]).float() for p in batch.pictures])
+            found["latents"] = torch.cat([self.vae.encode(p[None]).float() for p in batch.vae_pixels])
         if self.cache_features:
             found["features"] = torch.cat([self.model.siglip(p[None].to(self.dtype)) for p in batch.pixels])
         for i, key in enumerate(keys):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
-from janusflow_min.training.batch import StepDataset
+from janusflow_min.training.batch import StepDataset, unpack
 from janusflow_min.training.config import SourceConfig
 from janusflow_min.training.dataset import open_sources
 from janusflow_min.training.hf_rows import open_dataset
@@ -367,3 +367,23 @@ def test_paths_count_from_the_folder_of_their_file(settings, processor, model, t
     data = StepDataset(config, open_sources(config), SampleBuilder(config, processor, model))[0]
     assert data.samples == 5 and not data.bad
     assert read_conversation(rows[0], TAG)[0]["images"] == ["sub/a.png"] and Path("data").is_dir()
+
+
+def test_ambient_settings_change_nothing(settings, processor, model, manifest):
+    """Stops: samples that depend on the default dtype or device of whoever calls."""
+
+    def digest() -> list[bytes]:
+        config = settings(batch=12)
+        data = StepDataset(config, open_sources(config), SampleBuilder(config, processor, model))[1]
+        batches = (vars(unpack(batch, processor.image_processor)).values() for batch in data.batches)
+        return [value.numpy().tobytes() for batch in batches for value in batch if value is not None]
+
+    expected = digest()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert digest() == expected
+        torch.set_default_device("meta")
+        assert digest() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
