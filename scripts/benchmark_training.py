@@ -125,16 +125,15 @@ class Benchmark:
 
     def ours(self, compiled: bool, alignment: float, average: float, lora: int = 0):
         """A function that makes step i, and returns its loss on the device."""
-        learner = self.train_step(compiled, alignment, average, lora)
+        train_step = self.train_step(compiled, alignment, average, lora)
         batches = [self.batch(i) for i in range(4)]
 
         def step(i: int) -> Tensor:
-            sums, _ = learner.step(i, [batches[i % 4]])
-            return sums[0] / self.rows
+            return loss_of(train_step.step(i, [batches[i % 4]]))
 
         return step
 
-    def learner(
+    def train_step(
         self,
         compiled: bool,
         alignment: float,
@@ -225,25 +224,24 @@ class Benchmark:
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         rank, world = dist.get_rank(), dist.get_world_size()
         compiled, total = self.args.compile, self.rows * world
-        learner = self.train_step(compiled, 0.0, 0.0, rows=total, parallel="fsdp", world=world)
+        train_step = self.train_step(compiled, 0.0, 0.0, rows=total, parallel="fsdp", world=world)
         whole = [self.batch(i, total) for i in range(4)]
         mine = [part(batch, range(rank, total, world), self.length) for batch in whole]
 
         def sharded(i: int) -> Tensor:
-            return learner.step(i, [mine[i % 4]])[0][0] / total
+            return loss_of(train_step.step(i, [mine[i % 4]]))
 
         together = self.measured(sharded, self.rows * world)
-        del learner, sharded
+        del train_step, sharded
         release()
         report = None
         if rank == 0:
             alone = self.measured(self.ours(compiled, 0.0, 0.0))
             release()
-            learner = self.train_step(compiled, 0.0, 0.0, rows=total)
+            train_step = self.train_step(compiled, 0.0, 0.0, rows=total)
             halves = [[part(b, range(r, total, world), self.length) for r in range(world)] for b in whole]
-            losses = [
-                float(learner.step(i, halves[i % 4])[0][0] / total) for i in range(len(together["losses"]))
-            ]
+            count = len(together["losses"])
+            losses = [float(loss_of(train_step.step(i, halves[i % 4]))) for i in range(count)]
             apart = [abs(a - b) / abs(b) for a, b in zip(together["losses"], losses, strict=True)]
             speedup = together["tokens_per_s"] / alone["tokens_per_s"]
             report = {**self.about, "gpus": world, "fsdp": together, "one": alone, "one_losses": losses}
@@ -318,6 +316,12 @@ class Benchmark:
     def say(self, text: str) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(text, flush=True)
+
+
+def loss_of(result: tuple[dict[str, Tensor], bool]) -> Tensor:
+    """The mean loss, still on the device."""
+    total, count = result[0]["loss"]
+    return total / count
 
 
 def part(batch: MixedBatch, rows: range, length: int) -> MixedBatch:
