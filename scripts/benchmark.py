@@ -19,18 +19,16 @@ wall clock with the device synchronised, from prompt to pixels or from prepared 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_reference import helper, save_random
+from common import helper, log, median, name_of, release, save_random, seconds
 from PIL import Image
 
 import janusflow_min as jf
@@ -102,44 +100,6 @@ def parse() -> argparse.Namespace:
 def write(report: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def log(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
-
-
-def name_of(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def median(work: Callable[[], Any], runs: int) -> float:
-    """After one run that does not count."""
-    work()
-    return statistics.median(seconds(work) for _ in range(runs))
 
 
 # What is measured -----------------------------------------------------------------------

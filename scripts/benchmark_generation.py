@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_reference import helper, save_random, tiny_config
+from common import helper, save_random, tiny_config
 
 from janusflow_min.benchmarks import geneval
 from janusflow_min.benchmarks.runner import (

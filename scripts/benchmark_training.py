@@ -18,7 +18,6 @@ fused AdamW, no clipping; its loss is the flow's alone, so ours is also measured
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import os
@@ -29,10 +28,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from compare_reference import helper
+from common import helper, release, tiny_config
 from torch import Tensor
 
-from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
+from janusflow_min.config import JanusFlowConfig
 from janusflow_min.flow import flow_loss, interpolate
 from janusflow_min.model import JanusFlow
 from janusflow_min.training.config import Config, LoraConfig, ObjectiveConfig, OptimizerConfig, SourceConfig
@@ -40,12 +39,6 @@ from janusflow_min.training.losses import MixedBatch
 from janusflow_min.training.step import TrainStep
 
 PROMPT = 32
-SMALL = JanusFlowConfig(
-    llm=LlamaConfig(1000, 128, 352, 7, 4),
-    siglip=SiglipConfig(image_size=128, patch_size=16, width=64, layers=4, heads=4),
-    uvit_encoder=UViTConfig(in_channels=4, out_channels=48, channels=48, hidden_size=128),
-    uvit_decoder=UViTConfig(in_channels=48, out_channels=4, channels=48, hidden_size=128),
-)
 
 
 def main() -> None:
@@ -71,7 +64,7 @@ def main() -> None:
 class Benchmark:
     def __init__(self, args: argparse.Namespace):
         self.args, self.rows = args, args.rows
-        self.sizes = JanusFlowConfig() if args.size == "official" else SMALL
+        self.sizes = JanusFlowConfig() if args.size == "official" else tiny_config(layers=7)
         self.device = torch.device(args.device)
         if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -332,13 +325,6 @@ def part(batch: MixedBatch, rows: range, length: int) -> MixedBatch:
     return replace(
         batch, gen_index=batch.gen_index[: count * len(rows)], **{n: getattr(batch, n)[rows] for n in names}
     )
-
-
-def release() -> None:
-    gc.collect()
-    torch._dynamo.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

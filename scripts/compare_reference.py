@@ -26,8 +26,6 @@ only with `upstream_rounding`. The last column but one has the reference's bf16 
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib.util
 import json
 import sys
 import tempfile
@@ -41,11 +39,12 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from common import helper, release, save_random, tiny_config
 from torch import Tensor, nn
 
 from janusflow_min import llama
-from janusflow_min.checkpoint import load_model, save_model
-from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
+from janusflow_min.checkpoint import load_model
+from janusflow_min.config import JanusFlowConfig
 from janusflow_min.flow import Velocity, euler, time_grid
 from janusflow_min.model import JanusFlow
 from janusflow_min.sampling import PlainSampler, guided_velocity
@@ -167,54 +166,7 @@ def parse() -> Options:
     return options
 
 
-def helper() -> ModuleType:
-    """`tests/reference.py`, which is no part of the package."""
-    path = Path(__file__).resolve().parents[1] / "tests" / "reference.py"
-    spec = importlib.util.spec_from_file_location("reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # Weights and inputs -----------------------------------------------------------------------
-
-
-def tiny_config() -> JanusFlowConfig:
-    uvit = UViTConfig(in_channels=4, out_channels=48, channels=48, hidden_size=128)
-    return JanusFlowConfig(
-        llm=LlamaConfig(1000, 128, 352, 4, 4),
-        siglip=SiglipConfig(image_size=128, patch_size=16, width=64, layers=4, heads=4),
-        uvit_encoder=uvit,
-        uvit_decoder=UViTConfig(in_channels=48, out_channels=4, channels=48, hidden_size=128),
-    )
-
-
-@torch.no_grad()
-def save_random(
-    config: JanusFlowConfig, folder: Path, device: str, seed: int, janus_root: Path | None
-) -> None:
-    """A bf16 checkpoint: matrices of gain 1 (queries and keys 1.5, so that attention is far from uniform),
-    norms about 1, biases and response norms not 0. Drawn on the device: other devices draw other weights. With
-    `janus_root` also the tensors that the reference has and we do not build."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(name: str, shape: torch.Size) -> Tensor:
-        noise = torch.randn(shape, generator=generator, device=device)
-        if name.endswith("bias") or "channelwise_norm" in name:
-            noise = noise * 0.1
-        elif len(shape) == 1:
-            noise = 1 + 0.2 * noise
-        elif name not in ("llm.embed_tokens.weight", "siglip.pos_embed", "und_begin"):
-            gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
-            noise = noise * gain * shape[1:].numel() ** -0.5
-        return noise.bfloat16()
-
-    with torch.device("meta"):
-        model = JanusFlow(config)
-    model.load_state_dict({name: draw(name, p.shape) for name, p in model.state_dict().items()}, assign=True)
-    theirs = {} if janus_root is None else helper().build(config.to_dict(), janus_root).state_dict()
-    model.extra_tensors = {name: draw(name, p.shape) for name, p in theirs.items() if ".attn_pool." in name}
-    save_model(model, folder)
 
 
 def make_inputs(config: JanusFlowConfig, options: Options) -> Inputs:
@@ -340,12 +292,6 @@ def faults(model: JanusFlow) -> Iterator[None]:
 
 def to_cpu(run: Run) -> Run:
     return {stage: value.float().cpu() for stage, value in run.items()}
-
-
-def release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # Figures -----------------------------------------------------------------------

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""What the scripts that measure have in common: timers, random checkpoints, the reference's helper. Not run itself."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from janusflow_min.checkpoint import save_model
+from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
+from janusflow_min.model import JanusFlow
+
+
+def log(text: str) -> None:
+    """A line with the time, from the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+def name_of(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def release() -> None:
+    """Give back the memory of models that nobody holds any longer."""
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def median(work: Callable[[], Any], runs: int) -> float:
+    """After one run that does not count."""
+    work()
+    return statistics.median(seconds(work) for _ in range(runs))
+
+
+# Models -----------------------------------------------------------------------
+
+
+def helper() -> ModuleType:
+    """`tests/reference.py`, which is no part of the package."""
+    path = Path(__file__).resolve().parents[1] / "tests" / "reference.py"
+    spec = importlib.util.spec_from_file_location("reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_config(layers: int = 4) -> JanusFlowConfig:
+    uvit = UViTConfig(in_channels=4, out_channels=48, channels=48, hidden_size=128)
+    return JanusFlowConfig(
+        llm=LlamaConfig(1000, 128, 352, layers, 4),
+        siglip=SiglipConfig(image_size=128, patch_size=16, width=64, layers=4, heads=4),
+        uvit_encoder=uvit,
+        uvit_decoder=UViTConfig(in_channels=48, out_channels=4, channels=48, hidden_size=128),
+    )
+
+
+@torch.no_grad()
+def save_random(
+    config: JanusFlowConfig, folder: Path, device: str, seed: int, janus_root: Path | None
+) -> None:
+    """A bf16 checkpoint: matrices of gain 1 (queries and keys 1.5, so that attention is far from uniform),
+    norms about 1, biases and response norms not 0. Drawn on the device: other devices draw other weights. With
+    `janus_root` also the tensors that the reference has and we do not build."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(name: str, shape: torch.Size) -> Tensor:
+        noise = torch.randn(shape, generator=generator, device=device)
+        if name.endswith("bias") or "channelwise_norm" in name:
+            noise = noise * 0.1
+        elif len(shape) == 1:
+            noise = 1 + 0.2 * noise
+        elif name not in ("llm.embed_tokens.weight", "siglip.pos_embed", "und_begin"):
+            gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+            noise = noise * gain * shape[1:].numel() ** -0.5
+        return noise.bfloat16()
+
+    with torch.device("meta"):
+        model = JanusFlow(config)
+    model.load_state_dict({name: draw(name, p.shape) for name, p in model.state_dict().items()}, assign=True)
+    theirs = {} if janus_root is None else helper().build(config.to_dict(), janus_root).state_dict()
+    model.extra_tensors = {name: draw(name, p.shape) for name, p in theirs.items() if ".attn_pool." in name}
+    save_model(model, folder)
