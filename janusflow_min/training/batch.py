@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..processor import ImageProcessor, Processor
 from .config import STAGES, Config, LoaderConfig
 from .dataset import Mixture, Source
-from .losses import IGNORE, MixedBatch
+from .losses import ABSENT, IGNORE, MixedBatch
 from .rows import BadRow, Manifest, Row, cause, kind_of, seeded_generator
 from .sample import Sample, SampleBuilder
 
@@ -108,7 +108,7 @@ def unpack(batch: MixedBatch, image_processor: ImageProcessor) -> MixedBatch:
         new["vae_pixels"] = look_up(batch.images, vae)
     if batch.images is not None and batch.features is None:
         new["pixels"] = look_up(batch.images, siglip)
-    return replace(batch, images=None, **new)
+    return replace(batch, images=ABSENT, **new)
 
 
 # Steps -----------------------------------------------------------------------
@@ -170,13 +170,13 @@ class StepDataset(Dataset):
         raise ValueError(f"{MAX_BAD:,} bad rows in a row, the last: {bad[-1]}")
 
     def build(
-        self, row: Row, kind: str, generator: torch.Generator, dropout: float, bad: list[BadRow]
+        self, row: Row, kind: str | None, generator: torch.Generator, dropout: float, bad: list[BadRow]
     ) -> Sample | None:
-        """None for a row that cannot be used; with `on_bad_row = "stop"` a ValueError."""
+        """None for a row that cannot be used; with `on_bad_row = "stop"` a ValueError. kind None: the row's own."""
         try:
             if isinstance(row.values, Exception):
                 raise row.values
-            return self.builder(row.values, kind, generator, dropout, row.folder)
+            return self.builder(row.values, kind or kind_of(row.values), generator, dropout, row.folder)
         except MemoryError:
             raise
         except Exception as error:  # whatever lies in the data
@@ -192,7 +192,7 @@ class StepDataset(Dataset):
         rows = Manifest(report.validation, limit=report.validation_rows)
         for i in range(len(rows)) if whole else range(self.rank, len(rows), self.world):
             generator = seeded_generator("validation", i)
-            sample = self.build(rows[i], kind_of(rows[i].values), generator, 0.0, bad)
+            sample = self.build(rows[i], None, generator, 0.0, bad)
             samples += [] if sample is None else [sample]
         return self.pack(0, samples, bad)
 
