@@ -9,7 +9,10 @@ Legend: B rows of a micro-batch, T tokens, N image tokens, C h w latent, S image
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
@@ -220,7 +223,8 @@ def load_steps(dataset: StepDataset, steps: range, pin_memory: bool = False) -> 
     """
     settings, options = dataset.config.loader, dict[str, Any]()
     if settings.workers:
-        options = dict(multiprocessing_context="spawn", prefetch_factor=2, timeout=settings.timeout)
+        options = dict(multiprocessing_context="spawn", worker_init_fn=follow_parent)
+        options |= dict(prefetch_factor=2, timeout=settings.timeout)
     options |= dict(num_workers=settings.workers, pin_memory=pin_memory)
     loader = DataLoader(_Worker(dataset), batch_size=None, sampler=steps, **options)
     if settings.workers and hasattr(signal, "pthread_sigmask"):
@@ -236,6 +240,13 @@ def load_steps(dataset: StepDataset, steps: range, pin_memory: bool = False) -> 
         if data.error is not None:
             raise data.error
         yield data
+
+
+def follow_parent(worker: int) -> None:
+    """End this worker when its parent is gone: it may be writing to a pipe that nobody reads any more."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def explain_loader_error(error: RuntimeError, settings: LoaderConfig) -> str:

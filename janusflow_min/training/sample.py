@@ -200,7 +200,11 @@ class Cache:
         from safetensors.torch import save
 
         content = save({k: v.contiguous().cpu() for k, v in tensors.items()})
-        atomic_write(self.path(key), content, sync=False)
+        try:
+            atomic_write(self.path(key), content, sync=False)
+        except OSError as error:
+            reason = f"{self.folder} (loader.cache) cannot be written: {error.strerror or error}"
+            raise OSError(f"{reason}; is the disk full? Without a cache the run can go on") from error
 
 
 class SampleBuilder:

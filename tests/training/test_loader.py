@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -217,6 +218,52 @@ def test_ctrl_c_while_workers_start_is_an_interruption(settings, tmp_path):
         _, told = process.communicate(timeout=120)
         assert process.returncode != 0 and told.strip().splitlines()[-1] == "KeyboardInterrupt", told
         assert "memory" not in told
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_other_workers(settings, tmp_path):
+    """Stops: workers that outlive a killed run, and a run that goes on with other workers and learns other rows."""
+    common = {"steps": 40, "save_every": 4, "batch": 6}
+    Trainer(settings(tmp_path / "whole", **common), progress=False).run()
+    for count in (2, 1):
+        config = settings(loader={"workers": count}, **common)
+        process = start(tmp_path, config)
+        seen = len(read_lines(tmp_path / "run" / "metrics.jsonl"))
+        while len(read_lines(tmp_path / "run" / "metrics.jsonl")) < seen + 6:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        for _ in range(200):  # of the session, which is the run's own
+            left = subprocess.run(
+                ["pgrep", "-s", str(process.pid)], capture_output=True, text=True
+            ).stdout.split()
+            if not left:
+                break
+            time.sleep(0.1)
+        assert not left, "workers are still there"
+    Trainer(settings(loader={"workers": 0}, **common), progress=False).run()
+    whole, run = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    assert [row["loss"] for row in run] == [row["loss"] for row in whole]
+
+
+def test_a_full_disk_under_the_cache(settings, tmp_path, monkeypatch):
+    """Stops: half a file of latents that is believed later, or an error that does not say which folder is full."""
+    monkeypatch.setattr(Report, "plot", lambda self: None)
+    config = settings(loader={"cache": str(tmp_path / "cache"), "crop": "fixed"}, steps=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    trainer = Trainer(config, progress=False)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cache \(loader\.cache\) cannot be written: .*disk full"):
+            trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    Trainer(config, progress=False).run()
+    assert [p.suffix for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
 @pytest.mark.slow
