@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .settings import (
     BelowOne,
@@ -33,7 +33,7 @@ from .settings import (
 )
 
 KINDS = ("understanding", "generation", "text")  # of samples; the order of the paper's ratios
-COMPONENTS = (
+Component = Literal[
     "llm",  # the embedding table and the output projection included
     "siglip",
     "und_aligner",  # with und_begin, which the paper trains too
@@ -41,7 +41,8 @@ COMPONENTS = (
     "uvit_encoder",
     "uvit_decoder",
     "alignment_head",
-)
+]
+COMPONENTS: tuple[str, ...] = get_args(Component)
 _THIN = COMPONENTS[2:]
 FROM_STAGE: Any = None  # the default of what the stage decides; set when a Config is made
 
@@ -89,7 +90,7 @@ class OptimizerConfig:
     """AdamW, without decay and clipped by default (the paper's table)."""
 
     lr: Positive = FROM_STAGE  # of what the stage trains
-    lr_by_component: dict[str, NotNegative] = field(default_factory=dict)  # 0 freezes
+    lr_by_component: dict[Component, NotNegative] = field(default_factory=dict)  # 0 freezes
     betas: tuple[BelowOne, ...] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0  # of matrices and convolutions; never of norms, biases and embeddings
@@ -201,13 +202,6 @@ class Config:
         checked(Config, self)
         stage, o, report = STAGES[self.stage], self.optimizer, self.report
         require(len(o.betas) == 2, "optimizer.betas", "two numbers", o.betas)
-        for name in o.lr_by_component:
-            require(
-                name in COMPONENTS,
-                f"optimizer.lr_by_component.{name}",
-                f"one of {', '.join(COMPONENTS)}",
-                name,
-            )
         require(len(self.data) > 0, "data", "at least one source ([[data]])", [])
         for i, source in enumerate(self.data):
             given = [key for key in ("manifest", "folder", "dataset") if getattr(source, key)]
@@ -225,19 +219,14 @@ class Config:
         require(not (self.steps and self.epochs), "epochs", "left out where steps is given", self.epochs)
         one_each = len(report.images) in (0, len(report.questions))
         require(one_each, "report.images", "one for each question", report.images)
-        if self.parallel == "fsdp":
-            require(
-                not self.lora.rank, "lora.rank", '0 with parallel = "fsdp" (use "replicate")', self.lora.rank
-            )
-        if self.loader.cache:
-            require(self.loader.crop == "fixed", "loader.crop", '"fixed" where there is a cache', "random")
-        if report.keep_best:
-            require(
-                bool(report.validation and report.every),
-                "report.keep_best",
-                "with report.validation and every",
-                True,
-            )
+        rank, sharded = self.lora.rank, self.parallel == "fsdp"
+        require(not (rank and sharded), "lora.rank", '0 with parallel = "fsdp" (use "replicate")', rank)
+        cached = self.loader.cache and self.loader.crop != "fixed"
+        require(not cached, "loader.crop", '"fixed" where there is a cache', self.loader.crop)
+        validated = bool(report.validation and report.every)
+        require(
+            validated or not report.keep_best, "report.keep_best", "with report.validation and every", True
+        )
         steps = self.steps or (None if self.epochs else stage.steps)
         warmup = o.warmup if o.warmup is not None or steps is None else min(stage.warmup, steps // 5)
         form: Any = self.objective.prompt_form
@@ -253,10 +242,10 @@ class Config:
         rates = {name: self.rate(name) for name in COMPONENTS}
         require(any(rates.values()), "optimizer.lr_by_component", "above 0 for one component", rates)
         for name in self.lora.components if self.lora.rank else ():
-            key = f"optimizer.lr_by_component.{name}"
-            require(
-                rates[name] > 0, key, f'above 0 for its adapters; stage "{self.stage}" does not train it', 0
-            )
+            reason = f'above 0 for its adapters; stage "{self.stage}" does not train it'
+            require(rates[name] > 0, f"optimizer.lr_by_component.{name}", reason, 0)
+        none = f'given: stage "{self.stage}" has no share for any of the kinds'
+        require(any(self.ratios()), "data.*.ratio", none, [source.kind for source in self.data])
 
     @staticmethod
     def not_paths(data: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
@@ -266,7 +255,7 @@ class Config:
     def rate(self, component: str) -> float:
         """The learning rate of a component; 0: it is frozen."""
         default = self.optimizer.lr if component in STAGES[self.stage].trains else 0.0
-        return self.optimizer.lr_by_component.get(component, default)
+        return dict[str, float](self.optimizer.lr_by_component).get(component, default)
 
     def ratios(self, early: bool = False) -> list[float]:
         """The share of each source in the mix, in the first steps of the stage (`early`) or later."""

@@ -184,7 +184,8 @@ def checked(kind: Any, value: Any, where: str = "") -> Any:
         return tuple(checked(inner[0], item, f"{where}.{i}") for i, item in enumerate(value))
     if origin is dict:
         require(isinstance(value, Mapping), where, "a table", value)
-        return {key: checked(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+        places = {key: f"{where}.{key}" for key in value}
+        return {checked(inner[0], k, places[k]): checked(inner[1], v, places[k]) for k, v in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else math.inf
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}

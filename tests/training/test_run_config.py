@@ -114,6 +114,7 @@ def test_defaults_are_the_papers():
         ({"report": {"questions": ["a"], "images": ["b", "c"]}}, ["report.images"]),
         ({"objective": {"prompt_dropout": 1.5}}, ["objective.prompt_dropout", "from 0 to 1"]),
         ({"steps": 3, "epochs": 2}, ["epochs", "left out"]),
+        ({"stage": "adaptation", "data": [{"kind": "text", "manifest": "a"}]}, ["data.*.ratio", "no share"]),
         ({"lora": {"rank": 4}, "stage": "adaptation"}, ["optimizer.lr_by_component.llm", "adaptation"]),
         ({"report": {"keep_best": True}}, ["report.keep_best", "report.validation"]),
     ],
