@@ -255,7 +255,8 @@ class Config:
     def rate(self, component: str) -> float:
         """The learning rate of a component; 0: it is frozen."""
         default = self.optimizer.lr if component in STAGES[self.stage].trains else 0.0
-        return dict[str, float](self.optimizer.lr_by_component).get(component, default)
+        rates: Mapping[Any, float] = self.optimizer.lr_by_component
+        return rates.get(component, default)
 
     def ratios(self, early: bool = False) -> list[float]:
         """The share of each source in the mix, in the first steps of the stage (`early`) or later."""
