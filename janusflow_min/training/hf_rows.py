@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import glob
 import hashlib
 import sys
@@ -116,13 +117,13 @@ def load(config: SourceConfig, files: list[str], bad: list[BadRow] | None) -> An
 
 
 def prepare(config: SourceConfig, rows: Any) -> Any:
-    """Only the columns that are used, images encoded, as Arrow has them. ValueError names the columns if one lacks."""
+    """Only the columns that are used, images encoded. ValueError names the columns if one lacks."""
     names = rows.column_names
     if names is None:  # a stream whose format does not say
         try:
             names = list(next(iter(rows), {}))
         except Exception:  # reported when the stream is read
-            return rows.with_format("arrow")
+            return rows
     columns, has = config.columns, ", ".join(names)
     for ours, theirs in columns.items():
         if theirs not in names and theirs.split(".")[0] not in names:
@@ -133,7 +134,28 @@ def prepare(config: SourceConfig, rows: Any) -> Any:
         raise ValueError(f"there is no column {', no '.join(missing)}; say with columns which it is of {has}")
     used = {*CONVERSATIONS, "image", "images", "text", *columns.values()}
     used |= {theirs.split(".")[0] for theirs in columns.values()}
-    return rows.select_columns([name for name in names if name in used]).with_format("arrow")
+    rows = rows.select_columns([name for name in names if name in used])
+    if isinstance(rows, import_datasets().Dataset):
+        return rows.with_format("arrow")  # a cast would write all of it anew
+    for name, feature in (rows.features or {}).items():
+        if (encoded := undecoded(feature)) != feature:
+            rows = rows.cast_column(name, encoded)
+    return rows
+
+
+def undecoded(feature: Any) -> Any:
+    """A feature of `datasets`, images at any depth left as bytes and path."""
+    datasets = import_datasets()
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {key: undecoded(inner) for key, inner in feature.items()}
+    if isinstance(feature, list):
+        return [undecoded(inner) for inner in feature]
+    if hasattr(feature, "feature"):  # a list, under whatever name
+        feature = copy.copy(feature)
+        feature.feature = undecoded(feature.feature)
+    return feature
 
 
 class Table:
@@ -236,9 +258,9 @@ class Stream:
         while True:
             try:
                 # Not `iter(rows)`, which in a data loader's worker gives that worker's shards alone.
-                for table in islice(rows.iter(batch_size=1), done, None):
+                for batch in islice(rows.iter(batch_size=1), done, None):
                     done += 1
-                    yield Row(name, done, table.to_pylist()[0], part.folder)
+                    yield Row(name, done, {key: values[0] for key, values in batch.items()}, part.folder)
                 return
             except MemoryError:
                 raise

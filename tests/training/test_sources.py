@@ -245,8 +245,6 @@ def texts_of(source: Source, count: int) -> tuple[list[str], list[str]]:
 def test_a_stream_that_breaks_is_read_again(files, monkeypatch):
     """Stops: a bare StopIteration, rows lost or taken twice, or a run's end, where the net fails once."""
 
-    pyarrow = pytest.importorskip("pyarrow")
-
     class Rows:
         n_shards, broken = 1, 0
 
@@ -255,7 +253,7 @@ def test_a_stream_that_breaks_is_read_again(files, monkeypatch):
                 if i in (4, 6) and self.broken < i:
                     Rows.broken = i
                     raise ConnectionError("the net is down")
-                yield pyarrow.table({"text": [f"row {i}"]})
+                yield {"text": [f"row {i}"]}
 
     stream = Stream("s", [Part(None, Rows())], 0, (0, "a"))
     rows = [stream.row_at(k, k) for k in range(18)]
@@ -382,6 +380,29 @@ def test_a_table_is_opened_quietly(dataset, files, datasets, capfd, monkeypatch,
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     opened(dataset, source_at(files, "csv"))
     assert capfd.readouterr().err == "" and not are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_archives_whose_entries_differ(dataset, tmp_path, streaming):
+    """Stops: the rest of a shard lost behind an entry whose JSON has a key more, or none."""
+    notes = [{"caption": f"row {i}"} for i in range(8)]
+    notes += [{"caption": "row 8", "extra": 1}, {"caption": "row 9", "extra": "x"}, {}, {"caption": "row 11"}]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, note in enumerate(notes):
+            for name, content in ((f"{i}.png", png(i)), (f"{i}.json", json.dumps(note).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    table = {
+        "kind": "generation",
+        "dataset": "webdataset",
+        "files": [str(tmp_path / "a.tar")],
+        "shuffle": False,
+    }
+    columns = {"image": "png", "text": "json.caption"}
+    source = opened(dataset, table | {"streaming": streaming, "columns": columns})
+    texts = [source(k).values["text"] for k in range(12)]
+    assert texts == [note.get("caption") for note in notes]
 
 
 def test_saved_splits_and_folders_of_images(dataset, files, tmp_path, datasets):
