@@ -135,6 +135,17 @@ class StepBatches:
         return self
 
 
+class BadRowsError(ValueError):
+    """A sample cannot be made of any of these rows."""
+
+    def __init__(self, message: str, rows: list[BadRow]):
+        super().__init__(message, rows)
+        self.rows = rows
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class StepDataset(Dataset):
     """step -> `StepBatches` of this rank: every `world`-th sample of the step's."""
 
@@ -148,7 +159,7 @@ class StepDataset(Dataset):
         self.rank, self.world = rank, world
 
     def __getitem__(self, step: int) -> StepBatches:
-        """ValueError where there is no good row."""
+        """BadRowsError where there is no good row."""
         bad: list[BadRow] = []
         numbers = range(step * self.batch + self.rank, (step + 1) * self.batch, self.world)
         return self.pack(step, [self.sample(number, bad) for number in numbers], bad)
@@ -170,7 +181,7 @@ class StepDataset(Dataset):
             sample = self.build(row, source.config.kind, generator, dropout, bad)
             if sample is not None:
                 return sample
-        raise ValueError(f"{MAX_BAD:,} bad rows in a row, the last: {bad[-1]}")
+        raise BadRowsError(f"{MAX_BAD:,} bad rows in a row, the last: {bad[-1]}", bad)
 
     def build(
         self, row: Row, kind: str | None, generator: torch.Generator, dropout: float, bad: list[BadRow]
@@ -185,7 +196,7 @@ class StepDataset(Dataset):
         except Exception as error:  # whatever lies in the data
             bad.append(BadRow(row.source, row.line, f"{type(error).__name__}: {error}"[:500]))
             if self.config.loader.on_bad_row == "stop":
-                raise ValueError(f"a bad row: {bad[-1]}") from error
+                raise BadRowsError(f"a bad row: {bad[-1]}", bad) from error
             return None
 
     def validation(self, whole: bool) -> StepBatches:
@@ -210,7 +221,9 @@ class _Worker(Dataset):
         try:
             return self.dataset[step]
         except Exception as error:
-            plain = type(error).__module__ == "builtins"  # others may not survive the way
+            plain = (
+                isinstance(error, BadRowsError) or type(error).__module__ == "builtins"
+            )  # others may not survive
             return StepBatches(step, [], [], 0, 0, 0, [], error if plain else RuntimeError(cause(error)))
 
 
@@ -245,8 +258,13 @@ def load_steps(dataset: StepDataset, steps: range, pin_memory: bool = False) -> 
 def follow_parent(worker: int) -> None:
     """End this worker when its parent is gone: it may be writing to a pipe that nobody reads any more."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def explain_loader_error(error: RuntimeError, settings: LoaderConfig) -> str:

@@ -38,7 +38,7 @@ from ..pipeline import Pipeline
 from ..progress import progress_bar
 from ..vae import load_vae
 from . import checkpoints
-from .batch import StepDataset, explain_loader_error, load_steps, unpack
+from .batch import BadRowsError, StepDataset, explain_loader_error, load_steps, unpack
 from .check import check, compare
 from .config import Config
 from .export import export
@@ -216,6 +216,9 @@ class Trainer:
                         self.mark = time.perf_counter()
                     self.bar.update()
                 return self.finish()
+        except BadRowsError as error:
+            self.note_bad(error.rows)
+            raise
         except RuntimeError as error:  # a worker's death is told wherever the trainer happens to be
             if "DataLoader" not in str(error):
                 raise

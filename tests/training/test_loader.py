@@ -134,6 +134,20 @@ def test_bad_rows_are_written_down_once(settings, tmp_path, manifest, monkeypatc
     assert sorted(written) == [(1, "JSONDecodeEr"), (5, "FileNotFound"), (6, "FileNotFound")]
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_ends_a_run_is_written_down(settings, tmp_path, workers):
+    """Stops: a run that ends for want of good rows and keeps to itself why each of them was bad."""
+    lines = [json.dumps({"image": f"{i}.png", "text": "a"}) for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    data = [{"kind": "generation", "manifest": str(tmp_path / "a.jsonl")}]
+    with pytest.raises(
+        ValueError, match=r"1,000 bad rows in a row, the last: .*a.jsonl, line .: FileNotFoundError"
+    ):
+        Trainer(settings(data=data, loader={"workers": workers}), progress=False).run()
+    written = read_lines(tmp_path / "run" / "bad_rows.jsonl")
+    assert sorted(row["line"] for row in written) == [1, 2, 3]
+
+
 def test_a_bad_validation_row_is_skipped(settings, tmp_path, manifest, monkeypatch):
     """Stops: a run that ends at its first evaluation, hours in, for one broken image among the validation rows."""
     monkeypatch.setattr(Report, "plot", lambda self: None)
