@@ -45,6 +45,10 @@ def write_prompts(folder: Path, stems) -> Path:
     return folder
 
 
+def score_of(run: Path, data: Path, **options) -> dict:
+    return dpg_bench.score(run, dpg_bench.ScoreOptions(data=data, **options))
+
+
 # Reading -----------------------------------------------------------------------
 
 
@@ -230,28 +234,29 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
     grid_of(images / "1.png", "red", "red", "red", "blue")
     vqa = FakeVQA()
     options = dict(data=prompts, questions=questions, subset=True, images=images, vqa=vqa, progress=False)
-    score = dpg_bench.score(tmp_path / "run", **options)
+    score = score_of(tmp_path / "run", **options)
     assert score["headline"] is None and (score["n_scored"], score["n_expected"]) == (1, 2)
-    assert {"value": 75.0, "n_scored": 8, "n_expected": 16}.items() <= score["scores"]["entity"].items()
+    entity = score["scores"]["entity"]
+    assert (entity["value"], entity["n_scored"], entity["n_expected"]) == (75.0, 8, 16)
     assert vqa.asked == 16
     items = json.loads((tmp_path / "run/items.json").read_text())["items"]
     assert items[0]["tile_scores"] == [1, 1, 1, 0] and items[0]["score"] == 0.75
     grid_of(images / "2.png", "red", "red", "red", "red")
-    score = dpg_bench.score(tmp_path / "run", **options)
+    score = score_of(tmp_path / "run", **options)
     assert vqa.asked == 32 and score["complete"] and score["headline"] is None
-    compat = dpg_bench.score(tmp_path / "run", official_compat=True, **options)
+    compat = score_of(tmp_path / "run", official_compat=True, **options)
     assert compat["scores"]["entity"]["value"] == 0.0  # exactly "yes" is never said
     items = json.loads((tmp_path / "run/items.json").read_text())
     assert items["l1"]["entity"][0] == 0.0 and {item["score"] for item in items["items"]} == {None, 0.0}
     assert vqa.asked == 32
-    saved = dpg_bench.score(
+    saved = score_of(
         tmp_path / "other",
         answers=tmp_path / "run/answers.jsonl",
         **{k: v for k, v in options.items() if k != "vqa"},
     )
     assert saved["scores"] == score["scores"]
     with pytest.raises(ValueError, match="one of --answers, --vqa and --judge-model"):
-        dpg_bench.score(tmp_path / "run", answers=tmp_path / "run/answers.jsonl", **options)
+        score_of(tmp_path / "run", answers=tmp_path / "run/answers.jsonl", **options)
 
 
 def test_a_chat_that_fails_leaves_the_grid_out(tmp_path):
@@ -273,11 +278,11 @@ def test_a_chat_that_fails_leaves_the_grid_out(tmp_path):
         return ("status", 500) if stove and ill[0] else "Yes"
 
     with ChatServer(reply) as server:
-        first = dpg_bench.score(tmp_path / "run", judge_url=server.url, attempts=1, **options)
+        first = score_of(tmp_path / "run", judge_url=server.url, attempts=1, **options)
         assert (first["n_scored"], first["scores"]["entity"]["value"]) == (1, 100.0)
-        assert "1 grids got no answers" in " ".join(first["notes"])
+        assert "1 without a score" in " ".join(first["notes"])
         ill[0] = False
-        assert dpg_bench.score(tmp_path / "run", judge_url=server.url, **options)["complete"]
+        assert score_of(tmp_path / "run", judge_url=server.url, **options)["complete"]
     assert len(server.requests) < 4 + 4 + 5
 
 
@@ -293,12 +298,12 @@ def test_a_refused_question_costs_no_other(tmp_path):
     with pytest.raises(
         ValueError, match=r"no answers about the images.*4 questions got no answer: content filter"
     ):
-        dpg_bench.score(tmp_path / "run", **options)
+        score_of(tmp_path / "run", **options)
     assert vqa.asked == 16
     vqa.refused = None
-    assert dpg_bench.score(tmp_path / "run", **options)["complete"] and vqa.asked == 16 + 4
+    assert score_of(tmp_path / "run", **options)["complete"] and vqa.asked == 16 + 4
     saved = options | dict(answers=tmp_path / "run/answers.jsonl", vqa=None)
-    assert dpg_bench.score(tmp_path / "other", **saved)["complete"]
+    assert score_of(tmp_path / "other", **saved)["complete"]
 
 
 def test_a_bad_grid_costs_one_grid(tmp_path):
@@ -311,13 +316,13 @@ def test_a_bad_grid_costs_one_grid(tmp_path):
     Image.new("RGB", (8, 6)).save(images / "2.png")
     (images / "3.png").write_bytes((images / "1.jpg").read_bytes()[:300])
     options = dict(data=prompts, questions=questions, subset=True, images=images, progress=False)
-    score = dpg_bench.score(tmp_path / "run", vqa=FakeVQA(), **options)
+    score = score_of(tmp_path / "run", vqa=FakeVQA(), **options)
     assert (score["n_scored"], score["complete"]) == (1, False)
-    told = next(note for note in score["notes"] if "2 grids got no answers" in note)
-    assert "2.png: a grid of tiles of 4 px must be 8 px" in told and "3.png cannot be read" in told
+    told = next(note for note in score["notes"] if "2 without a score" in note)
+    assert "2.png: a grid of tiles of 4 px must be 8 px" in told and "3.png: the file is empty" in told
     grid_of(images / "1.png", "red", "red", "red", "blue")
     with pytest.raises(ValueError, match=r"several images of 1: 1\.jpg, 1\.png"):
-        dpg_bench.score(tmp_path / "run", vqa=FakeVQA(), **options)
+        score_of(tmp_path / "run", vqa=FakeVQA(), **options)
 
 
 def test_answers_that_are_neither_are_told(tmp_path):
@@ -330,7 +335,7 @@ def test_answers_that_are_neither_are_told(tmp_path):
     tiles = [{"1": text} for text in ("yes", "I cannot see the image.", "", "(No)")]
     saved.write_text(json.dumps({"item_id": "1", "answers": tiles}) + "\n", encoding="utf-8-sig")
     options = dict(data=prompts, questions=questions, subset=True, images=images, progress=False)
-    score = dpg_bench.score(tmp_path / "run", answers=saved, **options)
+    score = score_of(tmp_path / "run", answers=saved, **options)
     assert score["scores"]["entity"]["value"] == 25.0
     assert "2 of 4 answers are neither yes nor no and count as no: 'I cannot see" in " ".join(score["notes"])
 
@@ -355,7 +360,7 @@ def test_the_whole_benchmark_has_both_headlines(tmp_path, capsys, monkeypatch):
     assert cli.main([*command, "--tiles", "3"]) == 0
     assert "1,065 scored, but there is no headline number" in capsys.readouterr().out
     assert cli.main(command) == 0
-    assert "DPG-Bench score: 50.0000 (1,065 scored)" in capsys.readouterr().out
+    assert "DPG-Bench score: 50.0000 (1,065 scored, 95 % interval" in capsys.readouterr().out
     score = json.loads((tmp_path / "run/score.json").read_text())
     assert [entry["value"] for entry in score["others"].values()] == [50.0, 50.0]
     assert score["scores"]["attribute"]["value"] == 0.0

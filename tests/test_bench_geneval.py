@@ -66,6 +66,10 @@ def tree(root: Path, lines: list[dict], images_per_prompt: int = 4, size: int = 
     return root
 
 
+def score_of(run: Path, data: Path, **options) -> dict:
+    return geneval.score(run, geneval.ScoreOptions(data=data, **options))
+
+
 def seen(label: str, score: float = 0.95, box=(0, 0, 4, 4), mask=None) -> Detection:
     return Detection(label, box, score, mask)
 
@@ -306,12 +310,19 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
     (images / "00002/samples/00001.png").unlink()
     options = dict(data=data, subset=True, images=images, images_per_prompt=2, progress=False)
     detector = FakeDetector()
-    score = geneval.score(tmp_path / "run", detector=detector, clip=FakeColours(), **options)
+    score = score_of(tmp_path / "run", detector=detector, clip=FakeColours(), **options)
     assert score["headline"] is None and not score["complete"]
     assert (score["n_scored"], score["n_expected"]) == (5, 6)
-    assert {"value": 0.5, "n_scored": 2, "n_expected": 2}.items() <= score["scores"]["single_object"].items()
+
+    def counted(*values):
+        return dict(zip(("value", "n_scored", "n_expected"), values, strict=True))
+
+    scores = {
+        tag: {k: v for k, v in entry.items() if k != "interval"} for tag, entry in score["scores"].items()
+    }
+    assert scores["single_object"] == counted(0.5, 2, 2)
     assert score["scores"]["colors"]["value"] == 1.0
-    assert {"value": 0.0, "n_scored": 1, "n_expected": 2}.items() <= score["scores"]["counting"].items()
+    assert scores["counting"] == counted(0.0, 1, 2)
     assert score["scores"]["position"]["value"] is None
     assert score["judge"] == {"detector": "fake", "colours": "fake"}
     results = [json.loads(line) for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
@@ -321,17 +332,17 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
     # Again: what was detected is kept; a new picture and a changed one are not.
     Image.new("RGB", (8, 8), (255, 0, 0)).save(images / "00002/samples/00001.png")
     Image.new("RGB", (8, 8), (255, 9, 0)).save(images / "00000/samples/00001.png")
-    score = geneval.score(tmp_path / "run", detector=detector, clip=FakeColours("red"), **options)
+    score = score_of(tmp_path / "run", detector=detector, clip=FakeColours("red"), **options)
     assert detector.seen == 7 and score["complete"] and score["headline"] is None
     assert score["scores"]["single_object"]["value"] == 1.0 and score["scores"]["colors"]["value"] == 0.0
     # The file that this left does as a saved one.
-    saved = geneval.score(
+    saved = score_of(
         tmp_path / "other", detections=tmp_path / "run/detections.jsonl", clip=FakeColours("red"), **options
     )
     assert saved["scores"] == score["scores"]
     detector.name = "another"
     with pytest.raises(ValueError, match="of another judge"):
-        geneval.score(tmp_path / "run", detector=detector, clip=FakeColours(), **options)
+        score_of(tmp_path / "run", detector=detector, clip=FakeColours(), **options)
 
 
 def test_the_whole_benchmark_has_a_headline(tmp_path, capsys, monkeypatch):
@@ -361,7 +372,7 @@ def test_the_whole_benchmark_has_a_headline(tmp_path, capsys, monkeypatch):
         assert "2,212 scored, but there is no headline number" in capsys.readouterr().out
     data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes().replace(b"\n", b"\r\n"))  # the same text
     assert cli.main([*command, "--detections", str(saved)]) == 0
-    assert "overall, mean of the six tags: 0.0833 (2,212 scored)" in capsys.readouterr().out
+    assert "overall, mean of the six tags: 0.0833 (2,212 scored, 95 % interval" in capsys.readouterr().out
     score = json.loads((tmp_path / "run/score.json").read_text())
     assert math.isclose(score["headline"]["value"], 0.5 / 6)
     assert cli.main(["bench", "geneval", "report", "--out", str(tmp_path / "run")]) == 0
@@ -371,7 +382,7 @@ def test_the_whole_benchmark_has_a_headline(tmp_path, capsys, monkeypatch):
     longer = [line | {"prompt": f"In the morning light, {line['prompt']}"} for line in lines]
     write_lines(tmp_path / "longer.jsonl", longer)
     other = tree(tmp_path / "longer", longer, size=1)
-    score = geneval.score(
+    score = score_of(
         tmp_path / "other",
         tmp_path / "longer.jsonl",
         images=other,
@@ -390,11 +401,11 @@ def test_images_of_other_prompts_are_refused(tmp_path):
     data, images = write_lines(tmp_path / "data.jsonl", [CAT, KITES]), tree(tmp_path / "images", [CAT, LEFT])
     options = dict(subset=True, images=images, detector=FakeDetector(), progress=False)
     with pytest.raises(ValueError, match=r"00001/metadata.jsonl is not of a line of --data"):
-        geneval.score(tmp_path / "run", data, **options)
+        score_of(tmp_path / "run", data, **options)
     (images / "00001/metadata.jsonl").unlink()
     (images / "00001").rename(images / "00002")
     with pytest.raises(ValueError, match=r"images/00002 is not of a line of --data"):
-        geneval.score(tmp_path / "run", data, **options)
+        score_of(tmp_path / "run", data, **options)
 
 
 def test_names_of_any_digits_are_taken(tmp_path):
@@ -429,9 +440,9 @@ def test_more_images_than_expected_are_no_silent_choice(tmp_path):
     with pytest.raises(
         ValueError, match="has 5 images of one prompt, 'a photo of a cat', where 4 are expected"
     ):
-        geneval.score(tmp_path / "run", data, **options)
-    assert geneval.score(tmp_path / "run", data, images_per_prompt=5, **options)["n_scored"] == 5
-    score = geneval.score(tmp_path / "run", data, official_compat=True, **options)
+        score_of(tmp_path / "run", data, **options)
+    assert score_of(tmp_path / "run", data, images_per_prompt=5, **options)["n_scored"] == 5
+    score = score_of(tmp_path / "run", data, official_compat=True, **options)
     assert (score["n_scored"], score["n_expected"], score["headline"]) == (5, 4, None)
 
 
@@ -440,7 +451,7 @@ def test_a_broken_image_is_left_out_and_named(tmp_path):
     data, images = write_lines(tmp_path / "data.jsonl", [CAT]), tree(tmp_path / "images", [CAT])
     whole = (images / "00000/samples/00000.png").read_bytes()
     (images / "00000/samples/00001.png").write_bytes(whole[: len(whole) // 2])
-    score = geneval.score(
+    score = score_of(
         tmp_path / "run", data, subset=True, images=images, detector=FakeDetector(), progress=False
     )
     assert (score["n_scored"], score["complete"]) == (3, False)
@@ -452,16 +463,16 @@ def test_a_low_threshold_sees_what_the_detector_saw(tmp_path):
     detector = FakeDetector()
     detector.detect = lambda image: [seen("cat", 0.04), seen("cat", 0.5), seen("dog", 0.009)]
     options = dict(subset=True, images=images, images_per_prompt=1, progress=False)
-    geneval.score(tmp_path / "low", data, detector=detector, threshold=0.01, **options)
+    score_of(tmp_path / "low", data, detector=detector, threshold=0.01, **options)
     line = json.loads((tmp_path / "low/results.jsonl").read_text())
     assert [box[4] for box in json.loads(line["details"])["cat"]] == [0.5, 0.04]
-    geneval.score(tmp_path / "usual", data, detector=detector, **options)
+    score_of(tmp_path / "usual", data, detector=detector, **options)
     with pytest.raises(ValueError, match=r"of another judge: .*0\.05.* there, .*0\.01.* now"):
-        geneval.score(tmp_path / "usual", data, detector=detector, threshold=0.01, **options)
+        score_of(tmp_path / "usual", data, detector=detector, threshold=0.01, **options)
     saved = dict(detections=tmp_path / "usual/detections.jsonl", **options)
     with pytest.raises(ValueError, match=r"detections.jsonl:1 has the detections above 0.05 alone"):
-        geneval.score(tmp_path / "other", data, threshold=0.01, **saved)
-    assert geneval.score(tmp_path / "other", data, **saved)["n_scored"] == 1
+        score_of(tmp_path / "other", data, threshold=0.01, **saved)
+    assert score_of(tmp_path / "other", data, **saved)["n_scored"] == 1
 
 
 def test_edges_and_ties_fall_as_in_float32():

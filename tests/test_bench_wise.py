@@ -46,6 +46,10 @@ def write_images(folder: Path, ids) -> Path:
     return folder
 
 
+def score_of(run: Path, data: Path, **options) -> dict:
+    return wise.score(run, wise.ScoreOptions(data=data, **options))
+
+
 # Reading -----------------------------------------------------------------------
 
 
@@ -75,25 +79,23 @@ def test_sets_are_not_mixed(tmp_path):
         ({"Extra": 1}, "exactly Prompt, Explanation, Category, Subcategory, prompt_id"),
     ],
 )
-def test_a_bad_record_is_named_by_its_line(tmp_path, bad, message):
-    """json.dumps with indent 1 puts the second record's brace on line 9."""
+def test_a_bad_record_is_named_by_its_place(tmp_path, bad, message):
+    """Stops: a data set with one wrong record that is refused without saying which."""
     path = tmp_path / "cultural_common_sense.json"
-    path.write_text(json.dumps([record(1), record(2) | bad], indent=1), encoding="utf-8")
+    path.write_text(json.dumps([record(1), record(2) | bad]), encoding="utf-8-sig")
     with pytest.raises(ValueError, match=message) as error:
         wise.read(tmp_path, "legacy", subset=True)
-    assert f"{path}:9" in str(error.value)
+    assert f"{path}[1]: " in str(error.value)
 
 
 def test_bad_files_are_named(tmp_path):
+    """Stops: a file that is not a data set, or lacks a prompt, and scores what it holds."""
     path = tmp_path / "natural_science.json"
-    for text, message in (
-        ("{}", ":1: a JSON array"),
-        ('[{"a": 1}\n {"b"', ":2: a comma"),
-        ('[\n{"a"', ":2: not JSON"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
+    for text, message in (("{}", "a JSON array"), ("[{", "JSON"), ("[" * 100_000, "JSON"), ("\x80", "JSON")):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=message) as error:
             wise.read(tmp_path, "legacy", subset=True)
+        assert str(path) in str(error.value)
     path.unlink()
     with pytest.raises(ValueError, match="holds none of"):
         wise.read(tmp_path, "legacy", subset=True)
@@ -222,12 +224,12 @@ def test_a_judge_that_fails_in_every_way_is_asked_again(tmp_path):
 
     options = dict(subset=True, images=images, judge_model="a judge", progress=False, wait=0.01, timeout=2.0)
     with ChatServer(reply) as server:
-        score = wise.score(tmp_path / "run", data, judge_url=server.url, concurrency=4, **options)
+        score = score_of(tmp_path / "run", data, judge_url=server.url, concurrency=4, **options)
         first = len(server.requests)
         assert server.most_at_once > 1
-        again = wise.score(tmp_path / "run", data, judge_url=server.url, **options)
+        again = score_of(tmp_path / "run", data, judge_url=server.url, **options)
     assert (score["n_scored"], score["n_expected"], score["complete"]) == (7, 8, False)
-    assert "1 images got no grade" in " ".join(score["notes"]) and "805" in " ".join(score["notes"])
+    assert "1 without a score" in " ".join(score["notes"]) and "805" in " ".join(score["notes"])
     assert score["scores"]["physics"]["value"] is None
     cultural = score["scores"]["cultural"]
     assert (cultural["value"], cultural["n_scored"], cultural["n_expected"]) == (pytest.approx(0.8), 3, 3)
@@ -262,7 +264,7 @@ def test_a_judge_that_refuses_stops_the_run(tmp_path):
         ChatServer(lambda *_: ("status", 401)) as server,
         pytest.raises(RuntimeError, match="the judge refuses, HTTP 401"),
     ):
-        wise.score(
+        score_of(
             tmp_path / "run",
             data,
             subset=True,
@@ -282,7 +284,7 @@ def test_the_verified_set_is_asked_in_its_own_way(tmp_path):
     )
     with ChatServer(lambda *_: "<think>\n</think>\n\nScore: 1") as server:
         options = dict(dataset="verified", subset=True, images=images, judge_url=server.url, progress=False)
-        score = wise.score(tmp_path / "run", data, **options)
+        score = score_of(tmp_path / "run", data, **options)
         assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
         assert server.requests[0]["max_tokens"] == 500
         assert score["judge"]["model"] == "Qwen3.5-35B-A3B"
@@ -292,8 +294,8 @@ def test_the_verified_set_is_asked_in_its_own_way(tmp_path):
         own = tmp_path / "wording.json"
         own.write_text(json.dumps({"user": "Is {Explanation} what {Prompt} means?", "system": "Be brief."}))
         with pytest.raises(ValueError, match="of another judge"):
-            wise.score(tmp_path / "run", data, judge_prompts=own, **options)
-        score = wise.score(tmp_path / "other", data, judge_prompts=own, **options)
+            score_of(tmp_path / "run", data, judge_prompts=own, **options)
+        score = score_of(tmp_path / "other", data, judge_prompts=own, **options)
         system, user = server.requests[-1]["messages"]
         assert system["content"][0]["text"] == "Be brief."
         text = user["content"][0]["text"]
@@ -304,7 +306,7 @@ def test_the_verified_set_is_asked_in_its_own_way(tmp_path):
         with pytest.raises(
             ValueError, match=r"must have the placeholders \{Prompt\}, \{Explanation\}; it has none"
         ):
-            wise.score(tmp_path / "third", data, judge_prompts=own, **options)
+            score_of(tmp_path / "third", data, judge_prompts=own, **options)
 
 
 def test_a_broken_image_is_left_out_and_named(tmp_path):
@@ -313,11 +315,11 @@ def test_a_broken_image_is_left_out_and_named(tmp_path):
     (images / "1.png").write_bytes(b"")
     (images / "2.png").write_bytes((images / "3.png").read_bytes()[:50])
     chat = FakeChat()
-    score = wise.score(tmp_path / "run", data, subset=True, images=images, judge_model=chat, progress=False)
+    score = score_of(tmp_path / "run", data, subset=True, images=images, judge_model=chat, progress=False)
     assert (chat.asked, score["n_scored"], score["complete"]) == (1, 1, False)
-    assert "2 images got no grade" in " ".join(score["notes"]) and "1.png cannot be read" in " ".join(
+    assert "2 without a score" in " ".join(
         score["notes"]
-    )
+    ) and "1.png: the file is empty or damaged" in " ".join(score["notes"])
 
 
 def test_an_answer_of_one_mode_is_read_again_by_the_other(tmp_path):
@@ -325,10 +327,10 @@ def test_an_answer_of_one_mode_is_read_again_by_the_other(tmp_path):
     data, images = write_set(tmp_path / "data", ids=[1]), write_images(tmp_path / "images", [1])
     chat = FakeChat(GRADES.format(1, 1, 9))
     options = dict(subset=True, images=images, judge_model=chat, progress=False, wait=0.0)
-    official = wise.score(tmp_path / "run", data, official_compat=True, **options)
+    official = score_of(tmp_path / "run", data, official_compat=True, **options)
     assert official["scores"]["cultural"]["value"] == pytest.approx((0.7 + 0.2 + 0.9) / 2)
     chat.text = GRADES.format(1, 1, 2)
-    assert wise.score(tmp_path / "run", data, **options)["scores"]["cultural"]["value"] == pytest.approx(0.55)
+    assert score_of(tmp_path / "run", data, **options)["scores"]["cultural"]["value"] == pytest.approx(0.55)
     assert chat.asked == 2
 
 
@@ -348,16 +350,18 @@ def test_only_all_thousand_have_a_headline(tmp_path, monkeypatch):
     data, images = write_set(tmp_path / "data"), write_images(tmp_path / "run/images", range(1, 1001))
     chat = FakeChat()
     (images / "77.png").rename(tmp_path / "77.png")
-    score = wise.score(tmp_path / "run", data, judge_model=chat, progress=False)
+    score = score_of(tmp_path / "run", data, judge_model=chat, progress=False)
     assert score["headline"] is None and score["n_scored"] == 999
     (tmp_path / "77.png").rename(images / "77.png")
-    score = wise.score(tmp_path / "run", data, judge_model=chat, progress=False)
+    score = score_of(tmp_path / "run", data, judge_model=chat, progress=False)
     assert chat.asked == 1000 and score["complete"] and score["headline"] is None  # invented prompts
     published = [text_sha256(data / f"{stem}.json") for stem in DATASETS["legacy"].files]
     about = dataclasses.replace(DATASETS["legacy"], files_sha256=published)
     monkeypatch.setitem(DATASETS, "legacy", about)
-    score = wise.score(tmp_path / "run", data, judge_model=chat, progress=False)
-    assert score["headline"]["name"] == "WiScore" and score["headline"]["value"] == pytest.approx(0.5)
+    score = score_of(tmp_path / "run", data, judge_model=chat, progress=False)
+    assert (score["headline"]["name"], score["headline"]["value"]) == ("WiScore", pytest.approx(0.5))
+    dry = score_of(tmp_path / "other", data, images=images, judge_model=chat, dry_run=True)
+    assert "1,000 requests" in dry["dry_run"] and not (tmp_path / "other/score.json").exists()
     wise.report(tmp_path / "run")
     text = (tmp_path / "run/report.md").read_text()
     assert "# WISE (legacy)" in text and "0.2954" in text and "0.18" in text and "GPT-4o" in text

@@ -141,12 +141,19 @@ def test_folders_end_in_the_same_numbers(variable, path, tmp_path):
             (here / f"prompts/{item}.txt").write_text(f"prompt {item}")
         tiles, resolution = rng.randint(1, 4), rng.choice([4, 4, 4, 3, 8])
         expected = official_score(script, here / "images", questions, resolution, tiles)
-        judge = types.SimpleNamespace(name="bytes", answer=reply)
+        options = dpg_bench.ScoreOptions(
+            data=here / "prompts",
+            questions=questions,
+            subset=True,
+            images=here / "images",
+            resolution=resolution,
+            tiles=tiles,
+            vqa=types.SimpleNamespace(name="bytes", answer=reply),
+            official_compat=True,
+            progress=False,
+        )
         try:
-            score = dpg_bench.score(
-                here / "run", here / "prompts", questions, subset=True, images=here / "images", resolution=resolution,
-                tiles=tiles, vqa=judge, official_compat=True, progress=False,
-            )  # fmt: skip
+            score = dpg_bench.score(here / "run", options)
         except (ValueError, FileNotFoundError) as error:
             assert re.search("no answers about|no image named|has no question about", str(error))
             assert np.isnan(expected[""])

@@ -181,14 +181,16 @@ def test_trees_end_in_the_same_numbers(variable, path, tmp_path):
         judge = types.SimpleNamespace(
             name="bytes", colours=lambda views, label: [colour_of(v) for v in views]
         )
-        keywords = dict(
-            images=root, detections=saved, clip=judge, official_compat=True, subset=True, progress=False
+        mine = geneval.ScoreOptions(
+            **dict(data=data, images=root, detections=saved, clip=judge, official_compat=True, subset=True),
+            **options,
+            progress=False,
         )
         if not theirs:
             with pytest.raises(FileNotFoundError, match="no image of the layout"):
-                geneval.score(tmp_path / f"run{seed}", data, **keywords, **options)
+                geneval.score(tmp_path / f"run{seed}", mine)
             continue
-        score = geneval.score(tmp_path / f"run{seed}", data, **keywords, **options)
+        score = geneval.score(tmp_path / f"run{seed}", mine)
         ours = [json.loads(line) for line in (tmp_path / f"run{seed}/results.jsonl").read_text().splitlines()]
         for record in theirs:
             record["filename"] = Path(record["filename"]).relative_to(root).as_posix()

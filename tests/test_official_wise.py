@@ -177,10 +177,11 @@ def test_whole_runs_end_in_the_same_numbers(dataset, whole, tmp_path):
     own = tmp_path / "wording.json"
     own.write_text('{"user": "{Prompt}{Explanation}"}')
     chat = Scripted("judge", {str(i): text for i, text in answers.items()})
-    options = dict(
-        images=images, judge_prompts=own, official_compat=True, attempts=1, stop_after=1000, progress=False
-    )
-    ours = wise.score(tmp_path / "run", data, dataset, judge_model=chat, **options)
+    options = wise.ScoreOptions(
+        data=data, dataset=dataset, images=images, judge_model=chat, judge_prompts=own, official_compat=True,
+        attempts=1, stop_after=1000, progress=False,
+    )  # fmt: skip
+    ours = wise.score(tmp_path / "run", options)
     expected = ask_official(official_file("WISE_ROOT", SCRIPTS[dataset]), dataset, answers)
     lines = [
         json.loads(line)

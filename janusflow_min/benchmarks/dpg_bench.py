@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +24,23 @@ import numpy as np
 from PIL import Image
 
 from . import report as reports
-from .chat import ChatVQA, OpenAIChat
+from .bootstrap import ItemScore
+from .chat import ChatVQA, judge_settings
 from .judge_models import BlipVQA
 from .judges import NoAnswer, QuestionAnswerer, Records, bar
+from .options import SubsetOptions, option
 from .reading import UnreadableImage, json_lines, read_image, read_text
 from .report import Published
-from .runner import Coverage, Item, Option, RunFolder, Settings, read_json, run, sha256
+from .runner import Coverage, Item, RunFolder, Settings, run, sha256
+from .scoring import ChatOptions, ScoringRun
+from .scoring import ScoreOptions as CommonOptions
 
 TITLE = "DPG-Bench"
 SUMMARY = "dense prompts, judged by questions: 1,065 prompts, 4 images each in a grid"
 PROMPTS = 1065
 PROMPTS_SHA256 = "c3101b252062b4d637b7e2a0dfa6c220081418b436324d5e098aa5d7202f2739"  # of the published ones
 TILES = 4
+ANSWER_TOKENS = 20  # of a chat judge
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of grids made elsewhere
 COLUMNS = (
     "item_id",
@@ -54,32 +59,34 @@ PUBLISHED = (
     ),
     Published("JanusFlow-1.3B, TorchUMM", "its README: seed 42, guidance 2, 30 steps, mPLUG", {}, 72.03),
 )
-SUBSET = Option(
-    "--subset", "accept another number of prompts than the benchmark's; no headline then", False, bool
-)
-DATA = Option("--data", "folder of prompts: dpg_bench/prompts of ELLA", kind=Path, required=True)
-OPTIONS = {
-    "generate": (DATA, SUBSET),
-    "score": (
-        DATA,
-        Option("--questions", "dpg_bench.csv of ELLA", kind=Path, required=True),
-        SUBSET,
-        Option("--images", "folder of grids made elsewhere, instead of the run's", kind=Path),
-        Option("--resolution", "side of a tile in px; without: half the grid's", kind=int),
-        Option("--tiles", "judged of each grid, from the top left; 1 for single images", TILES, int),
-        Option("--answers", "saved answers.jsonl instead of a judge", kind=Path),
-        Option("--vqa", "folder or hub id of a BLIP that answers questions"),
-        Option("--judge-model", "name of a chat model that answers instead"),
-        Option("--judge-url", "its endpoint, up to /v1; without: OpenAI's"),
-        Option("--concurrency", "requests at once to it", 8, int),
-        Option("--attempts", "for each question to it", 3, int),
-        Option("--device", "of the judge", "auto"),
-        Option(
-            "--official-compat", "score exactly as the official scorer does, defects included", False, bool
-        ),
-    ),
-    "report": (),
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(SubsetOptions):
+    data: Path = option("folder of prompts: dpg_bench/prompts of ELLA", kind=Path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(GenerateOptions, ChatOptions, CommonOptions):
+    questions: Path = option("dpg_bench.csv of ELLA", kind=Path)
+    resolution: int | None = option("side of a tile in px; without: half the grid's", None, kind=int)
+    tiles: int = option("judged of each grid, from the top left; 1 for single images", TILES, rule=True)
+    answers: Path | None = option("saved answers.jsonl instead of a judge", None, kind=Path)
+    vqa: str | QuestionAnswerer | None = option("folder or hub id of a BLIP that answers questions", None)
+    judge_model: str | None = option("name of a chat model that answers instead", None)
+    judge_url: str | None = option("its endpoint, up to /v1; without: OpenAI's", None)
+    device: str = option("of a BLIP", "auto")
+    official_compat: bool = option("score exactly as the official scorer does, defects included", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.tiles <= TILES:
+            raise ValueError(f"tiles must lie in [1, {TILES}], got {self.tiles}")
+        if sum(x is not None for x in (self.answers, self.vqa, self.judge_model)) != 1:
+            raise ValueError("give one of --answers, --vqa and --judge-model")
+
+
+OPTIONS = {"generate": GenerateOptions, "score": ScoreOptions}
 
 
 # Reading -----------------------------------------------------------------------
@@ -147,11 +154,9 @@ def read_rows(path: str | Path) -> list[tuple[str, Question]]:
     return found
 
 
-def _question(row: Mapping[str, str | None], place: str) -> Question:
-    if any(row[name] is None or not row[name].strip() for name in COLUMNS):
-        raise ValueError(
-            f"{place}: {', '.join(n for n in COLUMNS if not (row[n] or '').strip())} must not be empty"
-        )
+def _question(row: Mapping[str, Any], place: str) -> Question:
+    if empty := [name for name in COLUMNS if not (row[name] or "").strip()]:
+        raise ValueError(f"{place}: {', '.join(empty)} must not be empty")
     try:
         number = int(row["proposition_id"])
         parents = tuple(int(part) for part in row["dependency"].split(","))
@@ -204,9 +209,9 @@ def items(prompts: Mapping[str, str]) -> list[Item]:
     return [Item(i, prompt, (f"{stem}.png",)) for i, (stem, prompt) in enumerate(prompts.items())]
 
 
-def generate(settings: Settings, out: str | Path, data: str | Path, subset: bool = False) -> Coverage:
+def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> Coverage:
     """Make `out`/images/<stem>.png, four images as one grid."""
-    prompts = read(data, subset)
+    prompts = read(options.data, options.subset)
     inputs = {"prompts": prompts_sha256(prompts)}
     return run("dpg_bench", items(prompts), inputs, out, TILES, settings, compose=lambda four: [grid(four)])
 
@@ -316,7 +321,7 @@ def _whole(questions: Sequence[Question]) -> bool:
 # Scoring -----------------------------------------------------------------------
 
 
-def find_grids(root: Path, stems: Mapping[str, Any], official_compat: bool = False) -> list[str]:
+def find_grids(root: Path, stems: Iterable[str], official_compat: bool = False) -> list[str]:
     """The files that are grids of `stems`, in their order. ValueError for two of one; official_compat: both count."""
     place = {stem: i for i, stem in enumerate(stems)}
     there = [path.name for path in root.iterdir() if path.is_file()] if root.is_dir() else []
@@ -328,103 +333,88 @@ def find_grids(root: Path, stems: Mapping[str, Any], official_compat: bool = Fal
             names = sorted(name for name in found if item_of(name) == twice[0])
             raise ValueError(f"{root} has several images of {twice[0]}: {', '.join(names)}")
     if not found:
-        raise FileNotFoundError(f"no image named after a prompt, {next(iter(stems))}.png for one, in {root}")
+        raise FileNotFoundError(f"no image named after a prompt, {next(iter(place))}.png for one, in {root}")
     return sorted(found, key=lambda name: (place[item_of(name)], name))
 
 
-def score(
-    run: str | Path,
-    data: str | Path,
-    questions: str | Path,
-    subset: bool = False,
-    images: str | Path | None = None,
-    resolution: int | None = None,
-    tiles: int = TILES,
-    answers: str | Path | None = None,
-    vqa: str | QuestionAnswerer | None = None,
-    judge_model: str | None = None,
-    judge_url: str | None = None,
-    device: str = "auto",
-    official_compat: bool = False,
-    concurrency: int = 8,
-    attempts: int = 3,
-    progress: bool = True,
-) -> dict[str, Any]:
+def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
     """Judge a folder of grids; writes answers.jsonl, items.json and score.json into `run` and returns the score."""
-    if not 1 <= tiles <= TILES:
-        raise ValueError(f"tiles must lie in [1, {TILES}], got {tiles}")
-    if sum(x is not None for x in (answers, vqa, judge_model)) != 1:
-        raise ValueError("give one of --answers, --vqa and --judge-model")
-    folder = RunFolder(run)
-    root = folder.images if images is None else Path(images)
-    prompts, rows = read(data, subset), read_rows(questions)
+    compat, tiles = options.official_compat, options.tiles
+    prompts, rows = read(options.data, options.subset), read_rows(options.questions)
     asked, asked_officially = group(rows), group(rows, official_compat=True)
     if not any(stem in asked for stem in prompts):
-        raise ValueError(f"{questions} has no question about any prompt, {next(iter(prompts))} for one")
-    inputs = {"prompts": prompts_sha256(prompts), "dpg_bench.csv": sha256(questions)}
-    manifest = read_json(folder.manifest) if folder.manifest.is_file() and images is None else None
-    reports.check_inputs(manifest, "dpg_bench", inputs, folder.root)
-    stems = asked if official_compat else {stem: asked[stem] for stem in prompts if stem in asked}
-    files = find_grids(root, stems, official_compat)
-    failures: dict[str, str] = {}
-    if answers is not None:
-        by_item, name = read_answers(answers, asked, tiles), f"saved answers, sha256 {sha256(answers)}"
-        said = {file: by_item[item_of(file)] for file in files if item_of(file) in by_item}
-    else:
-        judge, at_once = _judge(vqa, judge_model, judge_url, device, concurrency, attempts)
-        name = judge.name
-        asking = Asking(folder, root, asked, judge, at_once, tiles, resolution, official_compat, progress)
-        said, failures = asking.ask(files)
+        raise ValueError(
+            f"{options.questions} has no question about any prompt, {next(iter(prompts))} for one"
+        )
+    digest = prompts_sha256(prompts)
+    inputs = {"prompts": digest, "dpg_bench.csv": sha256(options.questions)}
+    scoring = ScoringRun("dpg_bench", run, options, inputs, published=digest == PROMPTS_SHA256)
+    prompts = dict(list(prompts.items())[: options.limit])
+    stems = asked if compat and options.limit is None else [stem for stem in prompts if stem in asked]
+    files = scoring.whole(find_grids(scoring.images, stems, compat), "after a prompt")
+    judge, said = _answers(scoring, options, files, asked)
+    if options.dry_run:
+        requests = sum(len(asked[item_of(file)]) for file in files if file not in said) * tiles
+        return {"benchmark": "dpg_bench", "dry_run": f"{requests:,} questions to ask"}
     if not said:
-        reason = f": {next(iter(failures.values()))}" if failures else ""
-        raise ValueError(f"no answers about the images of {root}{reason}")
+        reason = f": {next(iter(scoring.failures.values()))}" if scoring.failures else ""
+        raise ValueError(f"no answers about the images of {scoring.images}{reason}")
     raw, raw_officially = (
         {
-            file: [{int(q): int(is_yes(text, compat)) for q, text in tile.items()} for tile in by_tile]
+            file: [{int(q): int(is_yes(text, exactly)) for q, text in tile.items()} for tile in by_tile]
             for file, by_tile in said.items()
         }
-        for compat in (False, True)
+        for exactly in (False, True)
     )
-    ours = headline(asked, raw)
-    official = headline(asked_officially, raw_officially, official_compat=True)
-    chosen, answered = (asked_officially, raw_officially) if official_compat else (asked, raw)
-    l1 = categories(chosen, answered, "l1", official_compat)
-    l2 = categories(chosen, answered, "l2", official_compat)
-    per_tile = 1 if official_compat else tiles
-    expected = Counter(q.l1 for stem in prompts for q in chosen.get(stem, ()))
-    _write_items(folder, name, chosen, answered, said, official_compat, {"l1": l1, "l2": l2})
-    outside = sum(item_of(file) not in prompts for file in said)
-    as_published = prompts_sha256(prompts) == PROMPTS_SHA256 and tiles == TILES and not outside
-    notes = [*remarks(rows, prompts), *_notes(name, said, failures, tiles)]
-    return reports.write_score(
-        folder,
-        reports.Score(
-            "dpg_bench",
-            headline=("DPG-Bench score", official if official_compat else ours),
-            scale=100.0,
-            standard=as_published,
-            n_expected=len(prompts),
-            n_scored=len({item_of(file) for file in said} & set(prompts)),
-            scores={key: (*l1.get(key, (None, 0)), per_tile * expected[key]) for key in _names(asked)},
-            judge={"vqa": name},
-            options={
-                "tiles": tiles,
-                "resolution": resolution,
-                "official_compat": official_compat,
-                "yes": 'exactly "yes"' if official_compat else "first word, case and punctuation aside",
-            },
-            inputs=inputs,
-            manifest=manifest,
-            notes=[
-                *notes,
-                *(f"{key}: {value:.2f} ({n:,} answers)" for key, (value, n) in sorted(l2.items())),
-            ],
-            others={
-                "score by the rules as they are meant": ours,
-                "score as the official scorer computes it (first row skipped, exact yes)": official,
-            },
+    totals = {
+        "score by the rules as they are meant": headline(asked, raw),
+        "score as the official scorer computes it (first row skipped, exact yes)": headline(
+            asked_officially, raw_officially, official_compat=True
         ),
+    }
+    chosen, answered = (asked_officially, raw_officially) if compat else (asked, raw)
+    l1, l2 = (categories(chosen, answered, level, compat) for level in ("l1", "l2"))
+    expected = Counter(q.l1 for stem in prompts for q in chosen.get(stem, ()))
+    if any(item_of(file) not in prompts for file in said):
+        scoring.departures.append("there are images of other prompts")
+    scoring.notes += [*remarks(rows, prompts), *_notes(judge, said)]
+    scoring.notes += [f"{name}: {value:.2f} ({n:,} answers)" for name, (value, n) in sorted(l2.items())]
+    per_tile = 1 if compat else tiles
+    return scoring.write(
+        headline=("DPG-Bench score", list(totals.values())[compat]),
+        scale=100.0,
+        scores={name: (*l1.get(name, (None, 0)), per_tile * expected[name]) for name in _names(asked)},
+        n_expected=len(prompts),
+        n_scored=len({item_of(file) for file in said} & set(prompts)),
+        judge={"vqa": judge},
+        items=_items(scoring, chosen, answered, said, compat, prompts, {"l1": l1, "l2": l2}),
+        totals={"DPG-Bench score": {"item": 1.0}},
+        options={"resolution": options.resolution, "official_compat": compat},
+        others=totals,
     )
+
+
+def _answers(
+    scoring: ScoringRun,
+    options: ScoreOptions,
+    files: Sequence[str],
+    questions: Mapping[str, Sequence[Question]],
+) -> tuple[str, dict[str, list[dict[str, str]]]]:
+    """The judge's name, and file -> answers of every tile by question."""
+    if options.answers is not None:
+        by_item = read_answers(options.answers, questions, options.tiles)
+        said = {file: by_item[item_of(file)] for file in files if item_of(file) in by_item}
+        return f"saved answers, sha256 {sha256(options.answers)}", said
+    at_once = 1
+    judge: Any = options.vqa
+    if options.judge_model is not None:
+        chat = options.chat(options.judge_model, options.judge_url, ANSWER_TOKENS)
+        judge = ChatVQA(chat, options.attempts, options.wait, options.stop_after)
+        at_once = options.concurrency
+    elif isinstance(judge, str):
+        judge = BlipVQA(judge, options.device)
+    asking = Asking(scoring, options, questions, judge, at_once)
+    return judge.name, asking.ask(files)
 
 
 def report(run: str | Path) -> list[Path]:
@@ -437,41 +427,36 @@ def _names(questions: Mapping[str, Sequence[Question]]) -> list[str]:
     return [name for name in L1 if name in there] + [name for name in there if name not in L1]
 
 
-def _write_items(
-    folder: RunFolder,
-    judge: str,
+def _items(
+    scoring: ScoringRun,
     questions: Mapping[str, Sequence[Question]],
     raw: Mapping[str, Raw],
     said: Mapping[str, Any],
     official_compat: bool,
+    prompts: Mapping[str, str],
     levels: Mapping[str, Any],
-) -> None:
-    """items.json: what the table is made of, by the same rules."""
-    records = []
+) -> list[ItemScore]:
+    """What the table is made of, by the same rules; written to items.json as well."""
+    records, items = [], []
     for file, by_tile in raw.items():
-        scores = item_score(questions.get(item_of(file), ()), by_tile, official_compat)
-        records.append(
-            {
-                "item_id": item_of(file),
-                "file": file,
-                "tile_scores": scores,
-                "score": None if scores is None else float(np.mean(scores)),
-                "answers": said[file],
-            }
-        )
-    about = {"judge": judge, "official_compat": official_compat, "items": records}
-    folder.write_json(folder.root / "items.json", about | dict(levels))
+        own, item = questions.get(item_of(file), ()), item_of(file)
+        scores = item_score(own, by_tile, official_compat)
+        mean = None if scores is None else float(np.mean(scores))
+        about = {"item_id": item, "file": file, "tile_scores": scores, "score": mean}
+        records.append(about | {"answers": said[file]})
+        if mean is not None:
+            pooled = categories(questions, {file: by_tile}, "l1", official_compat)
+            parts = {"item": (100 * mean, 1)} | {name: (v * n, n) for name, (v, n) in pooled.items()}
+            failed = [q.text for q in own if not all(tile[q.id] for tile in by_tile)]
+            path = str(scoring.images / file)
+            items.append(ItemScore(file, parts, prompts.get(item, ""), [path], "\n".join(failed)))
+    whole = {"official_compat": official_compat, "items": records} | dict(levels)
+    scoring.folder.write_json("items.json", whole)
+    return items
 
 
-def _notes(judge: str, said: Mapping[str, Any], failures: Mapping[str, str], tiles: int) -> list[str]:
+def _notes(judge: str, said: Mapping[str, Any]) -> list[str]:
     notes = []
-    if tiles != TILES:
-        notes.append(f"{tiles} of the {TILES} tiles judged")
-    if failures:
-        some = "; ".join(f"{file}: {reason}" for file, reason in list(failures.items())[:3])
-        notes.append(
-            f"{len(failures)} grids got no answers and are left out; the next run asks again. {some}"
-        )
     if "mplug" not in judge.lower():
         notes.append("not judged by mPLUG, as every published number is: not comparable with them")
     texts = [text for by_tile in said.values() for tile in by_tile for text in tile.values()]
@@ -489,7 +474,7 @@ def read_answers(
     """item id -> answers of every tile by question, of a JSON-lines file of {"item_id", "answers": [{"1": "yes", …},
     …]}; lines that an answer is missing from are left out where they say so by "missing". ValueError with file and
     line for a tile or a question that lacks an answer."""
-    said = {}
+    said: dict[str, list[dict[str, str]]] = {}
     for place, record in json_lines(path):
         try:
             item, by_tile = record["item_id"], record["answers"]
@@ -513,74 +498,59 @@ def read_answers(
     return said
 
 
-def _judge(
-    vqa: str | QuestionAnswerer | None,
-    judge_model: str | None,
-    judge_url: str | None,
-    device: str,
-    concurrency: int,
-    attempts: int,
-) -> tuple[QuestionAnswerer, int]:
-    """The judge, and how many questions it may be asked at once."""
-    if judge_model is not None:
-        return ChatVQA(OpenAIChat(judge_model, judge_url, max_tokens=20), attempts), concurrency
-    return (BlipVQA(vqa, device) if isinstance(vqa, str) else vqa), 1
-
-
 @dataclass
 class Asking:
     """Asks every question about every tile; answers on disk are taken where they are about the same."""
 
-    folder: RunFolder
-    root: Path
+    scoring: ScoringRun
+    options: ScoreOptions
     questions: Mapping[str, Sequence[Question]]
     judge: QuestionAnswerer
     at_once: int
-    tiles: int
-    resolution: int | None
-    official_compat: bool
-    progress: bool
 
-    def ask(self, files: Sequence[str]) -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
-        """file -> answers of every tile by question; and for the files that lack one: file -> the reason."""
-        identity = {"judge": self.judge.name, "tiles": self.tiles}
-        records = Records(self.folder.root / "answers.jsonl", "file", identity)
-        failures: dict[str, str] = {}
+    def ask(self, files: Sequence[str]) -> dict[str, list[dict[str, str]]]:
+        """file -> answers of every tile by question. Files that lack one are failures of `scoring`; a dry run gives
+        those that lack none."""
+        identity = {"judge": self.judge.name, "tiles": self.options.tiles}
+        identity |= {"settings": judge_settings(self.judge)}
+        records = Records(self.scoring.folder.root / "answers.jsonl", "file", identity)
         said = {}
         try:
             with ThreadPoolExecutor(self.at_once) as pool:
-                for file in bar(files, "Asking", self.progress):
+                for file in bar(files, "Asking", self.options.progress):
                     try:
                         said[file] = self._grid(file, records, pool)
                     except (UnreadableImage, NoAnswer) as error:  # left out, never given a number
-                        failures[file] = str(error)
+                        self.scoring.failures[file] = str(error)
         finally:
             records.close()
-        return said, failures
+        return said
 
     def _grid(self, file: str, records: Records, pool: ThreadPoolExecutor) -> list[dict[str, str]]:
         """UnreadableImage, or NoAnswer where a question has none; what was answered is kept."""
-        own = self.questions[item_of(file)]
-        whole = read_image(self.root / file)
+        own, path = self.questions[item_of(file)], self.scoring.images / file
+        whole, options = read_image(path), self.options
         try:
-            parts = cut(whole, self.tiles, self.resolution, self.official_compat)
+            tiles = cut(whole, options.tiles, options.resolution, options.official_compat)
         except ValueError as error:
-            raise UnreadableImage(f"{self.root / file}: {error}") from None
-        about = f"{sha256(self.root / file)} {self.resolution} {own}"
+            raise UnreadableImage(f"{path}: {error}") from None
+        about = f"{sha256(path)} {options.resolution} {own}"
         seen = hashlib.sha256(about.encode()).hexdigest()
-        known = records.entries[file]["answers"] if records.has(file, seen) else [{} for _ in parts]
+        known = records.entries[file]["answers"] if records.has(file, seen) else [{} for _ in tiles]
         todo = [(i, q) for i, tile in enumerate(known) for q in own if str(q.id) not in tile]
         reasons: list[str] = []
 
         def one(pair: tuple[int, Question]) -> None:
             tile, question = pair
             try:
-                known[tile][str(question.id)] = self.judge.answer(parts[tile], question.text)
+                known[tile][str(question.id)] = self.judge.answer(tiles[tile], question.text)
             except NoAnswer as error:
                 reasons.append(str(error))
 
         if not todo:
             return known
+        if options.dry_run:
+            raise NoAnswer("a dry run")
         try:
             list(pool.map(one, todo))
         finally:

@@ -15,7 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,15 @@ from PIL import Image, ImageOps
 
 from . import judge_models
 from . import report as reports
+from .bootstrap import ItemScore
 from .detection import CLASSES, COLOURS, SAVED_ABOVE, Detection, SavedDetections, detection_record
 from .judges import ColourJudge, Detector, Records, bar
+from .options import SubsetOptions, option
 from .reading import UnreadableImage, json_lines, read_image, text_sha256
 from .report import Published
-from .runner import Coverage, Item, Option, RunFolder, Settings, read_json, run, sha256
+from .runner import Coverage, Item, RunFolder, Settings, read_json, run, sha256
+from .scoring import ScoreOptions as CommonOptions
+from .scoring import ScoringRun
 
 TITLE = "GenEval"
 SUMMARY = "objects, counts, colours, positions: 553 prompts, 4 images each"
@@ -57,45 +61,56 @@ PUBLISHED = (
         0.4999,
     ),
 )
-SUBSET = Option(
-    "--subset", "accept another number of prompts than the benchmark's; no headline then", False, bool
-)
-DATA = Option("--data", "evaluation_metadata.jsonl of djghosh13/geneval", kind=Path, required=True)
-OPTIONS = {
-    "generate": (
-        DATA,
-        SUBSET,
-        Option("--images-per-prompt", "images of each prompt", IMAGES_PER_PROMPT, int),
-    ),
-    "score": (
-        DATA,
-        SUBSET,
-        Option("--images", "folder of images made elsewhere, instead of the run's", kind=Path),
-        Option("--images-per-prompt", "expected of each prompt; without: the manifest's, else 4", kind=int),
-        Option("--detector", "folder or hub id of a Mask2Former for COCO instances"),
-        Option("--detections", "a saved detections.jsonl instead of a detector", kind=Path),
-        Option(
-            "--clip", "folder or hub id of the CLIP model that names colours", "openai/clip-vit-large-patch14"
-        ),
-        Option("--device", "of the judges", "auto"),
-        Option("--threshold", "a detection's score must be above it", 0.3, float),
-        Option("--counting-threshold", "the same for counting prompts", 0.9, float),
-        Option("--max-objects", "best detections kept of a class", 16, int),
-        Option(
-            "--max-overlap", "IoU from which a fainter box of the class is dropped; 1 keeps all", 1.0, float
-        ),
-        Option("--position-threshold", "share of the sizes by which objects must be apart", 0.1, float),
-        Option("--bgcolor", "colour around an object for CLIP, or original", "#999"),
-        Option("--crop", "show CLIP the object's box alone", True, bool),
-        Option(
-            "--official-compat",
-            "score whatever images are there, by their folders' metadata.jsonl, as the official scorer does",
-            False,
-            bool,
-        ),
-    ),
-    "report": (),
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(SubsetOptions):
+    data: Path = option("evaluation_metadata.jsonl of djghosh13/geneval", kind=Path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(DataOptions):
+    images_per_prompt: int = option("images of each prompt", IMAGES_PER_PROMPT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The official scorer's options and their defaults."""
+
+    threshold: float = option("a detection's score must be above it", 0.3, rule=True)
+    counting_threshold: float = option("the same for counting prompts", 0.9, rule=True)
+    max_objects: int = option("best detections kept of a class", 16, rule=True)
+    max_overlap: float = option(
+        "IoU from which a fainter box of the class is dropped; 1 keeps all", 1.0, rule=True
+    )
+    position_threshold: float = option("share of the sizes by which objects must be apart", 0.1, rule=True)
+    bgcolor: str = option("colour around an object for CLIP, or original", "#999", rule=True)
+    crop: bool = option("show CLIP the object's box alone", True, rule=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(Rules, DataOptions, CommonOptions):
+    images_per_prompt: int | None = option(
+        "expected of each prompt; without: the manifest's, else 4", None, kind=int
+    )
+    detector: str | Detector | None = option("folder or hub id of a Mask2Former for COCO instances", None)
+    detections: Path | None = option("a saved detections.jsonl instead of a detector", None, kind=Path)
+    clip: str | ColourJudge | None = option(
+        "folder or hub id of the CLIP model that names colours", "openai/clip-vit-large-patch14"
+    )
+    device: str = option("of the judges", "auto")
+    official_compat: bool = option(
+        "score whatever images are there, by their folders' metadata.jsonl, as the official scorer does",
+        False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.detector is None) == (self.detections is None):
+            raise ValueError("give either --detector or --detections")
+
+
+OPTIONS = {"generate": GenerateOptions, "score": ScoreOptions}
 
 
 # Reading -----------------------------------------------------------------------
@@ -114,7 +129,7 @@ class Prompt:
 def read(path: str | Path, subset: bool = False) -> list[Prompt]:
     """The benchmark's lines. ValueError with file and line for what does not fit; for another number of prompts
     than the benchmark's too, unless `subset`."""
-    prompts = []
+    prompts: list[Prompt] = []
     for place, line in json_lines(path):
         _check_line(line, place)
         prompts.append(Prompt(len(prompts), line["tag"], line["prompt"], line))
@@ -184,37 +199,14 @@ def items(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Item]:
     ]
 
 
-def generate(
-    settings: Settings,
-    out: str | Path,
-    data: str | Path,
-    images_per_prompt: int = IMAGES_PER_PROMPT,
-    subset: bool = False,
-) -> Coverage:
-    """Paint `out`/images/NNNNN/samples/NNNNN.png, beside metadata.jsonl."""
-    prompts = read(data, subset)
-    return run(
-        "geneval",
-        items(prompts, images_per_prompt),
-        {"evaluation_metadata.jsonl": sha256(data)},
-        out,
-        images_per_prompt,
-        settings,
-    )
+def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> Coverage:
+    """Make `out`/images/NNNNN/samples/NNNNN.png, beside metadata.jsonl."""
+    count = options.images_per_prompt
+    whole = items(read(options.data, options.subset), count)
+    return run("geneval", whole, {"evaluation_metadata.jsonl": sha256(options.data)}, out, count, settings)
 
 
 # Rules -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The official scorer's options and their defaults."""
-
-    threshold: float = 0.3
-    counting_threshold: float = 0.9
-    max_objects: int = 16
-    max_overlap: float = 1.0
-    position_threshold: float = 0.1
 
 
 def keep(detections: Sequence[Detection], tag: str, rules: Rules = Rules()) -> dict[str, list[Detection]]:
@@ -224,11 +216,11 @@ def keep(detections: Sequence[Detection], tag: str, rules: Rules = Rules()) -> d
     for label in CLASSES:
         own = [d for d in detections if d.label == label]
         rows = np.array([[*d.box, d.score] for d in own], np.float32).reshape(-1, 5)
-        best = np.argsort(rows[:, 4])[::-1]  # of equal scores the later one first
-        best = best[rows[best, 4] > limit][: rules.max_objects]
+        order = np.argsort(rows[:, 4])[::-1]  # of equal scores the later one first
+        best = order[rows[order, 4] > limit][: rules.max_objects].tolist()
         if rules.max_overlap != 1:
             best = suppress(rows, best, rules.max_overlap)
-        if len(best):
+        if best:
             kept[label] = [own[i] for i in best]
     return kept
 
@@ -344,90 +336,51 @@ def aggregate(results: Sequence[Mapping[str, Any]], official_compat: bool = Fals
 # Scoring -----------------------------------------------------------------------
 
 
-def score(
-    run: str | Path,
-    data: str | Path,
-    subset: bool = False,
-    images: str | Path | None = None,
-    images_per_prompt: int | None = None,
-    detector: str | Detector | None = None,
-    detections: str | Path | None = None,
-    clip: str | ColourJudge | None = "openai/clip-vit-large-patch14",
-    device: str = "auto",
-    bgcolor: str = "#999",
-    crop: bool = True,
-    official_compat: bool = False,
-    progress: bool = True,
-    **rules: Any,
-) -> dict[str, Any]:
-    """Judge a tree of images; writes detections.jsonl, results.jsonl and score.json into `run` and returns the score.
-
-    detector, clip: names for transformers, or objects with the protocols of `judges`. rules: fields of `Rules`.
-    """
-    options = Rules(**rules)
-    folder = RunFolder(run)
-    root = folder.images if images is None else Path(images)
-    prompts = read(data, subset)
-    manifest = read_json(folder.manifest) if folder.manifest.is_file() and images is None else None
-    inputs = {"evaluation_metadata.jsonl": sha256(data)}
-    reports.check_inputs(manifest, "geneval", inputs, folder.root)
-    if images_per_prompt is None:
-        images_per_prompt = manifest["settings"]["images_per_prompt"] if manifest else IMAGES_PER_PROMPT
-    there = find_images(root, prompts, official_compat)
-    excess = _check_numbers(root, there, images_per_prompt, official_compat)
-    if (detector is None) == (detections is None):
-        raise ValueError("give either --detector or --detections")
-    names, failures = [name for _, name in there], {}
-    faintest = min(SAVED_ABOVE, options.threshold, options.counting_threshold)
-    if detections is not None:
-        saved, judge_name = (
-            SavedDetections(detections, faintest),
-            f"saved detections, sha256 {sha256(detections)}",
-        )
-        if absent := [name for name in names if name not in saved]:
-            raise ValueError(f"{detections} lacks {len(absent)} images of {root}, {absent[0]} for one")
-    else:
-        if isinstance(detector, str):
-            detector = judge_models.Mask2FormerDetector(detector, device)
-        saved, failures = _detect(folder, root, names, detector, faintest, progress)
-        judge_name = detector.name
-    colours = Colours(root, clip, device, bgcolor, crop)
+def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
+    """Judge a tree of images; writes detections.jsonl, results.jsonl and score.json into `run`."""
+    prompts, compat = read(options.data, options.subset), options.official_compat
+    inputs = {"evaluation_metadata.jsonl": sha256(options.data)}
+    scoring = ScoringRun("geneval", run, options, inputs, text_sha256(options.data) == DATA_SHA256)
+    there = find_images(scoring.images, prompts, compat)
+    if options.limit is not None:
+        prompts = prompts[: options.limit]
+        there = [(prompt, name) for prompt, name in there if 0 <= prompt.index < options.limit]
+    per_prompt = _images_per_prompt(scoring, options, there)
+    detections, detector = _detections(scoring, options, [name for _, name in there])
+    if options.dry_run:
+        todo = sum(name not in detections for _, name in there)
+        return {"benchmark": "geneval", "dry_run": f"{todo:,} images to detect objects in"}
+    colours = Colours(scoring.images, options)
     results = []
-    for prompt, name in bar(there, "Judging", progress):
-        if name not in failures:
+    for prompt, name in bar(there, "Judging", options.progress):
+        if name not in scoring.failures:
             try:
-                results.append(_result(prompt, name, saved[name], options, colours))
+                results.append(_result(prompt, name, detections[name], options, colours))
             except UnreadableImage as error:
-                failures[name] = str(error)
-    folder.write_text("results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
-    summary = aggregate(results, official_compat)
-    usual = {"bgcolor": "#999", "crop": True, "images_per_prompt": IMAGES_PER_PROMPT}
-    used = {"bgcolor": bgcolor, "crop": crop, "images_per_prompt": images_per_prompt}
-    as_published = options == Rules() and used == usual and text_sha256(data) == DATA_SHA256
+                scoring.failures[name] = str(error)
+    scoring.folder.write_text("results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
+    summary = aggregate(results, compat)
+    if results:
+        scoring.notes.append(
+            f"{summary['correct_images']:.2%} of the images, {summary['correct_prompts']:.2%} of the prompts correct"
+        )
+    if compat:
+        scoring.notes.append(f"mean of the tags that have images: {summary['overall']}")
     of = Counter(prompt.tag for prompt in prompts)
-    return reports.write_score(
-        folder,
-        reports.Score(
-            "geneval",
-            headline=("overall, mean of the six tags", summary["overall"]),
-            scale=1.0,
-            standard=as_published and not excess,
-            n_expected=len(prompts) * images_per_prompt,
-            n_scored=len(results),
-            scores={
-                tag: (
-                    summary["tags"][tag],
-                    sum(r["tag"] == tag for r in results),
-                    of[tag] * images_per_prompt,
-                )
-                for tag in TAGS
-            },
-            judge={"detector": judge_name, "colours": colours.name},
-            options=asdict(options) | used | {"official_compat": official_compat},
-            inputs=inputs,
-            manifest=manifest,
-            notes=_notes(summary, used, failures, detections is None, official_compat),
-        ),
+    title = "overall, mean of the six tags"
+    return scoring.write(
+        headline=(title, summary["overall"]),
+        scale=1.0,
+        scores={
+            tag: (mean, sum(r["tag"] == tag for r in results), of[tag] * per_prompt)
+            for tag, mean in summary["tags"].items()
+        },
+        n_expected=len(prompts) * per_prompt,
+        n_scored=len(results),
+        judge={"detector": detector, "colours": colours.name},
+        items=_items(scoring.images, results),
+        totals={title: dict.fromkeys(TAGS, 1 / len(TAGS))},
+        options={"images_per_prompt": per_prompt, "official_compat": compat},
     )
 
 
@@ -474,69 +427,111 @@ def find_images(
     return found
 
 
-def _check_numbers(
-    root: Path, there: Sequence[tuple[Prompt, str]], images_per_prompt: int, official_compat: bool
-) -> bool:
-    """Whether a prompt has more images than expected: ValueError then, unless `official_compat`."""
-    most, count = Counter(json.dumps(prompt.metadata) for prompt, _ in there).most_common(1)[0]
-    if count > images_per_prompt and not official_compat:
+def _images_per_prompt(
+    scoring: ScoringRun, options: ScoreOptions, there: Sequence[tuple[Prompt, str]]
+) -> int:
+    """How many images of a prompt are expected. ValueError where a prompt has more, unless for `official_compat`."""
+    expected = options.images_per_prompt
+    if expected is None:
+        manifest = scoring.manifest
+        expected = manifest["settings"]["images_per_prompt"] if manifest else IMAGES_PER_PROMPT
+    counts = Counter(json.dumps(prompt.metadata) for prompt, _ in there)
+    prompt, most = counts.most_common(1)[0] if counts else ("", 0)
+    if most > expected and not options.official_compat:
         raise ValueError(
-            f"{root} has {count} images of one prompt, {json.loads(most)['prompt']!r}, where {images_per_prompt} are "
-            f"expected; --images-per-prompt {count} expects so many"
+            f"{scoring.images} has {most} images of one prompt, {json.loads(prompt)['prompt']!r}, where {expected} "
+            f"are expected; --images-per-prompt {most} expects so many"
         )
-    return count > images_per_prompt
+    if max(most, expected) != IMAGES_PER_PROMPT:
+        scoring.departures.append(
+            f"there are {max(most, expected)} images of a prompt, the benchmark has {IMAGES_PER_PROMPT}"
+        )
+    return expected
 
 
-def _notes(
-    summary: Mapping[str, Any],
-    used: Mapping[str, Any],
-    failures: Mapping[str, str],
-    own_detector: bool,
-    official_compat: bool,
-) -> list[str]:
-    notes = [
-        f"{summary['correct_images']:.2%} of the images, {summary['correct_prompts']:.2%} of the prompts correct"
-        if summary["images"]
-        else "no image could be judged"
-    ]
-    if official_compat:
-        notes.append(f"mean of the tags that have images: {summary['overall']}")
-    if failures:
-        some = "; ".join(list(failures.values())[:3])
-        notes.append(f"{len(failures)} images could not be read and are left out: {some}")
-    if used["images_per_prompt"] != IMAGES_PER_PROMPT:
-        notes.append(f"{used['images_per_prompt']} images a prompt; the benchmark has {IMAGES_PER_PROMPT}")
-    if own_detector:
-        notes.append(
+def _detections(
+    scoring: ScoringRun, options: ScoreOptions, names: Sequence[str]
+) -> tuple[Mapping[str, list[Detection]], str]:
+    """The detections of every image, and who made them. A dry run gives those that are there."""
+    faintest = min(SAVED_ABOVE, options.threshold, options.counting_threshold)
+    if options.detections is not None:
+        saved = SavedDetections(options.detections, faintest)
+        if absent := [name for name in names if name not in saved]:
+            raise ValueError(
+                f"{options.detections} lacks {len(absent)} images of {scoring.images}, {absent[0]} for one"
+            )
+        return saved, f"saved detections, sha256 {sha256(options.detections)}"
+    detector: Any = options.detector
+    if isinstance(detector, str):
+        detector = judge_models.Mask2FormerDetector(detector, options.device)
+        scoring.notes.append(
             "Meta's Mask2Former through transformers is not OpenMMLab's checkpoint of the official scorer: "
             "scores differ slightly"
         )
-    return notes
+    path = scoring.folder.root / "detections.jsonl"
+    identity = {"detector": detector.name, "saved_above": faintest}
+    records = Records(path, "filename", identity, keep=False)
+    hashes = {name: sha256(scoring.images / name) for name in names}
+    todo = [name for name in names if not records.has(name, hashes[name])]
+    try:
+        for name in bar([] if options.dry_run else todo, "Detecting", options.progress):
+            try:
+                image = upright(scoring.images / name)
+            except UnreadableImage as error:
+                scoring.failures[name] = str(error)
+                continue
+            found = detector.detect(image)
+            records.add(name, hashes[name], {"detections": detection_record(found, faintest)})
+    finally:
+        records.close()
+    return SavedDetections(path, faintest), detector.name
+
+
+def upright(path: Path) -> Image.Image:
+    """An image in RGB, turned as its EXIF data say. Raises UnreadableImage."""
+    return ImageOps.exif_transpose(read_image(path)).convert("RGB")
+
+
+def _items(images: Path, results: Sequence[Mapping[str, Any]]) -> list[ItemScore]:
+    """A prompt's images are one item."""
+    folders: dict[str, list[Mapping[str, Any]]] = {}
+    for r in results:
+        folders.setdefault(r["filename"].split("/")[0], []).append(r)
+    return [
+        ItemScore(
+            folder,
+            {own[0]["tag"]: (float(sum(r["correct"] for r in own)), len(own))},
+            own[0]["prompt"],
+            [str(images / r["filename"]) for r in own],
+            "\n".join(dict.fromkeys(r["reason"] for r in own if r["reason"])),
+        )
+        for folder, own in folders.items()
+    ]
 
 
 class Colours:
     """Names the colours of detections in images below `root`; the judge is loaded when first needed."""
 
-    def __init__(self, root: Path, clip: str | ColourJudge | None, device: str, bgcolor: str, crop: bool):
-        self.root, self.clip, self.device, self.bgcolor, self.crop = root, clip, device, bgcolor, crop
+    def __init__(self, root: Path, options: ScoreOptions):
+        self.root, self.options, self.clip = root, options, options.clip
         self.name = "not asked"
 
     def __call__(self, name: str, label: str, found: Sequence[Detection]) -> Sequence[str]:
         if self.clip is None:
             raise ValueError("a prompt names a colour: --clip is needed")
         if isinstance(self.clip, str):
-            self.clip = judge_models.ClipColours(self.clip, self.device)
+            self.clip = judge_models.ClipColours(self.clip, self.options.device)
         self.name = self.clip.name
-        image = ImageOps.exif_transpose(read_image(self.root / name)).convert("RGB")
+        image, rules = upright(self.root / name), self.options
         try:
-            views = [view(image, d, self.bgcolor, self.crop) for d in found]
+            views = [view(image, d, rules.bgcolor, rules.crop) for d in found]
         except ValueError as error:
             raise ValueError(f"{self.root / name}: {error}") from None
         return self.clip.colours(views, label)
 
 
 def _result(
-    prompt: Prompt, name: str, found: Sequence[Detection], options: Rules, colours: Colours
+    prompt: Prompt, name: str, found: Sequence[Detection], options: ScoreOptions, colours: Colours
 ) -> dict[str, Any]:
     """An image's line of results.jsonl, the official one."""
     objects = keep(found, prompt.tag, options)
@@ -566,36 +561,8 @@ def view(image: Image.Image, found: Detection, bgcolor: str = "#999", crop: bool
             empty = Image.new("RGB", image.size, bgcolor)
             image = Image.composite(image, empty, Image.fromarray(found.mask.astype(np.uint8) * 255))
     if crop:
-        image = image.crop(tuple(round(v) for v in found.box))
+        x1, y1, x2, y2 = (round(v) for v in found.box)
+        image = image.crop((x1, y1, x2, y2))
         if 0 in image.size:
             raise ValueError(f"no pixel lies in the box {found.box} of {found.label}")
     return image
-
-
-def _detect(
-    folder: RunFolder,
-    root: Path,
-    names: Sequence[str],
-    detector: Detector,
-    faintest: float,
-    progress: bool,
-) -> tuple[SavedDetections, dict[str, str]]:
-    """Detections of every image, those on disk taken where image and detector are the same; and the images that
-    cannot be read: name -> why."""
-    path = folder.root / "detections.jsonl"
-    identity = {"detector": detector.name, "saved_above": faintest}
-    records = Records(path, "filename", identity, keep=False)
-    hashes = {name: sha256(root / name) for name in names}
-    failures = {}
-    try:
-        for name in bar([n for n in names if not records.has(n, hashes[n])], "Detecting", progress):
-            try:
-                image = ImageOps.exif_transpose(read_image(root / name)).convert("RGB")
-            except UnreadableImage as error:
-                failures[name] = str(error)
-                continue
-            found = detector.detect(image)
-            records.add(name, hashes[name], {"detections": detection_record(found, faintest)})
-    finally:
-        records.close()
-    return SavedDetections(path, faintest), failures

@@ -98,14 +98,10 @@ def _candidates(tree: ast.Module, name: str) -> Iterator[ast.expr]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             yield from (n.value for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None)
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if _annotated(node) else []
-        for target in targets:
-            if getattr(target, "id", getattr(target, "attr", None)) == name:
-                yield node.value
-
-
-def _annotated(node: ast.AST) -> bool:
-    return isinstance(node, ast.AnnAssign) and node.value is not None
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if getattr(target, "id", getattr(target, "attr", None)) == name:
+                    yield node.value
 
 
 def _descend(node: ast.expr, parts: Iterable[str]) -> ast.expr:

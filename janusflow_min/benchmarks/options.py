@@ -41,6 +41,13 @@ def option(
     return dataclasses.field(default=default, metadata=about)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubsetOptions:
+    """Of the stages of a benchmark whose number of prompts is known."""
+
+    subset: bool = option("accept another number of prompts than the benchmark's; no headline then", False)
+
+
 def json_object(text: str) -> dict[str, Any]:
     """The value of an option that takes a JSON object."""
     try:

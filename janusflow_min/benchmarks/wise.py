@@ -21,13 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import parse_json
 from . import report as reports
-from .chat import OpenAIChat, Question, image_part, judge_all
+from .bootstrap import ItemScore
+from .chat import Question, image_part, judge_settings
 from .judges import Chat, Records, prompt_hash, strip_thinking
 from .official_prompts import check_placeholders, fill, read_prompts
-from .reading import read_image, read_text, text_sha256
+from .options import SubsetOptions, option
+from .reading import text_sha256
 from .report import Published
-from .runner import Coverage, Item, Option, RunFolder, Settings, read_json, run, sha256
+from .runner import Coverage, Item, RunFolder, Settings, run, sha256
+from .scoring import ChatOptions, ScoringRun
+from .scoring import ScoreOptions as CommonOptions
 
 TITLE = "WISE"
 SUMMARY = "world knowledge: 1,000 prompts, 1 image each, graded by a chat model"
@@ -183,42 +188,30 @@ PLACES = {  # of the judge's texts, in either official script
     "system": "build_evaluation_messages.0.content.0.text",
     "user": "build_evaluation_messages.1.content.0.text",
 }
-DATASET = Option("--dataset", "which of the two data sets", "legacy", choices=tuple(DATASETS))
-SUBSET = Option(
-    "--subset", "accept another number of prompts than the benchmark's; no headline then", False, bool
-)
-DATA = Option(
-    "--data",
-    "folder of the data set's JSON files: WISE_legacy/data or data_verified",
-    kind=Path,
-    required=True,
-)
-OPTIONS = {
-    "generate": (DATA, DATASET, SUBSET),
-    "score": (
-        DATA,
-        DATASET,
-        SUBSET,
-        Option("--images", "folder of images made elsewhere, instead of the run's", kind=Path),
-        Option("--judge-model", "name of the chat model; without: the data set's own judge"),
-        Option(
-            "--judge-url",
-            "its endpoint, up to /v1; without: OpenAI's for legacy, a local vLLM's for verified",
-        ),
-        Option(
-            "--judge-prompts",
-            "WISE_legacy/gpt_eval.py or vllm_eval.py of your checkout, for the official wording; or a .json file "
-            "with system and user, the latter with {Prompt} and {Explanation} in it",
-            kind=Path,
-        ),
-        Option("--concurrency", "requests at once", 10, int),
-        Option("--attempts", "for each image, answers that make no sense counted", 3, int),
-        Option("--stop-after", "images in a row without a grade, then give up on the judge", 10, int),
-        Option("--timeout", "of a request, in seconds", 300.0, float),
-        Option("--official-compat", "read answers exactly as the official scorer does", False, bool),
-    ),
-    "report": (),
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(SubsetOptions):
+    data: Path = option("folder of the data set's JSON files: WISE_legacy/data or data_verified", kind=Path)
+    dataset: str = option("which of the two data sets", "legacy", choices=tuple(DATASETS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(GenerateOptions, ChatOptions, CommonOptions):
+    judge_model: str | Chat | None = option("name of the chat model; without: the data set's own judge", None)
+    judge_url: str | None = option(
+        "its endpoint, up to /v1; without: OpenAI's for legacy, a local vLLM's for verified", None
+    )
+    judge_prompts: Path | None = option(
+        "WISE_legacy/gpt_eval.py or vllm_eval.py of your checkout, for the official wording; or a .json file with "
+        "system and user, the latter with {Prompt} and {Explanation} in it",
+        None,
+        kind=Path,
+    )
+    official_compat: bool = option("read answers exactly as the official scorer does", False)
+
+
+OPTIONS = {"generate": GenerateOptions, "score": ScoreOptions}
 
 
 # Reading -----------------------------------------------------------------------
@@ -234,24 +227,25 @@ class Prompt:
 
 
 def read(data: str | Path, dataset: str = "legacy", subset: bool = False) -> list[Prompt]:
-    """The data set's prompts by id. ValueError with file and line for what does not fit."""
+    """The data set's prompts by id. ValueError with file and place for what does not fit."""
     folder, prompts = Path(data), {}
+    about = _dataset(dataset)
+    names = ", ".join(f"{stem}.json" for stem in about.files)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"--data must be a folder with {', '.join(_names(dataset))}; {folder} is not a folder"
-        )
-    for stem, (first, last) in _dataset(dataset).files.items():
+        raise FileNotFoundError(f"--data must be a folder with {names}; {folder} is not a folder")
+    for stem, (first, last) in about.files.items():
         path = folder / f"{stem}.json"
         if not path.is_file():
             if subset:
                 continue
-            raise FileNotFoundError(
-                f"{path} is missing; the {dataset} data set is {', '.join(_names(dataset))}"
-            )
-        for record, line in _records(path):
-            prompt = _prompt(record, f"{path}:{line}", first, last, stem)
+            raise FileNotFoundError(f"{path} is missing; the {dataset} data set is {names}")
+        records = parse_json(path)
+        if not isinstance(records, list):
+            raise ValueError(f"{path}: a JSON array of objects is needed, got {type(records).__name__}")
+        for i, record in enumerate(records):
+            prompt = _prompt(record, f"{path}[{i}]", first, last, stem)
             if prompt.id in prompts:
-                raise ValueError(f"{path}:{line}: prompt_id {prompt.id} is there already")
+                raise ValueError(f"{path}[{i}]: prompt_id {prompt.id} is there already")
             prompts[prompt.id] = prompt
         lacking = [number for number in range(first, last + 1) if number not in prompts]
         if lacking and not subset:
@@ -261,7 +255,7 @@ def read(data: str | Path, dataset: str = "legacy", subset: bool = False) -> lis
                 f"{last}; {lacking[0]} is missing. --subset accepts it"
             )
     if not prompts:
-        raise ValueError(f"{folder} holds none of {', '.join(_names(dataset))}")
+        raise ValueError(f"{folder} holds none of {names}")
     return [prompts[number] for number in sorted(prompts)]
 
 
@@ -284,56 +278,26 @@ def _dataset(name: str) -> Dataset:
     return DATASETS[name]
 
 
-def _names(dataset: str) -> list[str]:
-    return [f"{stem}.json" for stem in _dataset(dataset).files]
-
-
-def _records(path: Path) -> list[tuple[Any, int]]:
-    """The elements of a JSON array, each with the line that it starts at."""
-    text = read_text(path)
-    decoder, found = json.JSONDecoder(), []
-    space = re.compile(r"\s*")
-    at = space.match(text).end()
-    if text[at : at + 1] != "[":
-        raise ValueError(f"{path}:1: a JSON array of objects is needed")
-    at = space.match(text, at + 1).end()
-    while text[at : at + 1] != "]":
-        line = text.count("\n", 0, at) + 1
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        except RecursionError:
-            raise ValueError(f"{path}:{line}: not JSON: too deeply nested") from None
-        found.append((record, line))
-        at = space.match(text, at).end()
-        if text[at : at + 1] == ",":
-            at = space.match(text, at + 1).end()
-        elif text[at : at + 1] != "]":
-            place = text.count("\n", 0, at) + 1
-            raise ValueError(f"{path}:{place}: a comma or the array's end is missing")
-    return found
+def _files(data: str | Path, dataset: str) -> list[Path]:
+    paths = [Path(data) / f"{stem}.json" for stem in _dataset(dataset).files]
+    return [path for path in paths if path.is_file()]
 
 
 def _inputs(data: str | Path, dataset: str) -> dict[str, str]:
-    paths = [Path(data) / name for name in _names(dataset)]
-    return {path.name: sha256(path) for path in paths if path.is_file()}
+    return {path.name: sha256(path) for path in _files(data, dataset)}
 
 
 def is_published(data: str | Path, dataset: str) -> bool:
     """Whether the files are the published ones, word for word."""
-    paths = [Path(data) / name for name in _names(dataset)]
-    expected = _dataset(dataset).files_sha256
-    return all(p.is_file() for p in paths) and [text_sha256(p) for p in paths] == list(expected)
+    return [text_sha256(path) for path in _files(data, dataset)] == list(_dataset(dataset).files_sha256)
 
 
-def generate(
-    settings: Settings, out: str | Path, data: str | Path, dataset: str = "legacy", subset: bool = False
-) -> Coverage:
+def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> Coverage:
     """Make `out`/images/<prompt_id>.png. The seed's prompt index is the id less 1."""
-    prompts = read(data, dataset, subset)
+    prompts = read(options.data, options.dataset, options.subset)
     items = [Item(p.id - 1, p.prompt, (f"{p.id}.png",)) for p in prompts]
-    return run("wise", items, _inputs(data, dataset), out, 1, settings, {"dataset": dataset})
+    inputs = _inputs(options.data, options.dataset)
+    return run("wise", items, inputs, out, 1, settings, {"dataset": options.dataset})
 
 
 # Rules -----------------------------------------------------------------------
@@ -407,8 +371,8 @@ def category(number: int, dataset: str) -> str:
 
 def overall(means: Mapping[str, float | None], dataset: str) -> float | None:
     """The weighted mean of the categories; None where one has no value."""
-    values = [means.get(name) for name in CATEGORIES]
-    if None in values:
+    values = [value for name in CATEGORIES if (value := means.get(name)) is not None]
+    if len(values) < len(CATEGORIES):
         return None
     return sum(weight * value for weight, value in zip(DATASETS[dataset].weights, values, strict=True))
 
@@ -427,115 +391,69 @@ def read_wording(path: str | Path | None, dataset: str) -> dict[str, str]:
     return texts
 
 
-def score(
-    run: str | Path,
-    data: str | Path,
-    dataset: str = "legacy",
-    subset: bool = False,
-    images: str | Path | None = None,
-    judge_model: str | Chat | None = None,
-    judge_url: str | None = None,
-    judge_prompts: str | Path | None = None,
-    concurrency: int = 10,
-    attempts: int = 3,
-    stop_after: int = 10,
-    timeout: float = 300.0,
-    official_compat: bool = False,
-    progress: bool = True,
-    wait: float = 1.0,
-) -> dict[str, Any]:
-    """Have every image judged; writes judge.jsonl, the official result files and score.json into `run`.
-
-    judge_model: the endpoint's name of it, or an object with `judges.Chat`'s methods.
-    """
-    about, folder = _dataset(dataset), RunFolder(run)
-    root = folder.images if images is None else Path(images)
-    prompts, texts = read(data, dataset, subset), read_wording(judge_prompts, dataset)
-    manifest = read_json(folder.manifest) if folder.manifest.is_file() and images is None else None
-    inputs = _inputs(data, dataset)
-    reports.check_inputs(manifest, "wise", inputs, folder.root)
-    if manifest is not None and manifest["settings"].get("dataset") != dataset:
-        raise ValueError(
-            f"{folder.root} was made from the {manifest['settings'].get('dataset')} data set, not {dataset}"
-        )
-    there = [prompt for prompt in prompts if (root / f"{prompt.id}.png").is_file()]
-    if not there:
-        raise FileNotFoundError(f"no image named <prompt_id>.png in {root}")
-    chat = judge_model
-    if chat is None or isinstance(chat, str):
-        chat = OpenAIChat(
-            chat or about.judge,
-            judge_url or about.url,
-            max_tokens=about.max_tokens,
-            timeout=timeout,
-            extra=about.extra,
-        )
-    wording = wording_sha256(texts)
-    identity = {"judge": chat.name, "prompt_sha256": wording, "dataset": dataset}
-    parse = functools.partial(
-        parse_legacy if dataset == "legacy" else parse_verified, official_compat=official_compat
+def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
+    """Have every image judged; writes judge.jsonl, the official result files and score.json into `run`."""
+    dataset, compat = options.dataset, options.official_compat
+    about = _dataset(dataset)
+    prompts = read(options.data, dataset, options.subset)[: options.limit]
+    texts = read_wording(options.judge_prompts, dataset)
+    inputs = _inputs(options.data, dataset)
+    scoring = ScoringRun("wise", run, options, inputs, is_published(options.data, dataset))
+    generated = scoring.manifest and scoring.manifest["settings"].get("dataset")
+    if generated not in (None, dataset):
+        raise ValueError(f"{scoring.folder.root} was made from the {generated} data set, not {dataset}")
+    there = set(scoring.whole([f"{p.id}.png" for p in prompts], "<prompt_id>.png"))
+    judge = options.chat(
+        options.judge_model or about.judge, options.judge_url or about.url, about.max_tokens, about.extra
     )
-    records = Records(folder.root / "judge.jsonl", "prompt_id", identity)
-    questions, failures = _questions(there, root, texts)
+    questions = [_question(p, scoring.images, texts) for p in prompts if f"{p.id}.png" in there]
+    parse = functools.partial(parse_legacy if dataset == "legacy" else parse_verified, official_compat=compat)
+    wording, settings = wording_sha256(texts), judge_settings(judge)
+    identity = {"judge": judge.name, "prompt_sha256": wording, "dataset": dataset, "settings": settings}
+    records = Records(scoring.folder.root / "judge.jsonl", "prompt_id", identity)
     for number, entry in list(records.entries.items()):  # read by the rules of the other mode, perhaps
         if parse(entry["answer"]) is None:
             del records.entries[number]
     try:
-        failures |= judge_all(
-            chat, questions, parse, records, concurrency, attempts, progress, wait, stop_after
-        )
+        if options.dry_run:
+            return scoring.dry_run(questions, records)
+        scoring.failures |= options.ask(judge, questions, parse, records, options.progress)
     finally:
         records.close()
-    answers = {
-        q.key: records.entries[q.key] | parse(records.entries[q.key]["answer"])
-        for q in questions
-        if records.has(q.key, q.sha256)
-    }
-    _write_results(folder, about, [p for p in there if p.id in answers], answers, root)
-    values = {
-        number: float(entry["score"])
-        if dataset == "verified"
-        else wiscore(*(entry[grade] for grade in GRADES), official_compat=official_compat)
-        for number, entry in answers.items()
-    }
+    answers = {q.key: records.entries[q.key]["answer"] for q in questions if records.has(q.key, q.sha256)}
+    judged = [(p, answers[p.id], parse(answers[p.id]) or {}) for p in prompts if p.id in answers]
+    _write_results(scoring, about, judged)
+    items = []
+    for p, answer, grades in judged:
+        value = float(grades["score"]) if dataset == "verified" else wiscore(**grades, official_compat=compat)
+        image = str(scoring.images / f"{p.id}.png")
+        items.append(ItemScore(str(p.id), {category(p.id, dataset): (value, 1)}, p.prompt, [image], answer))
     scores = {}
     for name in CATEGORIES:
-        own = [value for number, value in values.items() if category(number, dataset) == name]
+        values = [item.parts[name][0] for item in items if name in item.parts]
         expected = sum(category(p.id, dataset) == name for p in prompts)
-        scores[name] = (sum(own) / len(own) if own else None, len(own), expected)
-    notes = []
-    if (chat.name, wording) != (about.judge, about.wording_sha256):
-        notes.append(
+        scores[name] = (sum(values) / len(values) if values else None, len(values), expected)
+    if (judge.name, wording) != (about.judge, about.wording_sha256):
+        scoring.notes.append(
             f"the data set's own judge is {about.judge} with its authors' wording (--judge-prompts): the numbers of "
             "another judge or of another wording are not comparable"
         )
-    if failures:
-        some = "; ".join(f"{number}: {reason}" for number, reason in list(failures.items())[:3])
-        notes.append(f"{len(failures)} images got no grade and are left out; the next run asks again. {some}")
-    return reports.write_score(
-        folder,
-        reports.Score(
-            "wise",
-            headline=(
-                "WiScore" if dataset == "legacy" else "WISE_Verified score",
-                overall({name: value for name, (value, _, _) in scores.items()}, dataset),
-            ),
-            scale=1.0,
-            standard=is_published(data, dataset),
-            n_expected=len(prompts),
-            n_scored=len(values),
-            scores=scores,
-            judge={"model": chat.name, "prompt_sha256": wording},
-            options={
-                "dataset": dataset,
-                "attempts": attempts,
-                "official_compat": official_compat,
-                "judge_prompts_sha256": None if judge_prompts is None else sha256(judge_prompts),
-            },
-            inputs=inputs,
-            manifest=manifest,
-            notes=notes,
-        ),
+    title = "WiScore" if dataset == "legacy" else "WISE_Verified score"
+    path = options.judge_prompts
+    return scoring.write(
+        headline=(title, overall({name: value for name, (value, _, _) in scores.items()}, dataset)),
+        scale=1.0,
+        scores=scores,
+        n_expected=len(prompts),
+        n_scored=len(items),
+        judge={"model": judge.name, "prompt_sha256": wording} | settings,
+        items=items,
+        totals={title: dict(zip(CATEGORIES, about.weights, strict=True))},
+        options={
+            "dataset": dataset,
+            "official_compat": compat,
+            "judge_prompts_sha256": None if path is None else sha256(path),
+        },
     )
 
 
@@ -556,52 +474,27 @@ def messages(
     return [{"role": "system", "content": [{"type": "text", "text": texts["system"]}]}, user]
 
 
-def _questions(
-    prompts: Sequence[Prompt], root: Path, texts: Mapping[str, str]
-) -> tuple[list[Question], dict[int, str]]:
-    """One for each image that can be read, and for the others the reason: id -> why not."""
-    questions, unreadable = [], {}
-    for p in prompts:
-        path = root / f"{p.id}.png"
-        try:
-            read_image(path)
-        except ValueError as error:
-            unreadable[p.id] = str(error)
-            continue
-        text = fill(texts["user"], Prompt=p.prompt, Explanation=p.explanation)
-        seen = hashlib.sha256(f"{sha256(path)} {text}".encode()).hexdigest()
-        make = functools.partial(messages, texts, p.prompt, p.explanation, path)
-        questions.append(Question(p.id, seen, make))
-    return questions, unreadable
+def _question(prompt: Prompt, images: Path, texts: Mapping[str, str]) -> Question:
+    path = images / f"{prompt.id}.png"
+    text = fill(texts["user"], Prompt=prompt.prompt, Explanation=prompt.explanation)
+    seen = hashlib.sha256(f"{sha256(path)} {text}".encode()).hexdigest()
+    make = functools.partial(messages, texts, prompt.prompt, prompt.explanation, path)
+    return Question(prompt.id, seen, make)
 
 
 def _write_results(
-    folder: RunFolder,
-    about: Dataset,
-    prompts: Sequence[Prompt],
-    answers: Mapping[int, Mapping[str, Any]],
-    root: Path,
+    scoring: ScoringRun, about: Dataset, judged: Sequence[tuple[Prompt, str, Mapping[str, int]]]
 ) -> None:
     """The official result files, one pair for each data file, sorted by id."""
     for stem in about.files:
-        own = [prompt for prompt in prompts if prompt.file == stem]
+        full, lines = [], []
+        for p, answer, grades in judged:
+            if p.file == stem:
+                path = str(scoring.images / f"{p.id}.png")
+                about_it = {"prompt_id": p.id, "prompt": p.prompt, "key": p.explanation}
+                full.append(about_it | {"image_path": path, "evaluation": answer})
+                lines.append({"prompt_id": p.id, "Subcategory": p.subcategory} | dict(grades))
         name = f"{about.results}/{stem.removesuffix('_verified')}"
-        full = [
-            {
-                "prompt_id": p.id,
-                "prompt": p.prompt,
-                "key": p.explanation,
-                "image_path": str(root / f"{p.id}.png"),
-                "evaluation": answers[p.id]["answer"],
-            }
-            for p in own
-        ]
-        folder.write_json(folder.root / f"{name}_full_results.json", full)
-        lines = [
-            {"prompt_id": p.id, "Subcategory": p.subcategory}
-            | {key: answers[p.id][key] for key in (*GRADES, "score") if key in answers[p.id]}
-            for p in own
-        ]
-        folder.write_text(
-            folder.root / f"{name}_scores_results.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
-        )
+        scoring.folder.write_json(f"{name}_full_results.json", full)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        scoring.folder.write_text(f"{name}_scores_results.jsonl", text)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from invented import FAST, make_data
+from invented_uni import FAST, make_data
 
 from janusflow_min.benchmarks import uni_mmmu
 from janusflow_min.loading import load

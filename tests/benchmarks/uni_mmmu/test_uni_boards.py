@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from invented import MAZE, draw_maze, draw_puzzle
+from invented_uni import MAZE, draw_maze, draw_puzzle
 from PIL import Image, ImageDraw
 
 from janusflow_min.benchmarks.uni_mmmu import boards

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from invented import FAST, SQUARE, plain, write
+from invented_uni import FAST, SQUARE, plain, write
 
 from janusflow_min.benchmarks import uni_mmmu
 from janusflow_min.benchmarks.runner import Settings, World

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from invented import MAZE, draw_maze, draw_puzzle, plain, save, write
+from invented_uni import MAZE, draw_maze, draw_puzzle, plain, save, write
 from official import official_file
 from PIL import Image
 

@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from invented import write
+from invented_uni import write
 
 from janusflow_min.benchmarks.uni_mmmu import readers
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from invented import MAZE, answer, draw_maze
+from invented_uni import MAZE, answer, draw_maze
 
 from janusflow_min.benchmarks.uni_mmmu import boards, rules
 

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 from chat_server import ChatServer
-from invented import YES, Judge, Same, answer, copy, save, write
+from invented_uni import YES, Judge, Same, answer, copy, save, write
 from PIL import Image
 
 from janusflow_min.benchmarks import uni_mmmu
