@@ -53,7 +53,8 @@ def open_dataset(config: SourceConfig, key: tuple, skip_bad: bool, show: bool = 
     for pattern in config.files:
         hub = "/" in config.dataset and not local.exists()
         here = not hub and "://" not in pattern
-        found = sorted(glob.glob(pattern, recursive=True)) if here else [pattern]
+        literal = not here or Path(pattern).is_file()  # a name may look like a pattern
+        found = [pattern] if literal else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise FileNotFoundError(f"files: nothing at {pattern}")
         for file in found:
@@ -96,7 +97,8 @@ def load(config: SourceConfig, files: list[str], bad: list[BadRow] | None) -> An
         if any((Path(config.dataset) / name).is_file() for name in SAVED):  # read in place, never streamed
             rows = import_datasets().load_from_disk(config.dataset)
             return rows[config.split] if isinstance(rows, dict) else rows
-        options = {"data_files": files or None, "split": config.split, "streaming": config.streaming}
+        paths = [glob.escape(file) if Path(file).is_file() else file for file in files]
+        options = {"data_files": paths or None, "split": config.split, "streaming": config.streaming}
         return import_datasets().load_dataset(config.dataset, config.subset or None, **options)
 
     try:

@@ -427,6 +427,20 @@ def test_saved_splits_and_folders_of_images(dataset, files, tmp_path, datasets):
         opened(dataset, {"kind": "generation", "manifest": str(folder)})
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_name_that_looks_like_a_pattern(dataset, tmp_path, streaming):
+    """Stops: a file in a folder "d[1]" that is not found, or whose stream is silently empty."""
+    (tmp_path / "d[1]").mkdir()
+    (tmp_path / "d[1]" / "a.csv").write_text("text\nrow\n")
+    table = {
+        "kind": "text",
+        "dataset": "csv",
+        "files": [str(tmp_path / "d[1]" / "a.csv")],
+        "streaming": streaming,
+    }
+    assert opened(dataset, table)(0).values["text"] == "row"
+
+
 def test_relative_files_count_from_here(dataset, files, monkeypatch):
     """Stops: a table that is opened from Python by a relative path, whose images are then looked for elsewhere."""
     monkeypatch.chdir(files)
