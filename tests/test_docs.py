@@ -174,6 +174,22 @@ def test_what_is_not_run_is_written_somewhere():
     assert set(NOT_RUN) - {begins(command, NOT_RUN) for command in found} == set()
 
 
+def test_readme_is_a_front_page():
+    """Stops: a README that grows into a manual; a map that lacks a file, or names one that is gone; dead links."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    mapped = set(
+        re.findall(r"`([\w/]+?(?:\.py|/))`", text.partition("## Map of the code")[2].partition("\n## ")[0])
+    )
+    package = [path for path in (ROOT / "janusflow_min").iterdir() if not path.name.startswith("__")]
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in package}
+    there = {name for name in there if name.endswith((".py", "/"))} - {"assets/", "configs/"}
+    assert mapped - {"scripts/", "tests/"} == there
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
 # Running ---------------------------------------------------------------------------------------------------------
 
 
