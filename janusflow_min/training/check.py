@@ -70,7 +70,7 @@ class Plan:
             lines.append((f"data.{i}", f"{row['kind']}: {row['source']}, {count}{bad}, {share}"))
         passes, left = self.epochs(c.steps), checkpoints.found(Path(c.output) / "checkpoints")
         lines += [
-            ("steps", f"{c.steps:,} of {c.batch} samples{'' if passes is None else f', {passes:.3g} epochs'}"),
+            ("steps", f"{c.steps:,} of {c.batch} samples{'' if passes is None else f', {passes:,.1f} epochs'}"),
             ("rate", f"{o.warmup:,} steps of warm-up, then {o.schedule}"),
             ("memory", f"about {sum(self.memory.values()):.2f} GiB on each device: "
              + ", ".join(f"{name} {gib:.2f}" for name, gib in self.memory.items())),

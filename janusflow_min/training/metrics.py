@@ -7,6 +7,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,6 +157,13 @@ class Report:
 def curves(row: Mapping[str, Any]) -> list[str]:
     """The keys of a step's row that stand for the whole step: losses, the gradient's norm, the learning rate."""
     return [k for k in row if k not in ("step", "epoch", "padding", *CLOCK) and not k.startswith("flow_t")]
+
+
+def plain_line(step: int, steps: int, row: Mapping[str, Any], seconds_left: float) -> str:
+    """A step in one line, for runs without a terminal."""
+    numbers = [f"{key} {row[key]:.4g}" for key in curves(row) if row[key] is not None]
+    left = timedelta(seconds=round(seconds_left))
+    return f"step {step:,} of {steps:,}: {', '.join(numbers)}, {row['samples_per_second']:.3g} samples/s, {left} left"
 
 
 def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:

@@ -15,6 +15,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import atomic_write
 from ..flow import sample_time
@@ -205,6 +206,15 @@ class Cache:
         except OSError as error:
             reason = f"{self.folder} (loader.cache) cannot be written: {error.strerror or error}"
             raise OSError(f"{reason}; is the disk full? Without a cache the run can go on") from error
+
+
+def checksum(*modules: nn.Module) -> str:
+    """Of weights, for `Cache`: another encoder makes other latents."""
+    value = 0
+    for module in modules:
+        for p in module.parameters():
+            value = zlib.crc32(p.detach().float().cpu().numpy().tobytes(), value)
+    return f"{value:08x}"
 
 
 class SampleBuilder:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The training run: one CPU, one GPU or, under torchrun, many. What a step computes is in `step.py`.
+"""A training run: on the CPU, on a GPU or, under torchrun, on several. What one step computes is in `step.py`.
 
-A run reads, learns, reports and saves; called again it goes on where its newest whole checkpoint stands, with the
-same samples, times and noise, and ends with the same weights to the last bit.
+Called again, a run continues from its newest complete checkpoint with the same samples, times and noise, and ends with
+the same weights to the last bit.
 """
 
 from __future__ import annotations
@@ -15,25 +15,22 @@ import signal
 import sys
 import threading
 import time
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoint import load_model
 from ..files import atomic_write
 from ..hub import resolve, resolve_vae
-from ..loading import pick_device, pick_dtype
+from ..loading import pick_dtype
 from ..pipeline import Pipeline
 from ..progress import progress_bar
 from ..vae import load_vae
@@ -43,10 +40,11 @@ from .check import check, compare
 from .config import Config
 from .export import export
 from .losses import MixedBatch
-from .metrics import Report, Tracker, curves, means, memory_gib, read_lines
+from .metrics import Report, Tracker, curves, means, memory_gib, plain_line, read_lines
 from .optimizer import rate_factor
+from .ranks import start, whole_tensor
 from .rows import BadRow
-from .sample import Cache, SampleBuilder
+from .sample import Cache, SampleBuilder, checksum
 from .settings import to_toml
 from .step import TrainStep, add_metrics
 
@@ -54,7 +52,7 @@ MAX_SKIPPED = 20  # steps in a row whose loss is not finite
 
 
 class Waiting(NamedTuple):
-    """A step whose numbers are still on the device."""
+    """A step whose metrics are still on the device."""
 
     step: int
     sums: dict[str, Tensor]
@@ -63,15 +61,15 @@ class Waiting(NamedTuple):
 
 
 class Trainer:
-    """A run of a configuration. `run` trains to the end, from the newest whole checkpoint where there is one."""
+    """One run. `run` trains to the end, from the newest complete checkpoint if there is one."""
 
     def __init__(
         self, config: Config, fresh: bool = False, progress: bool = True, tracker: Tracker | None = None
     ):
-        """fresh: start anew; old checkpoints go once the new run has saved one. progress: a bar or lines on stderr,
-        and remarks. tracker: where numbers go, instead of the one that the settings name. Raises what
-        `check.check` raises, ValueError where the output holds another run, RuntimeError where one is writing to
-        it."""
+        """fresh: start over; old checkpoints are deleted once the new run has saved one. progress: a bar (or lines)
+        and notes on stderr. tracker: receives the metrics, in place of the one in the settings. Raises what
+        `check.check` raises; ValueError if the output holds a different run; RuntimeError if another process is
+        writing to it."""
         self.progress = progress
         self.device, self.rank, self.world, self.parallel = start(config)
         self.plan = check(config, self.world, True, self.shown)
@@ -91,7 +89,7 @@ class Trainer:
             raise
 
     def find(self, fresh: bool) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, the same for all ranks, its settings and data compared with this run's."""
+        """The checkpoint to continue from, the same on all ranks, after comparing its settings and data with ours."""
         found: list[Any] = [None]
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,20 +100,20 @@ class Trainer:
         if self.world > 1:
             dist.broadcast_object_list(found)
         if found[0] is None and checkpoints.found(self.checkpoints) and not fresh:
-            raise ValueError(f"no checkpoint in {self.checkpoints} is whole; --fresh starts anew")
+            raise ValueError(f"no checkpoint in {self.checkpoints} is complete; --fresh starts over")
         if found[0] is not None:
             try:
                 for text in compare(found[0][1], self.config, self.plan.sources):
                     self.tell(f"note: {text}")
             except ValueError as error:
-                raise ValueError(f"{found[0][0]} {error}; take another output, or --fresh") from None
+                raise ValueError(f"{found[0][0]} {error}; choose another output, or use --fresh") from None
         return found[0]
 
     def build(
         self, checkpoint: tuple[Path, dict[str, Any]] | None, fresh: bool, tracker: Tracker | None
     ) -> None:
         config = self.config
-        self.tell(f"reading {config.model}")
+        self.tell(f"loading {config.model}")
         self.source = resolve(config.model, self.shown)
         self.vae = load_vae(resolve_vae(self.source, config.vae or None, self.shown), self.device, self.dtype)
         model: Any = load_model(self.source, self.device, torch.float32, progress=self.shown)
@@ -135,7 +133,7 @@ class Trainer:
             checkpoints.load(checkpoint[0], self.optimizer.state())
             self.optimizer.load()
             self.index = self.last_saved = checkpoint[1]["step"]
-            self.tell(f"going on from {checkpoint[0]}")
+            self.tell(f"continuing from {checkpoint[0]}")
         elif self.rank == 0:
             if fresh and checkpoints.found(self.checkpoints):
                 shutil.rmtree(self.replaced, ignore_errors=True)
@@ -232,7 +230,7 @@ class Trainer:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Ctrl-C and a cluster's notice end the run after the step. Only the main thread can hear them."""
+        """SIGINT and SIGTERM end the run after the current step. Only the main thread may handle them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -244,14 +242,14 @@ class Trainer:
                 signal.signal(which, handler)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Stop after this step; a second Ctrl-C at once."""
+        """Stop after this step; a second Ctrl-C stops at once."""
         if self.stop_requested and number == signal.SIGINT and self.world == 1:
             raise KeyboardInterrupt
         self.stop_requested = True
         self.tell("stopping after this step")
 
     def flush(self, waiting: list[Waiting]) -> None:
-        """Bring the waiting steps' numbers to the host and write them down; stop where they are not finite."""
+        """Fetch the numbers of the waiting steps from the device and report them; stop if they are not finite."""
         c, names = self.config, list(waiting[0].sums)
         table = torch.stack([torch.stack(list(w.sums.values())) for w in waiting]).tolist()
         seconds = (time.perf_counter() - self.mark) / len(waiting)
@@ -272,32 +270,23 @@ class Trainer:
             if self.report is not None:
                 self.report.metrics(step, row)
             if not finite and (c.on_nan == "stop" or self.skipped >= MAX_SKIPPED):
-                advice = (
-                    'on_nan = "skip" leaves such steps out'
-                    if c.on_nan == "stop"
-                    else "lower the learning rate"
-                )
+                stop = c.on_nan == "stop"
+                advice = 'on_nan = "skip" skips such steps' if stop else "try a lower learning rate"
+                others = f", as in {self.skipped - 1} steps before it" if self.skipped > 1 else ""
                 raise FloatingPointError(
-                    f"the loss of step {step} is {row['loss']}, its gradient's norm {norm}"
-                    f"{f', as in {self.skipped - 1} steps before it' if self.skipped > 1 else ''}; no weight took it "
-                    f"over. {self.kept()} {advice}"
+                    f"the loss of step {step} is {row['loss']}, its gradient norm {norm}{others}; it changed no "
+                    f"weight. {self.kept()} {advice}"
                 )
             if self.shown and self.bar.disable and (step % c.report.log == 0 or step == c.steps):
-                self.tell(self.line(step, row))
+                left = (time.perf_counter() - self.began) / (step - self.first) * (c.steps - step)
+                self.tell(plain_line(step, c.steps, row, left))
         self.bar.set_postfix({k: f"{row[k]:.4g}" for k in curves(row) if row[k] is not None and k != "lr"})
         self.mark = time.perf_counter()
         waiting.clear()
 
-    def line(self, step: int, row: Mapping[str, Any]) -> str:
-        """A step for who has no terminal."""
-        left = (time.perf_counter() - self.began) / (step - self.first) * (self.config.steps - step)
-        numbers = [f"{key} {row[key]:.4g}" for key in curves(row) if row[key] is not None]
-        numbers += [f"{row['samples_per_second']:.3g} samples/s"]
-        return f"step {step:,} of {self.config.steps:,}: {', '.join(numbers)}, {timedelta(seconds=round(left))} left"
-
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Validation loss, images and answers of the averaged weights; a new best one is exported where asked."""
+        """Validation loss, images and answers of the averaged weights; exports them if they are the best so far."""
         self.optimizer.swap(average=True)
         objective: Any = self.train_step.loss.eval()  # FSDP2 gives it two more methods
         try:
@@ -347,7 +336,7 @@ class Trainer:
             shutil.rmtree(self.replaced, ignore_errors=True)
 
     def export(self, name: str) -> Path:
-        """The averaged weights, where there is an average, in the official layout."""
+        """Export the averaged weights (the newest ones if there is no average) in the official layout."""
         target = self.folder / name
         weights = self.optimizer.average or self.optimizer.master
         whole = {key: whole_tensor(tensor) for key, tensor in weights.items()}
@@ -376,8 +365,8 @@ class Trainer:
     # Remarks -----------------------------------------------------------------------
 
     def note_bad(self, rows: list[BadRow], everywhere: bool = False) -> None:
-        """Write each bad row down once, restarts included. everywhere: all ranks found them; the first one writes."""
-        if rows and self.world > 1:  # another rank may have met them
+        """Record each bad row once, restarts included. everywhere: all ranks found them, and the first one writes."""
+        if rows and self.world > 1:  # another rank may have found them
             self.bad |= self.written_bad()
         new = {(row.source, row.line): row for row in rows if (row.source, row.line) not in self.bad}
         self.bad |= new.keys()
@@ -399,7 +388,7 @@ class Trainer:
         return f"The last checkpoint is {left[0]}." if left else "There is no checkpoint yet."
 
     def release(self) -> None:
-        """Let another run have the output."""
+        """Close the tracker, and free the output for other runs."""
         if self.report is not None:
             self.report.close()
         if self.lock is not None:
@@ -412,34 +401,3 @@ class Trainer:
     def tell(self, text: str) -> None:
         if self.shown and sys.stderr is not None:
             tqdm.write(text, file=sys.stderr)
-
-
-def start(config: Config) -> tuple[torch.device, int, int, str]:
-    """Device, rank, number of ranks and the form of parallelism; under torchrun the process group is made."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.batch < world:
-        raise ValueError(f"batch must be at least the number of ranks, {world}; got {config.batch}")
-    device, parallel = pick_device(config.device), config.parallel
-    if world == 1 or parallel == "none":
-        if world > 1:
-            raise ValueError('parallel must be "auto", "replicate" or "fsdp" under torchrun, got "none"')
-        return device, 0, 1, "none"
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), world, "replicate" if parallel == "auto" else parallel
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
-
-
-def checksum(*modules: nn.Module) -> str:
-    """Of weights: another encoder, another cache."""
-    value = 0
-    for module in modules:
-        for p in module.parameters():
-            value = zlib.crc32(p.detach().float().cpu().numpy().tobytes(), value)
-    return f"{value:08x}"

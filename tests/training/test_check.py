@@ -88,7 +88,7 @@ def test_a_plan_says_what_a_run_would_do(settings, manifest, never_loaded):
     assert plan.trained["uvit_decoder"] == sum(p.numel() for p in model.uvit_decoder.parameters())
     text = str(plan)
     assert (
-        "12 rows, 50.0% of the samples" in text and "18 of 4 samples, 3 epochs" in text and "memory" in text
+        "12 rows, 50.0% of the samples" in text and "18 of 4 samples, 3.0 epochs" in text and "memory" in text
     )
     adapted = check(settings(lora={"rank": 4}))
     assert 0 < adapted.trained["llm"] < count["llm"] == adapted.frozen["llm"]
