@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`janusflow-min train CONFIG.toml`: fine-tune a model, or go on with a run that was stopped."""
+"""`janusflow-min train CONFIG.toml`: fine-tune a model, or continue a run that was stopped."""
 
 from __future__ import annotations
 
@@ -48,8 +48,12 @@ def add_parser(command: Any) -> None:
 def train(args: argparse.Namespace) -> int:
     """Run a configuration to its end, or check it, or export one of its checkpoints."""
     if (args.config is None) == (args.export is None):
-        raise ValueError("train takes a CONFIG, or --export with a checkpoint")
+        raise ValueError("train takes either a CONFIG or --export CHECKPOINT")
     if args.export is not None:
+        if args.set or args.fresh or args.dry_run:
+            raise ValueError(
+                "--export takes its settings from the checkpoint; leave out --set, --fresh and --dry-run"
+            )
         from ..training.export import export_checkpoint
 
         print(export_checkpoint(args.export))

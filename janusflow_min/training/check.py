@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Everything about a run that can be wrong, looked at before any weight is read; `--dry-run` prints what was found."""
+"""Checks everything about a run that can be checked before weights are loaded; `--dry-run` prints the result."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from ..model import JanusFlow
 from ..pixels import open_image
 from ..processor import Processor, check_processor_matches
 from . import checkpoints
+from .batch import StepDataset
 from .config import COMPONENTS, KINDS, Config, LoraConfig
 from .dataset import Source, open_sources, summarize
 from .prepare import component, trainable
-from .rows import Manifest
-from .settings import anchored, read
+from .sample import SampleBuilder
+from .settings import anchored, read, require
 
 KIND_COMPONENTS = {  # what only samples of a kind train
     "generation": ("gen_aligners", "uvit_encoder", "uvit_decoder", "alignment_head"),
@@ -48,10 +49,10 @@ class Plan:
     frozen: dict[str, int]
     memory: dict[str, float]  # GiB on each device, by purpose: an estimate
     disk: float  # GiB of the checkpoints and the export
-    notes: list[str]  # what is allowed, but hardly meant
+    notes: list[str]  # what is allowed, but probably not intended
 
     def epochs(self, step: int) -> float | None:
-        """How often every row was read after so many steps; None for streams."""
+        """How often every row has been read after so many steps; None for streams."""
         shares = zip(self.sources, self.config.ratios(), strict=True)
         total = sum(self.config.ratios())
         passes = [step * self.config.batch * r / total / len(s) for s, r in shares if len(s) and r]
@@ -75,16 +76,16 @@ class Plan:
             ("memory", f"about {sum(self.memory.values()):.2f} GiB on each device: "
              + ", ".join(f"{name} {gib:.2f}" for name, gib in self.memory.items())),
             ("disk", f"about {self.disk:.2f} GiB for {c.keep} checkpoints and the export"),
-            ("output", f"{c.output}{f', where the run goes on from {left[0].name}' if left else ''}"),
+            ("output", f"{c.output}{f', continuing from {left[0].name}' if left else ''}"),
         ]  # fmt: skip
         return "\n".join(f"{name:<8} {text}" for name, text in [*lines, *(("note", n) for n in self.notes)])
 
 
 def check(config: Config, world: int = 1, weights: bool = False, progress: bool = False) -> Plan:
-    """Look at settings, files, data and the model's layers, without reading weights.
+    """Check settings, files, data and the model's layers without loading weights.
 
-    weights: download those of a hub's model, which the run will need. Raises ValueError, OSError or ImportError,
-    which name the setting.
+    weights: download them if the model is on the hub; the run will need them. Raises ValueError, OSError or
+    ImportError that name the setting.
     """
     config = read(Config, anchored(Config, config.to_dict(), Path.cwd()))
     report = config.report
@@ -99,9 +100,6 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
         if image:
             with naming(f"report.images.{i}"):
                 open_image(image)
-    if report.validation:
-        with naming("report.validation"):
-            Manifest(report.validation, limit=report.validation_rows)
     sources = open_sources(config, progress)
     config = dataclasses.replace(config, steps=steps_of(config, sources), epochs=None)
     folder = resolve(config.model, progress, weights)
@@ -110,16 +108,26 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
     check_processor_matches(folder, sizes, processor)
     if weights or config.vae or (folder / "vae").is_dir():  # else the hub's, which a dry run leaves there
         resolve_vae(folder, config.vae or None, progress)
+    longest, places = sizes.llm.max_position_embeddings, 1 + sizes.siglip.num_patches
     for i, prompt in enumerate(report.prompts):
         with naming(f"report.prompts.{i}"):
-            processor.generation_prompt(prompt)
+            ids, _ = processor.generation_prompt(prompt)
+            require(len(ids) + places <= longest, "it", f"at most {longest - places} tokens long", prompt)
     for i, question in enumerate(report.questions):
         with naming(f"report.questions.{i}"):
-            if not question.strip() and not any(report.images[i : i + 1]):
-                raise ValueError("it is empty, and there is no image to describe")
+            shown = any(report.images[i : i + 1])
+            require(
+                bool(question.strip()) or shown, "it", "text where there is no image to describe", question
+            )
             processor.tokenizer.reject_special_tokens(question)
+            length = len(processor.conversation([{"role": "User", "content": question}])[0]) + places * shown
+            require(length < longest, "it", f"shorter than the model's {longest} positions", question)
     with torch.device("meta"):
         model = JanusFlow(sizes)
+    if report.validation:
+        data = StepDataset(config, sources, SampleBuilder(config, processor, model)).validation(whole=True)
+        if not data.batches:
+            raise ValueError(f"report.validation: none of its rows can be used; the first: {data.bad[0]}")
     loss, rates = trainable(config, model)
     trained, frozen = dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0)
     for name, p in loss.named_parameters():
@@ -135,7 +143,7 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Errors inside begin with the setting's name."""
+    """Puts the setting's name in front of errors."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -144,7 +152,7 @@ def naming(key: str) -> Iterator[None]:
 
 
 def steps_of(config: Config, sources: Sequence[Source]) -> int:
-    """The run's steps; for epochs, as many as read every source's rows so often."""
+    """The steps of the run; with `epochs`, as many as it takes to read every source that often."""
     if config.steps is not None:
         return config.steps
     most, total = 0.0, sum(config.ratios())
@@ -174,7 +182,7 @@ def estimate(config: Config, model: JanusFlow, trained: int, frozen: int, world:
 
 
 def remarks(plan: Plan) -> Iterator[str]:
-    """What is allowed, but has no effect or hardly the one that is meant."""
+    """Settings that have no effect, or probably not the intended one."""
     c, o = plan.config, plan.config.optimizer
     if not c.lora.rank and c.lora != LoraConfig():
         yield "the settings of [lora] have no effect without lora.rank"
@@ -201,33 +209,25 @@ def remarks(plan: Plan) -> Iterator[str]:
         yield f"only {free / GIB:.2f} GiB are free for the {plan.disk:.2f} GiB of checkpoints and export"
 
 
-# Going on with a run -----------------------------------------------------------------------
+# Continuing a run -----------------------------------------------------------------------
 
-FREE = {  # settings that may change within a run: they do not decide what is learned
-    *("output", "epochs", "micro_batch", "device", "parallel", "compile", "gradient_checkpointing", "on_nan"),
-    *(
-        "save_every",
-        "keep",
-        "export_dtype",
-        "report",
-        "loader.max_padding",
-        "loader.workers",
-        "loader.timeout",
-    ),
-    *("loader.on_bad_row", "loader.cache", "steps", "optimizer.warmup"),
+FREE = {  # settings that may change in between: they do not decide what is learned
+    *("output", "steps", "epochs", "micro_batch", "device", "parallel", "compile", "gradient_checkpointing"),
+    *("on_nan", "save_every", "keep", "export_dtype", "report", "optimizer.warmup", "loader.on_bad_row"),
+    *("loader.workers", "loader.timeout", "loader.max_padding", "loader.cache"),
 }
 PATHS = (
     "manifest",
     "folder",
     "dataset",
     "files",
-)  # of a source; its fingerprint says whether the data are others
+)  # of a source; its fingerprint tells whether the data changed
 
 
 def compare(about: Mapping[str, Any], config: Config, sources: Sequence[Source]) -> list[str]:
-    """What a run that goes on from a checkpoint should say, settings and data compared with its `checkpoint.json`.
+    """Compare a run with the `checkpoint.json` it would continue from; returns what the user should know.
 
-    ValueError where it would be another run.
+    ValueError if it would be a different run.
     """
     old = about["config"]
     changes = list(differences(old, config))
@@ -235,19 +235,21 @@ def compare(about: Mapping[str, Any], config: Config, sources: Sequence[Source])
     if len(prints) == len(sources):
         for i, (was, source) in enumerate(zip(prints, sources, strict=True)):
             if was != source.fingerprint:
-                changes.append(f"data.{i} ({source.name}) holds other data than before")
+                changes.append(f"data.{i} ({source.name}) holds different data than before")
     if changes:
         raise ValueError(f"belongs to a run with other settings: {'; '.join(changes)}")
-    said = []
+    notes = []
     if old["optimizer"].get("warmup") != config.optimizer.warmup:
-        said.append(f"optimizer.warmup was {old['optimizer'].get('warmup')}, is {config.optimizer.warmup}")
+        notes.append(f"optimizer.warmup was {old['optimizer'].get('warmup')}, is {config.optimizer.warmup}")
     if old["steps"] != config.steps and config.optimizer.schedule == "cosine":
-        said.append(f"steps was {old['steps']}, is {config.steps}, and the cosine now ends there")
-    return [f"{text}: the learning rates to come are other ones" for text in said]
+        notes.append(f"steps was {old['steps']}, is {config.steps}, and the cosine now ends there")
+    return [f"{text}: this changes the learning rates from here on" for text in notes]
 
 
 def differences(old: Mapping[str, Any], new: Any, where: str = "") -> Iterator[str]:
-    """Settings that decide what is learned and are not the same. One that was not known then had its default."""
+    """Settings that affect the result and differ. A setting that did not exist back then had its default."""
+    for name in sorted(old.keys() - {f.name for f in dataclasses.fields(new)}):
+        yield f"{where}{name} is no longer a setting"
     for f in dataclasses.fields(new):
         key, b = where + f.name, getattr(new, f.name)
         if key in FREE or (where.startswith("data.") and f.name in PATHS):

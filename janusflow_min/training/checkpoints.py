@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints of a run: whole or not there, found by themselves, the broken ones passed over.
+"""A run's checkpoints: written completely or not at all, found automatically, skipped if damaged.
 
 `checkpoints/step-00000500/` holds what torch.distributed.checkpoint writes (shards of any number of ranks, which any
 other number can read) and `checkpoint.json`: the step, the configuration, and size and CRC-32 of every file. All of it
@@ -75,7 +75,7 @@ def load(folder: Path, state: dict[str, Any]) -> None:
 
 
 class Lock:
-    """At most one run in a folder. The system frees the lock of a process that is gone, however it ended."""
+    """Keeps a second run out of a folder. The system releases the lock of a process that is gone, however it ended."""
 
     def __init__(self, folder: Path):
         """RuntimeError where another run has it."""
@@ -91,7 +91,7 @@ class Lock:
             owner = self.file.read().strip()
             self.file.close()
             raise RuntimeError(
-                f"another run ({owner}) writes to {folder}; wait for it, or take another output"
+                f"another run ({owner}) is writing to {folder}; wait for it, or choose another output"
             ) from None
         except OSError:  # a file system without locks
             return
@@ -104,7 +104,7 @@ class Lock:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed run left half-written: of a checkpoint, an export, or a list of lines."""
+    """Remove what a killed run left half-written: checkpoints, exports, files."""
     for path in (*folder.glob(".*.writing-*"), *folder.glob(".writing-*"), *folder.glob("*/.*writing-*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -131,7 +131,7 @@ def newest(folder: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, A
         try:
             return path, describe(path)
         except ValueError as error:
-            tell(f"{error}; looking for an older one")
+            tell(f"{error}; trying an older one")
     return None
 
 

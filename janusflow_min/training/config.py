@@ -25,6 +25,7 @@ from .settings import (
     Processes,
     Rank,
     Share,
+    SolverSteps,
     Steps,
     checked,
     load_toml,
@@ -164,7 +165,7 @@ class ReportConfig:
     validation: PathText = ""  # a manifest of any kinds
     validation_rows: Count = 64
     keep_best: bool = False  # also export the weights of the lowest validation loss, to OUTPUT/best
-    num_inference_steps: Count = 30
+    num_inference_steps: SolverSteps = 30
     cfg_weight: float = 2.0
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"  # where it is installed
     project: str = "janusflow-min"  # for wandb and trackio

@@ -22,6 +22,7 @@ LIMITS = {  # what a number must be, in the words of the error
     "0 or above and below 1": lambda x: 0 <= x < 1,
     "from 1 to 1,000,000,000": lambda x: 1 <= x <= 10**9,
     "from 1 to 100,000": lambda x: 1 <= x <= 10**5,
+    "from 1 to 10,000": lambda x: 1 <= x <= 10**4,
     "from 0 to 1,000": lambda x: 0 <= x <= 1000,
 }
 Positive = Annotated[float, "above 0"]
@@ -32,6 +33,7 @@ Steps = Annotated[int, "from 1 to 1,000,000,000"]
 Interval = Annotated[int, "0 or above"]  # in steps; 0: never
 Count = Annotated[int, "from 1 to 100,000"]
 Processes = Annotated[int, "from 0 to 1,000"]
+SolverSteps = Annotated[int, "from 1 to 10,000"]
 Rank = Annotated[int, "from 0 to 1,000"]
 PathText = Annotated[str, "path"]  # relative ones count from the file that names them
 PathOrName = Annotated[str, "path or name"]  # a path where there is something, else a hub id or another name

@@ -35,12 +35,14 @@ WRONG = [  # change of the settings, words of the error
         {"report": {"every": 1, "prompts": ["a <image_placeholder>"]}},
         ["report.prompts.0", "image_placeholder"],
     ),
-    ({"report": {"every": 1, "questions": [""]}}, ["report.questions.0", "empty"]),
+    ({"report": {"every": 1, "questions": [""]}}, ["report.questions.0", "no image"]),
     (
         {"report": {"every": 1, "questions": ["a", "b"], "images": ["", "no.png"]}},
         ["report.images.1", "no.png"],
     ),
-    ({"report": {"every": 1, "validation": "no.jsonl"}}, ["report.validation", "no.jsonl"]),
+    ({"report": {"every": 1, "validation": "no.jsonl"}}, ["no.jsonl"]),
+    ({"report": {"every": 1, "prompts": ["cat " * 20_000]}}, ["report.prompts.0", "tokens long"]),
+    ({"report": {"every": 1, "questions": ["why " * 20_000]}}, ["report.questions.0", "positions"]),
     ({"lora": {"rank": 4, "targets": ["q_proj", "querry"]}}, ["lora.targets", "querry", "k_proj"]),
     ({"objective": {"alignment_layer": 9}}, ["objective.alignment_layer", "1 to "]),
     ({"model": "nowhere"}, ["nowhere"]),
@@ -162,7 +164,7 @@ def test_other_data_are_noticed(settings, tmp_path, manifest):
     data[0]["manifest"] = str(moved / "text.jsonl")
     run(settings(data=data, steps=3))  # the same data elsewhere
     (moved / "text.jsonl").write_text("\n".join(rows[20:24]) + "\n")
-    with pytest.raises(ValueError, match=r"data\.0 .*other data"):
+    with pytest.raises(ValueError, match=r"data\.0 .*different data"):
         run(settings(data=data))
 
 

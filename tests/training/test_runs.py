@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over(settings, undisturbed, damage, caps
         (newest / checkpoints.META).unlink()
     Trainer(settings(export_dtype="float32")).run()
     told = capsys.readouterr().err
-    assert "step-00000004 is damaged" in told and "going on from" in told and "step-00000002" in told
+    assert "step-00000004 is damaged" in told and "continuing from" in told and "step-00000002" in told
     assert metrics(config.output) == undisturbed[0] and same(weights(config.output), undisturbed[1])
 
 
