@@ -10,22 +10,20 @@ and written back.
 from __future__ import annotations
 
 import json
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from .checks import shown, whole
+from .checks import whole
 from .config import JanusFlowConfig
-from .diagnose import WRAPPERS, common_prefix, explain_folder
-from .files import printable, read_json, set_default_mode
+from .diagnose import explain_folder
+from .files import set_default_mode
 from .model import JanusFlow, Parts
-from .official import CONFIG, INDEX, LEFTOVERS, POOLING_HEAD, WEIGHTS, from_official, to_official
+from .official import CONFIG, INDEX, POOLING_HEAD, from_official, to_official
 from .progress import progress_bar
-from .weights import Stored, build_module, check_state, listing, read_header, read_tensors
+from .weights import Stored, build_module, check_state, find_weights, read_tensors
 
 
 def load_model(
@@ -83,69 +81,12 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-# Checks -----------------------------------------------------------------------
-
-
 def read_config(folder: Path) -> JanusFlowConfig:
     """The folder's configuration. FileNotFoundError or ValueError where it is none of JanusFlow's."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist{explain_folder(folder)}")
     return JanusFlowConfig.from_file(path)
-
-
-def find_weights(folder: Path) -> dict[str, Stored]:
-    """The official name of every tensor -> where it lies, from the files' headers.
-
-    A prefix that all keys share, and the marks of wrappers, are taken off with a warning; what older tools write
-    and nobody needs is left out.
-    """
-    found: dict[str, Stored] = {}
-    for path, listed in weight_files(folder).items():
-        entries = read_header(path)
-        if absent := sorted(set(listed or ()) - entries.keys()):
-            raise ValueError(f"{path} lacks keys that {INDEX} says are there: {listing(absent)}")
-        found |= {name: entries[name] for name in listed or entries}
-    renamed = {name: name for name in found if not name.endswith(LEFTOVERS)}
-    for mark in WRAPPERS:
-        renamed = {name: official.replace(mark, "") for name, official in renamed.items()}
-    prefix = common_prefix(list(renamed.values()))
-    renamed = {name: official[len(prefix) :] for name, official in renamed.items()}
-    if len(set(renamed.values())) < len(renamed):
-        return found
-    if changed := [name for name, official in renamed.items() if name != official]:
-        told = f"{printable(changed[0])!r} is read as {renamed[changed[0]]!r}"
-        warnings.warn(f"{folder}: {len(changed)} keys bear a wrapper's prefix; {told}", stacklevel=2)
-    return {official: found[name] for name, official in renamed.items()}
-
-
-def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """The checkpoint's files and the keys to read from each; None: all."""
-    if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: None}
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{explain_folder(folder)}")
-    weight_map = read_index(folder)
-    files = dict.fromkeys(weight_map.values())
-    if absent := [file for file in files if not (folder / file).is_file()]:
-        raise FileNotFoundError(
-            f"{folder / INDEX} names {len(absent)} files that are absent: {listing(absent)}; download them, too"
-        )
-    return {folder / file: [name for name, f in weight_map.items() if f == file] for file in files}
-
-
-def read_index(folder: Path) -> dict[str, str]:
-    """The index's map from keys to the names of shards. ValueError for none, and for files outside the folder."""
-    path = folder / INDEX
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} has no weight_map")
-    for file in weight_map.values():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
-            raise ValueError(
-                f"{path}: {shown(file)} is not the name of a safetensors file in the same folder"
-            )
-    return weight_map
 
 
 def build_model(

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoint import read_config, read_index
+from .checkpoint import read_config
 from .files import expand
 from .official import CONFIG, INDEX, PROCESSOR_FILES, VAE_FILES, WEIGHTS
+from .weights import read_index
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 SDXL_VAE = "stabilityai/sdxl-vae"

@@ -13,18 +13,15 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
+from .checks import shown, whole
+
 # Files -----------------------------------------------------------------------
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 VAE_FILES = (CONFIG, "diffusion_pytorch_model.safetensors")
-PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-)
+PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PROCESSOR_FILES += ("processor_config.json", "preprocessor_config.json")
 
 
 def is_checkpoint_entry(name: str) -> bool:
@@ -72,9 +69,7 @@ def _swap(name: str, table: Iterable[tuple[str, str]]) -> str:
 
 _LARGE = dict(width=1024, layers=24, heads=16, patch_size=16, mlp_ratio=4.0)
 _SO400M = dict(width=1152, layers=27, heads=16, patch_size=14, mlp_ratio=3.7362)
-SIGLIP_PRESETS: dict[
-    str, dict[str, Any]
-] = {  # the reference's SigLIP_MODEL_CONFIG; image_size comes from `params`
+SIGLIP_PRESETS: dict[str, Any] = {  # the reference's SigLIP_MODEL_CONFIG; image_size comes from `params`
     "siglip_large_patch16_384": _LARGE,
     "siglip_large_patch16_256": _LARGE,
     "siglip_so400m_patch14_384": _SO400M,
@@ -99,6 +94,9 @@ _LLAMA_DEFAULTS: dict[str, Any] = {  # transformers' LlamaConfig, which the refe
 }
 
 
+_UVIT_KEYS = {"hidden_size": "hidden_size", "norm_eps": "norm_eps", "use_bias": "bias"}  # theirs: ours
+
+
 def config_from_json(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """The content of `config.json` -> the arguments of `LlamaConfig`, `SiglipConfig` and both `UViTConfig`s.
 
@@ -109,7 +107,7 @@ def config_from_json(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         kind = data.get("model_type", "unknown")
         hint = " (this looks like Janus or Janus-Pro)" if "gen_vision_config" in data else ""
         raise ValueError(
-            f"not a JanusFlow configuration: model_type {kind!r:.80}{hint}, section {', '.join(missing)} missing"
+            f"not a JanusFlow configuration: model_type {shown(kind)}{hint}, section {', '.join(missing)} missing"
         )
     und, enc, dec = (_params(data, section) for section in SECTIONS)
     return _llama(data["language_config"]), _siglip(und), _uvit_encoder(enc), _uvit_decoder(dec)
@@ -126,13 +124,9 @@ def config_to_json(
     und |= {"model_name": fits[0]} if fits else {"model_name": "siglip_custom"} | sizes
 
     def uvit(part: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        common = {
-            "block_out_channels": [part["channels"]],
-            "hidden_size": part["hidden_size"],
-            "dropout": 0.0,
-        }
+        common = {theirs: part[ours] for theirs, ours in _UVIT_KEYS.items()}
         blocks = {"layers_in_middle": part["num_blocks"], "use_mid_block": part["num_blocks"] > 0}
-        return common | blocks | {"norm_eps": part["norm_eps"], "use_bias": part["bias"]} | more
+        return {"block_out_channels": [part["channels"]], "dropout": 0.0} | common | blocks | more
 
     form = {key: encoder[key] for key in ("kernel_size", "stride", "padding")}
     ends = {key: decoder[key] for key in ("in_channels", "out_channels")}
@@ -153,15 +147,15 @@ def _only(where: str, params: Mapping[str, Any], **supported: tuple) -> None:
     """Refuse values that would change the numbers and that are not computed here."""
     for key, values in supported.items():
         if key in params and params[key] not in values:
-            raise ValueError(f"{where}: {key} = {params[key]!r:.80} is not supported, only {values[0]!r}")
+            raise ValueError(f"{where}: {key} = {shown(params[key])} is not supported, only {values[0]!r}")
 
 
 def _params(data: Mapping[str, Any], section: str) -> Mapping[str, Any]:
     name, params = data[section].get("cls", ""), data[section].get("params", {})
     if SECTIONS[section] not in str(name):
-        raise ValueError(f"{section}: cls must be {SECTIONS[section]!r}, got {name!r:.80}")
+        raise ValueError(f"{section}: cls must be {SECTIONS[section]!r}, got {shown(name)}")
     if not isinstance(params, Mapping):
-        raise ValueError(f"{section}: params must be an object, got {params!r:.80}")
+        raise ValueError(f"{section}: params must be an object, got {shown(params)}")
     return params
 
 
@@ -171,7 +165,7 @@ def _llama(data: Mapping[str, Any]) -> dict[str, Any]:
     _only(where, data, attention_bias=(False,), mlp_bias=(False,), rope_scaling=(None,))
     rope = data.get("rope_parameters") or {}  # how transformers 5 writes rope_theta and rope_scaling
     if not isinstance(rope, Mapping):
-        raise ValueError(f"{where}: rope_parameters must be an object, got {rope!r:.80}")
+        raise ValueError(f"{where}: rope_parameters must be an object, got {shown(rope)}")
     _only(where, rope, rope_type=("default",))
     given = {"rope_theta": rope.get("rope_theta")} | {k: v for k, v in data.items() if v is not None}
     return _LLAMA_DEFAULTS | {key: given[key] for key in _LLAMA_DEFAULTS if given.get(key) is not None}
@@ -181,46 +175,38 @@ def _siglip(params: Mapping[str, Any]) -> dict[str, Any]:
     where, name = "vision_und_enc_config", params.get("model_name", "siglip_large_patch16_384")
     _only(where, params, pixel_mean=(None,), pixel_std=(None,), select_layers=(None,))
     if not isinstance(name, str):
-        raise ValueError(f"{where}: model_name must be str, got {name!r:.80}")
+        raise ValueError(f"{where}: model_name must be str, got {shown(name)}")
     explicit = {key: params[key] for key in _LARGE if key in params}
     if name not in SIGLIP_PRESETS and len(explicit) < len(_LARGE):
-        raise ValueError(
-            f"{where}: model_name {name!r:.80} is not one of {', '.join(SIGLIP_PRESETS)}, "
-            f"and {', '.join(_LARGE)} are not all given"
-        )
+        known = f"one of {', '.join(SIGLIP_PRESETS)}, and {', '.join(_LARGE)} are not all given"
+        raise ValueError(f"{where}: model_name {shown(name)} is not {known}")
     sizes = SIGLIP_PRESETS.get(name, {}) | explicit
     layers, select = sizes["layers"], params.get("select_layer", -2)
     for key, value in (("layers", layers), ("select_layer", select)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{where}: {key} must be int, got {value!r:.80}")
+        whole(f"{where}: {key}", value, -(2**31), 2**31 - 1)
     kept = min(layers, layers + select + 1 if select <= 0 else select)
     return sizes | {"layers": kept, "image_size": params.get("image_size", 336)}
 
 
-def _uvit_common(params: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _uvit(params: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What both parts have in common."""
     channels = params.get("block_out_channels", [768])
     if not isinstance(channels, list | tuple) or len(channels) != 1:
-        raise ValueError(f"{where}: block_out_channels must hold one width, got {channels!r:.80}")
+        raise ValueError(f"{where}: block_out_channels must hold one width, got {shown(channels)}")
     _only(where, params, dropout=(0.0,))
-    return dict(
-        channels=channels[0],
-        num_blocks=params.get("layers_in_middle", 2) if params.get("use_mid_block", True) else 0,
-        hidden_size=params.get("hidden_size", 2048),
-        norm_eps=params.get("norm_eps", 1e-6),
-        bias=params.get("use_bias", True),
-    )
+    blocks = params.get("layers_in_middle", 2) if params.get("use_mid_block", True) else 0
+    given = {ours: params[theirs] for theirs, ours in _UVIT_KEYS.items() if theirs in params}
+    return {"channels": channels[0], "num_blocks": blocks} | given
 
 
 def _uvit_encoder(params: Mapping[str, Any]) -> dict[str, Any]:
-    where = "vision_gen_enc_config"
-    form = {"kernel_size": params.get("kernel_size", 7), "stride": params.get("stride", 4)}
-    form["padding"] = params.get("padding")
-    if form["padding"] is None:
-        form["padding"] = form["kernel_size"] - form["stride"]
-    common = _uvit_common(params, where)
-    return (
-        common | form | {"in_channels": params.get("input_channels", 3), "out_channels": common["channels"]}
-    )
+    kernel_size, stride = params.get("kernel_size", 7), params.get("stride", 4)
+    padding = params.get("padding")
+    form = {"kernel_size": kernel_size, "stride": stride}
+    form["padding"] = kernel_size - stride if padding is None else padding
+    common = _uvit(params, "vision_gen_enc_config")
+    form |= {"in_channels": params.get("input_channels", 3), "out_channels": common["channels"]}
+    return common | form
 
 
 def _uvit_decoder(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,4 +217,4 @@ def _uvit_decoder(params: Mapping[str, Any]) -> dict[str, Any]:
         )
     _only(where, params, upsamples=(1,))
     ends = {"in_channels": params.get("in_channels", 768), "out_channels": params.get("out_channels", 3)}
-    return _uvit_common(params, where) | ends
+    return _uvit(params, where) | ends

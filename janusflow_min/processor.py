@@ -248,14 +248,10 @@ class Processor:
 
 def check_processor_matches(folder: Path, config: JanusFlowConfig, processor: Processor) -> None:
     """Raise ValueError, naming file and key, where the processor makes other images than the model reads."""
-    siglip = config.siglip
-    if processor.num_image_tokens != siglip.num_patches:
-        raise ValueError(
-            f"{folder / 'processor_config.json'}: num_image_tokens is {processor.num_image_tokens}, but the encoder "
-            f"makes {siglip.num_patches} of an image of {siglip.image_size} px"
-        )
-    if processor.image_processor.image_size != siglip.image_size:
-        raise ValueError(
-            f"{folder / 'preprocessor_config.json'}: image_size is {processor.image_processor.image_size}, the "
-            f"encoder's in config.json {siglip.image_size}"
-        )
+    siglip, side, count = config.siglip, processor.image_processor.image_size, processor.num_image_tokens
+    if count != siglip.num_patches:
+        makes = f"the encoder makes {siglip.num_patches} of an image of {siglip.image_size} px"
+        raise ValueError(f"{folder / 'processor_config.json'}: num_image_tokens is {count}, but {makes}")
+    if side != siglip.image_size:
+        reads = f"the encoder's in config.json {siglip.image_size}"
+        raise ValueError(f"{folder / 'preprocessor_config.json'}: image_size is {side}, {reads}")

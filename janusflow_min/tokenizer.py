@@ -70,9 +70,8 @@ class Tokenizer:
         }
         last, token = max((i, token) for token, i in self._rust("get_vocab").items())
         if last >= vocab_size:
-            raise ValueError(
-                f"{self.path}: {shown(token)} has id {last}, but the embedding has {vocab_size} rows"
-            )
+            rows = f"the embedding has {vocab_size} rows"
+            raise ValueError(f"{self.path}: {shown(token)} has id {last}, but {rows}")
 
     def _rust(self, method: str, *arguments: Any, **options: Any) -> Any:
         """A call of the Rust side, which raises bare Exception and, where it panics, BaseException."""
@@ -91,16 +90,14 @@ class Tokenizer:
         if index is None:
             index = 1 + max(self._rust("get_vocab").values())
         if index >= self.vocab_size:
-            rows = f"its id would be {index}, the embedding has {self.vocab_size} rows"
-            raise ValueError(f"the tokenizer in {self.folder} has no row left for {shown(token)}: {rows}")
+            rows = f"has no row left for {shown(token)}: the embedding has {self.vocab_size}"
+            raise ValueError(f"the tokenizer in {self.folder} {rows}")
         if index not in self._rust(
             "get_added_tokens_decoder"
         ):  # a piece of the plain vocabulary keeps its id
             self._rust("add_special_tokens", [tokenizers.AddedToken(token, special=True, normalized=False)])
         if self._rust("token_to_id", token) != index:
-            raise ValueError(
-                f"the ids of the tokenizer in {self.folder} have holes: cannot add {shown(token)}"
-            )
+            raise ValueError(f"the ids in {self.path} have holes: cannot add {shown(token)}")
         return index
 
     def _encode(self, text: str) -> tokenizers.Encoding:

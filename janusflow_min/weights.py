@@ -7,6 +7,8 @@ a module on the meta device, before memory is taken.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .diagnose import explain_keys
-from .files import content_hint, printable
+from .checks import shown
+from .diagnose import WRAPPERS, common_prefix, explain_folder, explain_keys
+from .files import content_hint, printable, read_json
+from .official import INDEX, LEFTOVERS, WEIGHTS
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -31,6 +35,60 @@ class Stored:
     name: str  # in the file
     shape: tuple[int, ...]
     dtype: str  # as safetensors writes it: "F32", "BF16", ...
+
+
+def find_weights(folder: Path) -> dict[str, Stored]:
+    """The official name of every tensor -> where it lies, from the files' headers.
+
+    A prefix that all keys share, and the marks of wrappers, are taken off with a warning; what older tools write
+    and nobody needs is left out.
+    """
+    found: dict[str, Stored] = {}
+    for path, listed in weight_files(folder).items():
+        entries = read_header(path)
+        if absent := sorted(set(listed or ()) - entries.keys()):
+            raise ValueError(f"{path} lacks keys that {INDEX} says are there: {listing(absent)}")
+        found |= {name: entries[name] for name in listed or entries}
+    renamed = {name: name for name in found if not name.endswith(LEFTOVERS)}
+    for mark in WRAPPERS:
+        renamed = {name: official.replace(mark, "") for name, official in renamed.items()}
+    prefix = common_prefix(list(renamed.values()))
+    renamed = {name: official[len(prefix) :] for name, official in renamed.items()}
+    if len(set(renamed.values())) < len(renamed):
+        return found
+    if changed := [name for name, official in renamed.items() if name != official]:
+        told = f"{printable(changed[0])!r} is read as {renamed[changed[0]]!r}"
+        warnings.warn(f"{folder}: {len(changed)} keys bear a wrapper's prefix; {told}", stacklevel=2)
+    return {official: found[name] for name, official in renamed.items()}
+
+
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The checkpoint's files and the keys to read from each; None: all."""
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: None}
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{explain_folder(folder)}")
+    weight_map = read_index(folder)
+    files = dict.fromkeys(weight_map.values())
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        raise FileNotFoundError(
+            f"{folder / INDEX} names {len(absent)} files that are absent: {listing(absent)}; download them, too"
+        )
+    return {folder / file: [name for name, f in weight_map.items() if f == file] for file in files}
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The index's map from keys to the names of shards. ValueError for none, and for files outside the folder."""
+    path = folder / INDEX
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
+            raise ValueError(
+                f"{path}: {shown(file)} is not the name of a safetensors file in the same folder"
+            )
+    return weight_map
 
 
 def read_header(path: Path) -> dict[str, Stored]:

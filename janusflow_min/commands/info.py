@@ -62,11 +62,12 @@ def inspect_checkpoint(folder: Path, vae: Path | None = None) -> tuple[list[str]
 
     vae: folder of the VAE; by default the checkpoint's `vae/`, which the official repository leaves to the hub.
     """
-    from ..checkpoint import build_model, find_weights, read_config
+    from ..checkpoint import build_model, read_config
     from ..hub import SDXL_VAE
     from ..official import PROCESSOR_FILES
     from ..processor import Processor, check_processor_matches
     from ..vae import build_vae
+    from ..weights import find_weights
 
     lines, problems = [f"checkpoint {folder}"], []
 
