@@ -28,7 +28,7 @@ META = "checkpoint.json"
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any], about: Mapping[str, Any], keep: int) -> Path:
-    """Write `folder`/step-N; every rank calls it. OSError where the disk is full or breaks: the older ones stay."""
+    """Write `folder`/step-N; every rank calls it. OSError if that fails, on a full disk say; older ones stay."""
     target = folder / f"step-{step:08d}"
     temporary = folder / f".writing-{target.name}"
     first = rank() == 0
@@ -78,7 +78,7 @@ class Lock:
     """Keeps a second run out of a folder. The system releases the lock of a process that is gone, however it ended."""
 
     def __init__(self, folder: Path):
-        """RuntimeError where another run has it."""
+        """RuntimeError if another run holds it."""
         self.file = (folder / ".lock").open("a+", encoding="utf-8")
         try:
             import fcntl
@@ -110,7 +110,7 @@ def clean(folder: Path) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A checkpoint's `checkpoint.json`, after its files were compared with it. ValueError where it is not whole."""
+    """A checkpoint's `checkpoint.json`, its files verified. ValueError if it is not complete."""
     try:
         about = json.loads((path / META).read_text(encoding="utf-8"))
         for name, (size, checksum) in about["files"].items():
@@ -126,7 +126,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its `checkpoint.json`; `tell` hears of each broken one."""
+    """The newest complete checkpoint and its `checkpoint.json`; damaged ones are reported to `tell`."""
     for path in found(folder):
         try:
             return path, describe(path)

@@ -136,7 +136,7 @@ class SourceConfig:
 
     @staticmethod
     def not_paths(data: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-        """With files, a plain word is a format's name, and what is no path is a data set on the hub, as they are."""
+        """Strings that stay as they are: the name of a format, and files of a data set on the hub."""
         name = str(data.get("dataset", ""))
         if "/" in name:
             return () if (folder / Path(name).expanduser()).exists() else ("files",)
@@ -249,7 +249,7 @@ class Config:
 
     @staticmethod
     def not_paths(data: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-        """The default is itself whatever else is called so."""
+        """ "tiny" is the default model even where a folder has that name."""
         return ("model",) if data.get("model") == "tiny" else ()
 
     def rate(self, component: str) -> float:
@@ -277,7 +277,7 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file; `overrides` are KEY=VALUE with dotted keys, values as TOML writes them (quotes optional).
 
-    Relative paths in the file count from its folder, those in overrides from the current one. Raises
+    Relative paths in the file are relative to its folder, those in overrides to the current one. Raises
     FileNotFoundError, or ValueError that names the key.
     """
     return load_toml(Config, Path(path), overrides, {"output": Config.output})

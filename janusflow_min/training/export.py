@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run hands out: a checkpoint in the official layout, and its adapters by themselves as peft saves them."""
+"""Exports trained weights: a checkpoint in the official layout, and adapters by themselves in peft's format."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def export(
 
 
 def save_adapter(config: Config, sizes: JanusFlowConfig, trained: Mapping[str, Tensor], target: Path) -> None:
-    """`adapter_config.json` and `adapter_model.safetensors`, which peft loads beside the official model."""
+    """`adapter_config.json` and `adapter_model.safetensors`, which peft loads into the official model."""
     with torch.device("meta"):
         layers = adapted_layers(JanusFlow(sizes), config)
     settings = lora_settings(config, [to_official(name) for name in layers])

@@ -34,7 +34,7 @@ IGNORE = -100  # label of a token that carries no loss; processor_config.json's 
 
 
 class AlignmentHead(nn.Module):
-    """Three-layer MLP from the LLM's states to SigLIP's features (REPA); trained along, dropped afterwards."""
+    """Three-layer MLP from the LLM's states to SigLIP's features (REPA); trained with the model, dropped afterwards."""
 
     def __init__(self, hidden_size: int, width: int, inner: int | None = None):
         super().__init__()
@@ -50,7 +50,7 @@ class AlignmentHead(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class MixedBatch:
-    """Rows of understanding, generation and text, padded on the right; what a kind needs is None where it is absent."""
+    """Rows of any kind, padded on the right; fields that only absent kinds would need are None."""
 
     input_ids: Tensor  # (B, T)
     position_ids: Tensor  # (B, T)
@@ -70,7 +70,7 @@ class MixedBatch:
     features: Tensor = ABSENT  # (G, N, P) of the pixels, where they are known already
 
     def __reduce__(self) -> tuple:
-        """Between processes as plain bytes: tensors would take shared memory, of which containers have little."""
+        """Pickled as plain bytes: tensors would go through shared memory, which is scarce in containers."""
         arrays = {f.name: v.numpy() for f in fields(self) if (v := getattr(self, f.name)) is not None}
         return _from_arrays, (arrays,)
 
@@ -89,7 +89,7 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> MixedBatch:
 
 
 class Term(NamedTuple):
-    """One loss of a batch: its weighted sum is what is minimised, times `scale`."""
+    """One loss of a batch; `scale` times its weighted sum is minimised."""
 
     values: Tensor  # (K,) of each sample, or of each token
     weights: Tensor  # (K,) those of one sample add up to 1
@@ -98,8 +98,8 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """The losses of a batch, by name. A new one is one more entry of `terms`: it is minimised, summed over
-    micro-batches and ranks, and reported."""
+    """The losses of a batch, by name. An entry of `terms` is all that a new one takes: it is minimised,
+    summed over micro-batches and ranks, and reported."""
 
     terms: dict[str, Term]
     total: Tensor  # () what is minimised: a sum over samples, each of weight 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run reports: metrics as JSON lines and to a tracker, generated images and answers, and a plot at the end."""
+"""Reports of a run: metrics as JSON lines and to a tracker, generated images, answers, and curves at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLOCK = ("time", "samples_per_second", "tokens_per_second", "memory_gib")  # wha
 
 
 class Tracker(Protocol):
-    """Where numbers go beside metrics.jsonl. Whatever has this method may be handed to `Trainer`."""
+    """Receives the metrics besides metrics.jsonl. `Trainer` accepts any object with this method."""
 
     def log(self, numbers: dict[str, float], step: int) -> None: ...
 
@@ -47,7 +47,7 @@ class TensorBoard:
 
 
 class Client:
-    """A run of wandb or trackio, which have the same calls; one that goes on after a stop keeps its name there."""
+    """A run of wandb or trackio, which share an API; a resumed run keeps its name there."""
 
     def __init__(self, name: str, folder: Path, config: Config):
         where = {"name": f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}", "resume": "allow"}
@@ -63,7 +63,7 @@ class Client:
 
 
 def make_tracker(config: Config, folder: Path, first: int) -> Tracker | None:
-    """The tracker of the settings; without tensorboard installed, none. ImportError for a client that is missing."""
+    """The tracker in the settings; None if tensorboard is not installed. ImportError for a missing client."""
     name = config.report.tracker
     try:
         return TensorBoard(folder, first) if name == "tensorboard" else Client(name, folder, config)
@@ -75,7 +75,7 @@ def make_tracker(config: Config, folder: Path, first: int) -> Tracker | None:
 
 class Report:
     """Writes into the run's folder; with `folder` None it computes the same and writes nothing (a sharded model
-    generates on all ranks together). `step`: where the run goes on; what was written of later steps is dropped."""
+    generates on all ranks together). `step`: where the run continues; lines of later steps are dropped."""
 
     def __init__(self, folder: Path | None, config: Config, tracker: Tracker | None = None, step: int = 0):
         self.folder, self.config, self.tracker = folder, config, tracker
@@ -92,7 +92,7 @@ class Report:
             self.tracker.close()
 
     def metrics(self, step: int, row: Mapping[str, Any], file: str = "metrics.jsonl") -> None:
-        """Write numbers down; one that is not finite, which JSON cannot say, becomes null."""
+        """Write a row. A number that is not finite becomes null, since JSON has no other way."""
         assert self.folder is not None
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
         row = {k: None if isinstance(v, float) and k not in numbers else v for k, v in row.items()}
@@ -167,12 +167,12 @@ def plain_line(step: int, steps: int, row: Mapping[str, Any], seconds_left: floa
 
 
 def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:
-    """Of each metric's sum and number of samples; None where no sample had such a loss."""
+    """The mean of each metric from its sum and number of samples; None if there were none."""
     return {name: total / round(count) if round(count) else None for name, (total, count) in sums.items()}
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """The most memory that this process had so far: of the GPU, else resident."""
+    """Peak memory of this process: on the GPU, else resident."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     try:
@@ -185,7 +185,7 @@ def memory_gib(device: torch.device) -> float | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; the last one may have been cut off with its run."""
+    """The complete lines of a JSON-lines file; a killed run may have left half of one at the end."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -81,7 +81,7 @@ class AdamW:
         self.kernel = kernel
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds; loading writes into these tensors, then `load` spreads them."""
+        """What a checkpoint holds. Loading fills these tensors in place; `load` then updates the parameters."""
         return {"master": self.master, "m": self.m, "v": self.v, "average": self.average}
 
     @torch.no_grad()
@@ -91,8 +91,8 @@ class AdamW:
 
     @torch.no_grad()
     def swap(self, average: bool) -> None:
-        """Compute with the average from here on, or with the newest weights again. For fp32 parameters, which are
-        their own masters, the two change places."""
+        """Compute with the average, or with the newest weights again. For fp32 parameters, which are their own masters,
+        the two are exchanged."""
         for name, a in self.average.items():
             p, master = self.params[name], self.master[name]
             if p.dtype == torch.float32:
@@ -113,7 +113,7 @@ class AdamW:
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
-        """The whole step's, by name, those of frozen or unused parameters left out."""
+        """The gradients of the whole step by name, without frozen and unused parameters."""
         if self.sums:
             self.accumulate()
             return self.sums
@@ -170,7 +170,7 @@ class AdamW:
 
 
 def decays(name: str, p: Tensor) -> bool:
-    """Weight decay is for matrices and convolutions; not for norms, biases, begin-of-image and embedding tables."""
+    """Whether weight decay applies: to matrices and convolutions, not to norms, biases and embeddings."""
     return sum(size > 1 for size in p.shape) > 1 and "embed_tokens" not in name and "pos_embed" not in name
 
 
@@ -179,7 +179,7 @@ def local(x: Tensor) -> Tensor:
 
 
 def rate_factor(config: OptimizerConfig, index: int, total: int) -> float:
-    """What the learning rates are multiplied with at step `index`, from 0: linear warm-up, then constant or cosine."""
+    """The factor of the learning rates at step `index`, from 0: linear warm-up, then constant or cosine."""
     if index < config.warmup:
         return (index + 1) / config.warmup
     if config.schedule == "constant":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model made ready for training: what trains at which rate, adapters, recomputed or compiled blocks, shards."""
+"""Makes a model ready for training: what trains and how fast, adapters, recomputation, compilation, sharding."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FSDP_UNIT = 2**28  # parameters that FSDP2 gathers at once, at least: 0.5 GiB in
 
 
 def trainable(config: Config, model: JanusFlow) -> tuple[JanusFlowLoss, dict[str, float]]:
-    """The loss of a model, which gets its adapters here, and each parameter's learning rate; 0: it is frozen.
+    """The loss of a model, adapters added, and each parameter's learning rate (0: frozen).
 
-    ValueError where the settings do not fit the model. The model may lie on the meta device.
+    ValueError if the settings do not fit the model, which may be on the meta device.
     """
     llm, layer = model.config.llm, config.objective.alignment_layer
     device = next(model.parameters()).device
@@ -55,7 +55,7 @@ def component(name: str) -> str:
 
 
 def add_lora(model: JanusFlow, config: Config) -> None:
-    """Put adapters beside the layers that the settings name."""
+    """Add adapters to the layers that the settings name."""
     try:
         from peft import inject_adapter_in_model
     except ImportError:
@@ -64,7 +64,7 @@ def add_lora(model: JanusFlow, config: Config) -> None:
 
 
 def lora_settings(config: Config, layers: list[str]) -> Any:
-    """peft's configuration of adapters beside these layers."""
+    """peft's configuration of adapters for these layers."""
     from peft import LoraConfig
 
     c = config.lora
@@ -78,7 +78,7 @@ def lora_settings(config: Config, layers: list[str]) -> Any:
 
 
 def adapted_layers(model: JanusFlow, config: Config) -> list[str]:
-    """The names of the layers that get adapters. ValueError, naming those there are, for targets that fit none."""
+    """The names of the layers that get adapters. ValueError for unknown targets lists the known ones."""
     lora = config.lora
     layers = {
         name: name.rpartition(".")[2]
@@ -98,7 +98,7 @@ def adapted_layers(model: JanusFlow, config: Config) -> list[str]:
 
 @torch.no_grad()
 def plain_state(trained: Mapping[str, Tensor], model: JanusFlow, config: Config) -> dict[str, Tensor]:
-    """The weights of a model, its adapters merged, after `trained` (names of `JanusFlowLoss`) went into it."""
+    """The weights of a model after loading `trained` (names as in `JanusFlowLoss`) and merging its adapters."""
     if config.lora.rank:
         add_lora(model, config)
     parameters = dict(model.named_parameters())
@@ -139,7 +139,7 @@ def prepare_blocks(model: JanusFlow, config: Config) -> None:
 
 
 def training_forward(plain: Callable, fast: Callable, recompute: bool, random: bool) -> Callable:
-    """A block's forward pass; random: it drops out, and must drop the same where it is computed again."""
+    """A block's forward pass; random: it uses dropout, so recomputation must repeat the same masks."""
 
     def forward(*args: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -162,8 +162,8 @@ def shard(loss: JanusFlowLoss, dtype: torch.dtype) -> None:
 
 
 def units(blocks: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """Consecutive blocks, which FSDP2 gathers and frees together: few and large, for between GPUs of one host a
-    gathering takes less time than the host needs to start it."""
+    """Groups of consecutive blocks that FSDP2 gathers and frees together: few and large, because between GPUs of one
+    host a gather takes less time than launching it."""
     found: list[list[nn.Module]] = [[]]
     size = 0
     for block in blocks:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Settings as frozen dataclasses: read strictly from plain data or TOML, checked against their annotations, written.
+"""Settings as frozen dataclasses: read from TOML or plain data, checked against their annotations, written as TOML.
 
-An annotation is a type and, in `Annotated`, the limits of a number or the mark of a path. Every error names the key.
+An annotation is a type and, in `Annotated`, the limits of a number or the marker of a path. Errors name the key.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Count = Annotated[int, "from 1 to 100,000"]
 Processes = Annotated[int, "from 0 to 1,000"]
 SolverSteps = Annotated[int, "from 1 to 10,000"]
 Rank = Annotated[int, "from 0 to 1,000"]
-PathText = Annotated[str, "path"]  # relative ones count from the file that names them
-PathOrName = Annotated[str, "path or name"]  # a path where there is something, else a hub id or another name
+PathText = Annotated[str, "path"]  # relative to the file that names it
+PathOrName = Annotated[str, "path or name"]  # a path if it exists, else a hub id or another name
 
 
 def to_toml(config: Any) -> str:
-    """The settings as TOML, which `load_config` reads back; None is left out."""
+    """The settings as TOML that `load_config` reads back; None is left out."""
 
     def text(value: Any) -> str:
         if isinstance(value, bool):
@@ -80,7 +80,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def load_toml(cls: type, path: Path, overrides: Sequence[str], defaults: Mapping[str, Any]) -> Any:
-    """A dataclass from a TOML file and overrides KEY=VALUE. Paths count from the file, in overrides from here."""
+    """A dataclass from a TOML file and KEY=VALUE overrides, whose paths are relative to the current folder."""
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}")
     try:
@@ -118,14 +118,14 @@ def _put(kind: Any, data: dict[str, Any], key: str, text: str) -> None:
 
 
 def _inside(kind: Any, key: str) -> Any:
-    """The type behind a key of a dataclass, or of what a tuple holds."""
+    """The type of a dataclass's field, or of a tuple's items."""
     if dataclasses.is_dataclass(kind):
         return typing.get_type_hints(kind, include_extras=True).get(key)
     return next(iter(typing.get_args(kind)), None)
 
 
 def anchored(kind: Any, value: Any, folder: Path) -> Any:
-    """Plain data of a type with its paths made absolute: relative ones count from `folder`, `~` is the home folder."""
+    """Plain data of a type with its paths made absolute, relative to `folder`; `~` is the home folder."""
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         others = kind.not_paths(value, folder) if hasattr(kind, "not_paths") else ()
         return {k: v if k in others else anchored(_inside(kind, k), v, folder) for k, v in value.items()}
@@ -139,7 +139,7 @@ def anchored(kind: Any, value: Any, folder: Path) -> Any:
 
 
 def read(cls: type, data: Any, where: str = "") -> Any:
-    """A dataclass from plain data, strictly. ValueError names the key and what would be right."""
+    """A dataclass from plain data, strictly. ValueError names the key and what is expected."""
     require(isinstance(data, Mapping), where or "the configuration", "a table", data)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     dot = f"{where}." if where else ""
@@ -153,7 +153,7 @@ def read(cls: type, data: Any, where: str = "") -> Any:
 
 
 def _checked_fields(cls: type, data: Mapping[str, Any], dot: str) -> dict[str, Any]:
-    """The values of a dataclass's fields; None stays, where it is the default."""
+    """The checked values of a dataclass's fields; None is allowed where it is the default."""
     hints = typing.get_type_hints(cls, include_extras=True)
     optional = {f.name for f in dataclasses.fields(cls) if f.default is None}
     return {
@@ -163,7 +163,7 @@ def _checked_fields(cls: type, data: Mapping[str, Any], dot: str) -> dict[str, A
 
 
 def checked(kind: Any, value: Any, where: str = "") -> Any:
-    """The value as its annotated type has it. ValueError names the key."""
+    """The value, converted to its annotated type. ValueError names the key."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, typing.cast(type, kind)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One training step, whole, on one page: `TrainStep.step`. How the model is made ready for it is in `prepare.py`.
+"""One training step on one page: `TrainStep.step`. `prepare.py` makes the model ready for it.
 
 `replicate` is one sum of the gradients over the ranks after the last micro-batch (a step's micro-batches differ in
 the parameters they use, which DistributedDataParallel cannot accumulate over); `fsdp` is FSDP2's `fully_shard` of
@@ -41,12 +41,8 @@ class TrainStep:
         parallel: str = "none",
         world: int = 1,
     ):
-        """model: fp32, on the device; changed in place. dtype: of computing. parallel: none, replicate or fsdp."""
+        """model: fp32, on the device; modified in place. dtype: of computing. parallel: none, replicate or fsdp."""
         self.config, self.device, self.parallel, self.world = config, device, parallel, world
-        if parallel == "fsdp" and config.lora.rank:
-            raise ValueError(
-                'lora.rank must be 0 with parallel = "fsdp"; LoRA fits one GPU, or use "replicate"'
-            )
         self.loss, rates = trainable(config, model)
         for name, p in self.loss.named_parameters():
             if not rates[name] and parallel != "fsdp":
@@ -67,7 +63,7 @@ class TrainStep:
         prepare: Callable[[int, MixedBatch], MixedBatch] = lambda i, batch: batch,
         stop_requested: bool = False,
     ) -> tuple[dict[str, Tensor], bool]:
-        """Learn step `index` from its micro-batches, of which `prepare` makes each ready when it is its turn.
+        """Make step `index` from its micro-batches; `prepare` completes each one when its turn comes.
 
         Returns the metrics as name: (sum, count), (2,) each and still on the device, and whether any rank was asked
         to stop.
@@ -97,7 +93,7 @@ class TrainStep:
 
     @contextmanager
     def dropout_masks(self, index: int, micro_batch: int) -> Iterator[None]:
-        """What adapters drop depends on the seed, the step, the micro-batch and the rank alone."""
+        """Dropout masks of adapters depend only on the seed, the step, the micro-batch and the rank."""
         if not self.config.lora.dropout:
             yield
             return
@@ -122,7 +118,7 @@ class TrainStep:
         return most, bool(stop), tuple(name for names, there in parts if there for name in names)
 
     def sum_over_ranks(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """fp32 sums, in buckets of 64 M numbers. A rank without a gradient that others have gives zeros."""
+        """Sums in fp32, in buckets of 64 M numbers; a rank that lacks a gradient contributes zeros."""
         names = list(self.optimizer.params)
         here = torch.tensor([name in gradients for name in names], dtype=torch.int32, device="cpu")
         dist.all_reduce(here, dist.ReduceOp.MAX)
@@ -148,14 +144,14 @@ class TrainStep:
 def add_metrics(
     into: dict[str, Tensor], metrics: Mapping[str, tuple[Tensor, Tensor]], share: float = 1.0
 ) -> None:
-    """Add a batch's (sum, count) to those before."""
+    """Add the (sum, count) pairs of a batch, in place."""
     stacked = share * torch.stack([torch.stack(pair) for pair in metrics.values()])  # (names, 2)
     for name, pair in zip(metrics, stacked, strict=True):
         into[name] = into[name] + pair if name in into else pair
 
 
 def reduce_metrics(metrics: dict[str, Tensor]) -> None:
-    """Sums over all ranks, in place; they have the same names."""
+    """Sum over all ranks, in place; all have the same names."""
     table = torch.stack(list(metrics.values()))
     dist.all_reduce(table)
     metrics.update(zip(metrics, table, strict=True))
