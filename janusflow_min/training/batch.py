@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from typing import Any
@@ -227,12 +227,14 @@ class _Worker(Dataset):
             return StepBatches(step, [], [], 0, 0, 0, [], error if plain else RuntimeError(cause(error)))
 
 
-def load_steps(dataset: StepDataset, steps: range, pin_memory: bool = False) -> Iterator[StepBatches]:
+def load_steps(
+    dataset: StepDataset, steps: range, pin_memory: bool = False
+) -> Generator[StepBatches, None, None]:
     """Steps of this rank, prepared by as many processes as the configuration says.
 
     Workers are spawned, for a fork of a process that computed may hang; they send bytes through pipes (see
     `MixedBatch.__reduce__`) and do not hear Ctrl-C, which the trainer acts on. Raises what `dataset[step]` raises;
-    RuntimeError where a worker dies or is too slow: see `explain_loader_error`.
+    RuntimeError where a worker dies or is too slow: see `explain_loader_error`. Closing it ends the workers.
     """
     settings, options = dataset.config.loader, dict[str, Any]()
     if settings.workers:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -184,8 +184,8 @@ class Trainer:
         )
         self.began, self.first, self.mark = time.perf_counter(), self.index, time.perf_counter()
         try:
-            with self.signals():
-                steps = load_steps(self.dataset, range(self.index, config.steps), self.device.type == "cuda")
+            steps = load_steps(self.dataset, range(self.index, config.steps), self.device.type == "cuda")
+            with self.signals(), closing(steps):
                 while self.index < config.steps:
                     data = next(steps)
                     sums, stop = self.train_step.step(
