@@ -165,12 +165,14 @@ def steps_of(config: Config, sources: Sequence[Source]) -> int:
 
 
 def estimate(config: Config, model: JanusFlow, trained: int, frozen: int, world: int) -> dict[str, float]:
-    """GiB on each device. Activations: 17 values per token, block and hidden unit, as measured on one GPU."""
+    """GiB on each device. The values that a block keeps of each token and hidden unit are fitted to the runs on one
+    H100 in docs/finetuning.md."""
     size = 2 if pick_dtype(config.dtype, pick_device(config.device)) == torch.bfloat16 else 4
     shards = world if config.parallel == "fsdp" else 1
     llm, rows = model.config.llm, min(config.micro_batch, math.ceil(config.batch / world))
     tokens = rows * (64 + 1 + model.num_image_tokens)
-    kept = llm.num_hidden_layers + 17 if config.gradient_checkpointing else llm.num_hidden_layers * 17
+    block = 10 if config.compile else 17
+    kept = llm.num_hidden_layers + block if config.gradient_checkpointing else llm.num_hidden_layers * block
     copies = size if size == 2 or shards > 1 else 0
     several = config.batch > config.micro_batch * world and shards == 1  # gradients are summed up in fp32
     return {

@@ -17,9 +17,14 @@ from safetensors.torch import load_file
 
 import janusflow_min as jf
 from janusflow_min import cli
+from janusflow_min.config import JanusFlowConfig
+from janusflow_min.model import JanusFlow
 from janusflow_min.training import checkpoints, trainer
-from janusflow_min.training.check import check, compare
+from janusflow_min.training.check import check, compare, estimate
+from janusflow_min.training.config import Config
 from janusflow_min.training.metrics import read_lines
+from janusflow_min.training.prepare import trainable
+from janusflow_min.training.settings import read
 from janusflow_min.training.trainer import Trainer
 
 
@@ -95,6 +100,36 @@ def test_a_plan_says_what_a_run_would_do(settings, manifest, never_loaded):
     adapted = check(settings(lora={"rank": 4}))
     assert 0 < adapted.trained["llm"] < count["llm"] == adapted.frozen["llm"]
     assert sum(adapted.memory.values()) < sum(check(settings()).memory.values())
+
+
+MEASURED = {  # GiB at the official size on one H100, batches of 8: docs/finetuning.md
+    38.3: dict(objective={"alignment_weight": 0.0}, optimizer={"ema_decay": 0.0}),
+    35.1: dict(objective={"alignment_weight": 0.0}, optimizer={"ema_decay": 0.0}, compile=True),
+    42.8: dict(compile=True),
+    9.9: dict(
+        objective={"alignment_weight": 0.0},
+        optimizer={"ema_decay": 0.0},
+        lora={"rank": 16},
+        gradient_checkpointing=True,
+        compile=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("gib", MEASURED)
+def test_the_memory_estimate_is_what_was_measured(gib, tmp_path):
+    """Stops: an estimate that forgets the moments, the average or the frozen weights."""
+    pytest.importorskip("peft")
+    data = [{"kind": "generation", "manifest": "a"}]
+    settings = {"data": data, "batch": 8, "micro_batch": 8, "device": "cpu", "dtype": "bfloat16"}
+    config = read(Config, settings | MEASURED[gib])
+    with torch.device("meta"):
+        model = JanusFlow(JanusFlowConfig())
+    loss, rates = trainable(config, model)
+    parameters = dict(loss.named_parameters())
+    trained = sum(p.numel() for name, p in parameters.items() if rates[name])
+    frozen = sum(p.numel() for name, p in parameters.items() if not rates[name])
+    assert sum(estimate(config, model, trained, frozen, 1).values()) == pytest.approx(gib, rel=0.03)
 
 
 def test_what_has_no_effect_is_said(settings, manifest):
