@@ -67,7 +67,7 @@ def save_model(model: JanusFlow, folder: str | Path, max_shard_size: int | None 
     folder, dtype = Path(folder), str(model.dtype).removeprefix("torch.")
     _write_json(folder / CONFIG, model.config.to_dict() | {"torch_dtype": dtype})
     tensors = {to_official(k): v.detach().contiguous() for k, v in model.state_dict().items()}
-    tensors |= getattr(model, "extra_tensors", {})
+    tensors |= model.extra_tensors
     limit = max_shard_size or sum(t.nbytes for t in tensors.values())
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
     for file, names in split.filename_to_tensors.items():

@@ -152,7 +152,8 @@ class JanusFlowConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The official `config.json` for this model; `from_dict` reads it back."""
-        return config_to_json(*map(asdict, (self.llm, self.siglip, self.uvit_encoder, self.uvit_decoder)))
+        parts = (self.llm, self.siglip, self.uvit_encoder, self.uvit_decoder)
+        return config_to_json(*(asdict(part) for part in parts))
 
 
 def _check_numbers(config: Any, where: str, zero: tuple[str, ...] = ()) -> None:

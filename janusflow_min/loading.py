@@ -50,14 +50,14 @@ def load(
     dtype = pick_dtype(dtype, device)
     if parts != "understanding":
         usual = torch.float32 if dtype == torch.float16 else dtype  # float16 is no dtype for the VAE
-        vae_dtype = check_vae_dtype(usual if vae_dtype is None else pick_dtype(vae_dtype, device))
+        its_dtype = check_vae_dtype(usual if vae_dtype is None else pick_dtype(vae_dtype, device))
     folder = resolve(source, progress)
     config = read_config(folder)  # the commonest mistake first: not a JanusFlow checkpoint
     processor = Processor.from_folder(folder, config.llm.vocab_size)
     check_processor_matches(folder, config, processor)
     vae = None
     if parts != "understanding":  # before the weights, which take long
-        vae = load_vae(resolve_vae(folder, vae_path, progress), device, vae_dtype, config.latent_channels)
+        vae = load_vae(resolve_vae(folder, vae_path, progress), device, its_dtype, config.latent_channels)
         if compile:
             vae.compile_decoder()
     model = load_model(folder, device, dtype, parts, progress)
@@ -105,6 +105,6 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     return chosen

@@ -28,11 +28,21 @@ PARTS: tuple[Parts, ...] = ("all", "generation", "understanding")
 class JanusFlow(nn.Module):
     """The model. With `parts` other than "all" only what that task needs is built; the rest is None."""
 
+    siglip: Siglip
+    und_aligner: nn.Linear
+    und_begin: nn.Parameter
+    uvit_encoder: ShallowUViTEncoder
+    gen_in_aligner: nn.Linear
+    gen_out_norm: RMSNorm
+    gen_out_aligner: nn.Linear
+    uvit_decoder: ShallowUViTDecoder
+    extra_tensors: dict[str, Tensor]  # of the checkpoint, official names: never used, saved again
+
     def __init__(self, config: JanusFlowConfig, parts: Parts = "all"):
         super().__init__()
         if parts not in PARTS:
             raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
-        self.config, self.parts = config, parts
+        self.config, self.parts, self.extra_tensors = config, parts, {}
         width = config.llm.hidden_size
         self.llm = Llama(config.llm, lm_head=parts != "generation")
         if parts == "generation":
@@ -108,9 +118,7 @@ class JanusFlow(nn.Module):
         present = images_emb_mask[..., 0]  # (B, M)
         if not present.any():
             return embeds
-        images = self.embed_images(
-            pixel_values[present].to(embeds.dtype)
-        )  # (images, 1 + N, D), rows in order
+        images = self.embed_images(pixel_values[present].to(embeds.dtype))  # (images, 1 + N, D), in order
         return merge_image_embeds(embeds, images, images_seq_mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -128,16 +136,14 @@ class JanusFlow(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
-        hidden_layer: int | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """One evaluation of the velocity field.
 
         latents (B, C, h, w), timestep (B,) in [0, 1000]. The prompt comes either as `text_embeds` (R, T, D), put
         in front, or as a `cache` that already holds it. R rows of prompt may be a multiple of B: the latents then
         serve each B rows in turn (conditional rows, then unconditional ones), and are encoded only once.
         position_ids (R, T' + 1 + N) and attention_mask (R, T + 1 + N) as `Llama.forward` wants them, T' = T with
-        text_embeds and 0 with a cache. Returns the velocity (R, C, h, w); with `hidden_layer` = k also the
-        LLM's states after block k at the image tokens (R, N, D).
+        text_embeds and 0 with a cache. Returns the velocity (R, C, h, w).
         """
         latents = latents.to(self.dtype)
         x, t_emb, skip = self.encode_latents(latents, timestep)
@@ -150,11 +156,8 @@ class JanusFlow(nn.Module):
             skip = skip.repeat(copies, 1, 1, 1)
         if text_embeds is not None:
             tokens = torch.cat([text_embeds, tokens], dim=1)
-        out = self.llm(tokens, position_ids, attention_mask, cache, hidden_layer)
-        last, hidden = out if hidden_layer is not None else (out, None)
-        count = x.shape[1]
-        v = self.decode_velocity(last[:, -count:], skip, t_emb)
-        return v if hidden is None else (v, hidden[:, -count:])
+        hidden = self.llm(tokens, position_ids, attention_mask, cache)
+        return self.decode_velocity(hidden[:, -x.shape[1] :], skip, t_emb)
 
     def encode_latents(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, C, h, w), timestep (B,) -> image tokens (B, N, D), t_emb (B, D), skip (B, C', h/2, w/2)."""

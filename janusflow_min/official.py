@@ -20,8 +20,8 @@ from .checks import shown, whole
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 VAE_FILES = (CONFIG, "diffusion_pytorch_model.safetensors")
-PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-PROCESSOR_FILES += ("processor_config.json", "preprocessor_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PROCESSOR_FILES = (*_TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json")
 
 
 def is_checkpoint_entry(name: str) -> bool:

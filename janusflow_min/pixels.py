@@ -13,7 +13,7 @@ import io
 import math
 import os
 from collections.abc import Iterator
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def open_image(source: ImageSource, upright: bool = False, background: str | Non
     The source stays as it is. Raises FileNotFoundError for a path without a file; ValueError for what is no image,
     truncated, empty, or beyond `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
-    name, file = "the image", source
+    name, file = "the image", cast(IO[bytes] | str, source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise ValueError(

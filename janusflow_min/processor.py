@@ -108,7 +108,8 @@ class ImageProcessor:
         pixels = levels.astype(np.float64) * self.rescale_factor
         pixels = pixels.astype(np.float32)  # rounded once here, as the reference does, then all in fp32
         if self.do_normalize:
-            pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
+            mean, std = (np.asarray(values, np.float32) for values in (self.image_mean, self.image_std))
+            pixels = (pixels - mean) / std
         return pixels
 
 

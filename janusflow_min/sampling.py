@@ -82,7 +82,10 @@ def guided_velocity(sampler: Sampler, prompts: Sequence[Sequence[int]], cfg_weig
 
     def velocity(z: Tensor, timestep: Tensor) -> Tensor:
         v = rows_velocity(z, timestep)
-        return classifier_free_guidance(*v.chunk(2), cfg_weight) if guided else v
+        if not guided:
+            return v
+        v_cond, v_uncond = v.chunk(2)
+        return classifier_free_guidance(v_cond, v_uncond, cfg_weight)
 
     return velocity
 

@@ -127,6 +127,7 @@ class Tokenizer:
 
     def reject_special_tokens(self, text: str, allowed: Iterable[str] = ()) -> None:
         """Raise ValueError, naming the strings, if the tokenizer sees special tokens that are not allowed."""
-        found = {self._reserved.get(index) for index in self._encode(text).ids} - {None, *allowed}
+        seen = {index for index in self._encode(text).ids if index in self._reserved}
+        found = {self._reserved[index] for index in seen} - {*allowed}
         if found:
             raise ValueError(f"the text holds special tokens, which are not allowed there: {sorted(found)}")

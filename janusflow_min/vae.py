@@ -37,12 +37,12 @@ DEFAULTS |= {"block_out_channels": (64,), "layers_per_block": 1, "scaling_factor
 class VAE(nn.Module):
     """Encodes to, and decodes from, latents in the flow's scale (times `scaling_factor`)."""
 
-    def __init__(self, autoencoder: nn.Module):
+    def __init__(self, autoencoder: Any):
         super().__init__()
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.autoencoder: Any = autoencoder.eval().requires_grad_(False)
         self.scaling_factor = float(autoencoder.config.scaling_factor)
         self.latent_channels = int(autoencoder.config.latent_channels)
-        self._decode = self.autoencoder.decode
+        self._decode: Any = self.autoencoder.decode
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,7 +99,7 @@ def save_vae(vae: VAE, folder: str | Path) -> None:
     set_default_mode(Path(folder))
 
 
-def build_vae(folder: str | Path, latent_channels: int | None = None) -> tuple[nn.Module, dict[str, Stored]]:
+def build_vae(folder: str | Path, latent_channels: int | None = None) -> tuple[Any, dict[str, Stored]]:
     """AutoencoderKL on the meta device, and where its weights lie; only JSON and headers are read.
 
     Raises FileNotFoundError for missing files; ValueError for broken ones, for weights that do not fit, and for
@@ -137,7 +137,7 @@ def build_vae(folder: str | Path, latent_channels: int | None = None) -> tuple[n
     return build_module(path, lambda: _autoencoder(config), counts, stored), stored
 
 
-def _autoencoder(config: Mapping[str, Any]) -> nn.Module:
+def _autoencoder(config: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(

@@ -13,16 +13,9 @@ if TYPE_CHECKING:
     from ..weights import Stored
 
 T = TypeVar("T")
-PARTS = (
-    "llm",
-    "siglip",
-    "siglip attn_pool (unused)",
-    "und_aligner",
-    "und_begin",
-    "uvit_encoder",
-    "gen_in_aligner",
-)
-PARTS += ("gen_out_norm", "gen_out_aligner", "uvit_decoder", "(unknown)")
+UNDERSTANDING = ("siglip", "siglip attn_pool (unused)", "und_aligner", "und_begin")
+GENERATION = ("uvit_encoder", "gen_in_aligner", "gen_out_norm", "gen_out_aligner", "uvit_decoder")
+PARTS = ("llm", *UNDERSTANDING, *GENERATION, "(unknown)")
 
 
 def add_parser(
@@ -128,7 +121,7 @@ def inspect_checkpoint(folder: Path, vae: Path | None = None) -> tuple[list[str]
     if vae is None and not (folder / "vae").is_dir():
         lines.append(f"  none inside; {SDXL_VAE} of the hub is used unless --vae names another")
     elif (
-        built := attempt(lambda: build_vae(vae or folder / "vae", config and config.latent_channels))
+        built := attempt(lambda: build_vae(vae or folder / "vae", config.latent_channels if config else None))
     ) is not None:
         about = built[0].config
         lines.append(

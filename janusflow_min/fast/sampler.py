@@ -23,13 +23,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..flow import Velocity
-from ..llama import rotary_cos_sin
+from ..llama import Block, rotary_cos_sin
 from ..model import JanusFlow
 from ..processor import Batch
 from ..sampling import RowPlan, SampleFn, check_logits, cut_at_eos
@@ -68,7 +68,7 @@ def fuse(model: JanusFlow) -> list[Layer]:
         return whole
 
     layers = []
-    for block in model.llm.layers:
+    for block in _blocks(model):
         attention, mlp = block.self_attn, block.mlp
         layers.append(
             Layer(
@@ -81,6 +81,10 @@ def fuse(model: JanusFlow) -> list[Layer]:
             )
         )
     return layers
+
+
+def _blocks(model: JanusFlow) -> list[Block]:
+    return cast(list[Block], list(model.llm.layers))
 
 
 @torch.inference_mode(False)
@@ -121,7 +125,7 @@ class GraphSampler:
     @property
     def is_current(self) -> bool:
         """Whether the model still has the weights that were fused: not after `.to(...)` or a replaced parameter."""
-        first, last = self.model.llm.layers[0].self_attn, self.model.llm.layers[-1].mlp
+        first, last = _blocks(self.model)[0].self_attn, _blocks(self.model)[-1].mlp
         return (
             first.q_proj.weight.data_ptr() == self.layers[0].qkv.data_ptr()
             and last.gate_proj.weight.data_ptr() == self.layers[-1].gate_up.data_ptr()

@@ -57,14 +57,15 @@ def generation_loss(
     mask, positions = prompt_mask(attention_mask, drop)
     count = 1 + model.num_image_tokens
     offsets = torch.arange(1, count + 1, device=z.device)
-    v, hidden = model.velocity(
-        z,
-        t * TIME_SCALE,
-        text_embeds=model.llm.embed_tokens(input_ids),
-        position_ids=torch.cat([positions, positions[:, -1:] + offsets], dim=1),
-        attention_mask=torch.cat([mask, mask.new_ones(len(mask), count)], dim=1),
+    x, t_emb, skip = model.encode_latents(z.to(model.dtype), t * TIME_SCALE)
+    last, hidden = model.llm(
+        torch.cat([model.llm.embed_tokens(input_ids), t_emb[:, None], x], dim=1),
+        torch.cat([positions, positions[:, -1:] + offsets], dim=1),
+        torch.cat([mask, mask.new_ones(len(mask), count)], dim=1),
         hidden_layer=tap,
     )
+    v = model.decode_velocity(last[:, 1 - count :], skip, t_emb)
+    hidden = hidden[:, 1 - count :]
     with torch.no_grad():
         features = model.siglip(pixels)  # (B, N, P); stopped: only the LLM's states move towards it
     alignment = -F.cosine_similarity(head(hidden).float(), features.float(), dim=-1).mean(1)

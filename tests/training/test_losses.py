@@ -149,14 +149,19 @@ def test_prompt_mask_keeps_positions():
 def test_a_perfect_velocity_costs_nothing(model, head, sample, monkeypatch):
     """Stops: a target of noise minus data, or of another scale."""
 
-    def perfect(z, timestep, **options):
-        assert torch.equal(timestep, sample["t"] * 1000)
-        hidden = torch.zeros(3, 16, 64)
-        return (sample["latents"] - z) / (1 - sample["t"]).view(
-            -1, 1, 1, 1
-        ), hidden  # the line from z to data
+    encode, seen = model.encode_latents, []
 
-    monkeypatch.setattr(model, "velocity", perfect)
+    def watched(z, timestep):
+        assert torch.equal(timestep, sample["t"] * 1000)
+        seen.append(z)
+        return encode(z, timestep)
+
+    def perfect(hidden, skip, t_emb):
+        left = (1 - sample["t"]).view(-1, 1, 1, 1)
+        return (sample["latents"] - seen[-1]) / left  # the line from z to data
+
+    monkeypatch.setattr(model, "encode_latents", watched)
+    monkeypatch.setattr(model, "decode_velocity", perfect)
     assert generation_loss(model, head, **sample, tap=TAP).flow.abs().max() < 1e-8
 
 
