@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import SourceConfig
-from .rows import CONVERSATIONS, BadRow, Row, cause, seeded_generator
+from .rows import CONVERSATIONS, BadRow, Row, cause, check_columns, seeded_generator
 
 SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
 NEEDED = {  # by kind: columns, one of each group
@@ -126,14 +126,14 @@ def prepare(config: SourceConfig, rows: Any) -> Any:
             names = list(next(iter(rows), {}))
         except Exception:  # reported when the stream is read
             return rows
-    columns, has = config.columns, ", ".join(names)
-    for ours, theirs in columns.items():
-        if theirs not in names and theirs.split(".")[0] not in names:
-            raise ValueError(f'columns.{ours} = "{theirs}": there is no such column; there are {has}')
+    columns = config.columns
+    check_columns(columns, names)
     named = set(names) - set(columns.values()) | set(columns)
     missing = [" or ".join(group) for group in NEEDED[config.kind] if not named & set(group)]
     if missing:
-        raise ValueError(f"there is no column {', no '.join(missing)}; say with columns which it is of {has}")
+        raise ValueError(
+            f"there is no column {', no '.join(missing)}; say with columns which it is of {', '.join(names)}"
+        )
     used = {*CONVERSATIONS, "image", "images", "text", *columns.values()}
     used |= {theirs.split(".")[0] for theirs in columns.values()}
     rows = rows.select_columns([name for name in names if name in used])

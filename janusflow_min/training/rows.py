@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,14 +59,23 @@ def rename(row: Any, columns: Mapping[str, str]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in columns.values()} | new
 
 
+def check_columns(columns: Mapping[str, str], names: Sequence[str]) -> None:
+    """ValueError for a column that the data do not have; without names nothing is known."""
+    for ours, theirs in columns.items() if names else ():
+        if theirs not in names and theirs.split(".")[0] not in names:
+            raise ValueError(
+                f'columns.{ours} = "{theirs}": there is no such column; there are {", ".join(names)}'
+            )
+
+
 def kind_of(row: Mapping[str, Any]) -> str:
     """The kind of sample that a row makes. ValueError where it makes none."""
     for kind, keys in (("understanding", CONVERSATIONS), ("generation", ("image",)), ("text", ("text",))):
-        if any(key in row for key in keys):
+        if any(row.get(key) is not None for key in keys):
             return kind
     raise ValueError(
         f"a row has image and text, a conversation ({', '.join(CONVERSATIONS)}), or text; this one has "
-        f"{', '.join(map(str, row)) or 'nothing'}: say which is which with columns"
+        f"{', '.join(k for k in row if row[k] is not None) or 'nothing'}: say which is which with columns"
     )
 
 
@@ -98,11 +107,14 @@ class Manifest:
         if not self.path.is_file():
             hint = "; it is a folder, which the key `folder` takes" if self.path.is_dir() else ""
             raise FileNotFoundError(f"no manifest at {path}{hint}")
-        digest, kinds, places = hashlib.sha256(), Counter[str](), []
+        digest, kinds, keys, places = hashlib.sha256(), Counter[str](), dict[str, None](), []
         for line, first, text in self._entries():
             digest.update(text)
             try:
-                found = kind_of(rename(json.loads(text), columns or {}))
+                row = json.loads(text)
+                named = rename(row, columns or {})
+                keys |= dict.fromkeys(row)
+                found = kind_of(named)
                 kinds[found] += 1
                 if kind in (None, found):
                     places.append((line, first, len(text)))
@@ -110,6 +122,7 @@ class Manifest:
                 self.bad.append(BadRow(str(self.path), line, cause(error)))
             if limit is not None and len(places) >= limit:
                 break
+        check_columns(columns or {}, list(keys))
         self.fingerprint = digest.hexdigest()[:16]
         self.places = np.array(places, dtype=np.int64).reshape(-1, 3)  # (rows; line, first byte, bytes)
         if not places:

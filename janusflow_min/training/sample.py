@@ -309,7 +309,8 @@ class SampleBuilder:
 
 def value_of(row: Mapping[str, Any], key: str) -> Any:
     if row.get(key) is None:
-        raise ValueError(f"there is no {key}, but {', '.join(map(str, row))}; say with columns which it is")
+        has = ", ".join(str(name) for name, value in row.items() if value is not None)
+        raise ValueError(f"there is no {key}, but {has or 'nothing'}; say with columns which it is")
     return row[key]
 
 

@@ -329,6 +329,18 @@ def test_manifests_of_other_trainers(dataset, tmp_path, name):
     assert all(word in str(caught.value) for word in ["a.jsonl", *MANIFESTS[name][1]]), str(caught.value)
 
 
+def test_rows_with_empty_values(dataset, tmp_path):
+    """Stops: a table written as JSON lines, with null for what a row has not, whose rows are taken for another kind."""
+    rows = [
+        {"image": None, "text": "a", "conversation": None},
+        {"image": "b.png", "text": "b", "conversation": None},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind, line in (("text", 1), ("generation", 2)):
+        source = opened(dataset, {"kind": kind, "manifest": str(tmp_path / "a.jsonl")})
+        assert len(source) == 1 and source(0).line == line
+
+
 def test_byte_order_marks_and_nested_lines_among_good_ones(dataset, tmp_path):
     """Stops: a whole manifest refused for a mark that Windows writes, or for one absurd line."""
     mark = b"\xef\xbb\xbf"
@@ -360,6 +372,11 @@ def test_columns_are_named(dataset, files, tmp_path):
         opened(dataset, source_at(files, "csv", files=["none-*.csv"]))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "info": {"caption": "a cat"}}\n')
     (tmp_path / "a.png").write_bytes(png(1))
+    wrong = {"image": "file_name", "text": "infos.caption"}
+    with pytest.raises(ValueError, match=r'columns.text = "infos.caption".* there are file_name, info'):
+        opened(
+            dataset, {"kind": "generation", "manifest": str(tmp_path / "metadata.jsonl"), "columns": wrong}
+        )
     columns = {"image": "file_name", "text": "info.caption"}
     table = {"kind": "generation", "manifest": str(tmp_path / "metadata.jsonl"), "columns": columns}
     data = dataset(data=[table], batch=1)[0]
