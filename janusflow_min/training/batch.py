@@ -247,6 +247,9 @@ def load_steps(
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             prepared = iter(loader)  # its processes inherit the mask
+        except OSError as error:  # even a lock takes a few bytes of shared memory
+            reason = f"the data workers cannot start ({error})"
+            raise OSError(f"{reason}: is /dev/shm full? loader.workers = 0 does without") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     else:

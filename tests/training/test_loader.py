@@ -89,6 +89,22 @@ def test_workers_are_spawned(dataset, monkeypatch):
     assert (seen["multiprocessing_context"], seen["num_workers"], seen["timeout"]) == ("spawn", 3, 7)
 
 
+def test_workers_that_cannot_start(dataset, monkeypatch):
+    """Stops: "No space left on device" where the disk has space, and Ctrl-C that stays held back."""
+
+    class Loader:
+        def __init__(self, *args, **options):
+            pass
+
+        def __iter__(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("janusflow_min.training.batch.DataLoader", Loader)
+    with pytest.raises(OSError, match=r"No space left.* is /dev/shm full\? loader\.workers = 0"):
+        list(load_steps(dataset(loader={"workers": 2}), range(2)))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_an_error_in_a_worker_is_one_line(dataset, tmp_path):
     """Stops: a traceback of another process glued into the message."""
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": ""}\n')
