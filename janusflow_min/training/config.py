@@ -129,7 +129,7 @@ class SourceConfig:
     files: tuple[PathText, ...] = ()  # data_files of the dataset; globs too
     split: str = "train"
     streaming: bool = False
-    shuffle_buffer: Count = 1000  # encoded rows of a stream that each process holds to shuffle them
+    shuffle_buffer: Count = 1000  # encoded rows of a stream that each process shuffles, in 256 MiB at most
     columns: dict[str, str] = field(default_factory=dict)  # ours: the data's, e.g. {image = "jpg"}
     ratio: Positive = FROM_STAGE  # of the mix; the stage's is for a kind, shared by its sources
     shuffle: bool = True

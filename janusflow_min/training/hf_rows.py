@@ -9,7 +9,7 @@ import glob
 import hashlib
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from .config import SourceConfig
 from .rows import CONVERSATIONS, BadRow, Row, cause, check_columns, seeded_generator
 
 SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+BUFFER_BYTES = 2**28  # of a stream's buffer, at most
 NEEDED = {  # by kind: columns, one of each group
     "understanding": (CONVERSATIONS,),
     "generation": (("image",), ("text",)),
@@ -181,6 +182,19 @@ class Table:
         return Row(self.name, index + 1, values, folder)
 
 
+def size_of(value: Any) -> int:
+    """About how many bytes a row's values hold."""
+    if isinstance(value, Mapping):
+        return sum(map(size_of, value.values()))
+    return (
+        sum(map(size_of, value))
+        if isinstance(value, list)
+        else len(value)
+        if isinstance(value, bytes | str)
+        else 8
+    )
+
+
 class Stream:
     """Data sets that can only be read on: shard after shard, epoch after epoch, rows shuffled in a buffer (0: not).
 
@@ -239,14 +253,16 @@ class Stream:
                 yield from self._shard(*shard)
             return
         held: list[Row] = []
+        size = 0
         for index in torch.randperm(len(self.shards), generator=generator, device="cpu").tolist():
             for row in self._shard(*self.shards[index]):
-                if len(held) < self.buffer:
-                    held.append(row)
-                    continue
-                k = int(torch.randint(len(held), (1,), generator=generator, device="cpu"))
-                yield held[k]
-                held[k] = row
+                held.append(row)
+                size += size_of(row.values)
+                while len(held) > self.buffer or (size > BUFFER_BYTES and len(held) > 1):
+                    k = int(torch.randint(len(held), (1,), generator=generator, device="cpu"))
+                    held[k], held[-1] = held[-1], held[k]
+                    size -= size_of(held[-1].values)
+                    yield held.pop()
         for k in torch.randperm(len(held), generator=generator, device="cpu").tolist():
             yield held[k]
 

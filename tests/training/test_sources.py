@@ -22,6 +22,7 @@ from PIL import Image
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
+from janusflow_min.training import hf_rows
 from janusflow_min.training.batch import StepBatches, StepDataset, load_steps
 from janusflow_min.training.config import Config
 from janusflow_min.training.dataset import Source, open_sources
@@ -262,6 +263,26 @@ def test_a_stream_that_breaks_is_read_again(files, monkeypatch):
 
 DAMAGED = [(name, how) for name in ("parquet", "json") for how in ("cut", "flipped")]
 DAMAGED += [(f"{name}, streamed", how) for name, how in DAMAGED] + [("WebDataset, streamed", "cut")]
+
+
+def test_a_stream_s_buffer_is_bounded(monkeypatch):
+    """Stops: thousands of encoded images that every worker holds, and rows that large ones push out unread."""
+    monkeypatch.setattr(hf_rows, "BUFFER_BYTES", 10_000)
+    read, seen = [], []
+
+    class Rows:
+        n_shards = 1
+
+        def iter(self, batch_size: int):
+            for i in range(200):
+                read.append(i)
+                yield {"image": [{"bytes": bytes(1000 if i < 100 else 20), "path": None}], "text": [str(i)]}
+
+    stream = hf_rows.Stream("s", [hf_rows.Part(None, Rows())], 50, (0, "a"))
+    for k in range(200):
+        seen.append(int(stream.row_at(k, k).values["text"]))
+        assert len(read) - len(seen) <= (11 if len(read) < 100 else 50) and len(stream._held) == 1
+    assert sorted(seen) == list(range(200)) and seen != sorted(seen)
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGED)
