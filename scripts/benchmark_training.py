@@ -154,7 +154,7 @@ class Benchmark:
             return JanusFlow(self.sizes)
 
     def batch(self, seed: int, rows: int | None = None) -> MixedBatch:
-        """Rows of random prompts and pictures' latents; row r of a global batch depends on `seed` and r alone."""
+        """Rows of random prompts and image latents; row r of a global batch depends on `seed` and r alone."""
         rows = rows or self.rows
         vocabulary, side = self.sizes.llm.vocab_size, self.sizes.siglip.image_size
         ids = torch.zeros(rows, self.length, dtype=torch.int64)

@@ -85,10 +85,10 @@ class Recipe:
     warmup: int = 500
     seconds: float = 750.0  # of training; the schedule runs over this time
     decay: float = 0.5  # last share of the schedule, linear to zero
-    average: float = 0.999
-    drop: float = 0.1
-    time_mean: float = -0.4  # of the logit-normal; below 0 is towards noise, where layout is decided
-    time_std: float = 1.0
+    ema_decay: float = 0.999
+    prompt_dropout: float = 0.1
+    logit_mean: float = -0.4  # of the logit-normal; below 0 is towards noise, where layout is decided
+    logit_std: float = 1.0
     answer_weight: float = 0.5
     alignment_weight: float = 0.5
     alignment_layer: int = 2  # of 6; the paper: 6 of 24
@@ -376,14 +376,14 @@ def train_model(
     modules = torch.nn.ModuleList([model, head])
     names, params = zip(*modules.named_parameters(), strict=True)
     average = [p.detach().clone() for p in params]
-    # Learning rate and the average's weight as tensors, for a captured graph reads them anew at every step.
+    # Learning rate and the average's weight as tensors, because a captured graph reads them at every step.
     rate, blend = torch.zeros((), device=device), torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(
         params, rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
     )
     pad = Processor.from_folder(work / "tokenizer", config.llm.vocab_size).tokenizer.pad_id
     image_ids = torch.tensor(image_token_ids(work / "tokenizer"), device=device)
-    dice = torch.Generator(device).manual_seed(recipe.seed)
+    generator = torch.Generator(device).manual_seed(recipe.seed)
     step, elapsed = 0, 0.0
     checkpoint = work / "training.pt"
     if checkpoint.is_file():
@@ -392,7 +392,7 @@ def train_model(
         optimizer.load_state_dict(saved["optimizer"])
         optimizer.param_groups[0]["lr"] = rate
         average = [p.to(device) for p in saved["average"]]
-        dice.set_state(saved["dice"].cpu())
+        generator.set_state(saved["generator"].cpu())
         step, elapsed = saved["step"], saved["elapsed"]
     elif init is not None:
         model.load_state_dict(load_model(init, device, torch.float32, progress=False).state_dict())
@@ -424,7 +424,7 @@ def train_model(
     def draw_batch():
         # All on the device: a copy from the host would wait for the whole queue of kernels.
         def below(n: int, count: int) -> Tensor:
-            return torch.randint(n, (count,), generator=dice, device=device)
+            return torch.randint(n, (count,), generator=generator, device=device)
 
         rows, which = below(len(latents), recipe.batch), below(recipe.captions_per_scene, recipe.batch)
         talks = below(len(conversation["ids"]), recipe.conversation_batch)
@@ -433,9 +433,9 @@ def train_model(
             generation["packed"][rows],
             z,
             generation["ids"][rows, which].long(),
-            sample_time(recipe.batch, recipe.time_mean, recipe.time_std, dice, device),
-            torch.randn(z.shape, generator=dice, device=device),
-            torch.rand(recipe.batch, generator=dice, device=device) < recipe.drop,
+            sample_time(recipe.batch, recipe.logit_mean, recipe.logit_std, generator, device),
+            torch.randn(z.shape, generator=generator, device=device),
+            torch.rand(recipe.batch, generator=generator, device=device) < recipe.prompt_dropout,
             conversation["packed"][talks],
             conversation["ids"][talks].long(),
             conversation["labels"][talks].long(),
@@ -456,7 +456,7 @@ def train_model(
         torch.nn.utils.clip_grads_with_norm_(params, 1.0, norm)
         bad = (~torch.isfinite(norm)).float()
         skipped.add_(bad)
-        optimizer.found_inf = bad  # how the fused optimizer is told to leave a step out
+        optimizer.found_inf = bad  # makes the fused optimizer skip the step
         optimizer.step()
         with torch.no_grad():
             change = torch._foreach_sub(params, average)
@@ -466,7 +466,7 @@ def train_model(
 
     def set_rates() -> None:
         rate.fill_(learning_rate(recipe, step, elapsed))
-        blend.fill_(1 - min(recipe.average, (1 + step) / (10 + step)))
+        blend.fill_(1 - min(recipe.ema_decay, (1 + step) / (10 + step)))
 
     replay = None
     if graph:  # the whole step as one CUDA graph: launching its kernels one by one takes longer than they run
@@ -481,7 +481,7 @@ def train_model(
         torch.cuda.synchronize()
         optimizer.zero_grad(set_to_none=True)
         captured = torch.cuda.CUDAGraph()
-        captured.register_generator_state(dice)
+        captured.register_generator_state(generator)
         with torch.cuda.graph(captured):
             result = train_step()
         replay = captured.replay
@@ -491,7 +491,7 @@ def train_model(
             "modules": modules.state_dict(),
             "optimizer": optimizer.state_dict(),
             "average": average,
-            "dice": dice.get_state(),
+            "generator": generator.get_state(),
             "step": step,
             "elapsed": elapsed,
         }

@@ -217,7 +217,7 @@ class Trainer:
         except BadRowsError as error:
             self.note_bad(error.rows)
             raise
-        except RuntimeError as error:  # a worker's death is told wherever the trainer happens to be
+        except RuntimeError as error:  # a worker's death is raised wherever the main process is
             if "DataLoader" not in str(error):
                 raise
             if self.stop_requested:  # it went to the workers too
