@@ -24,6 +24,7 @@ from .settings import (
     Positive,
     Processes,
     Rank,
+    Seed,
     Share,
     SolverSteps,
     Steps,
@@ -178,7 +179,7 @@ class Config:
     vae: PathOrName = ""  # folder or hub id; "": the checkpoint's own, else SDXL's
     output: PathText = "runs/train"
     stage: Literal["adaptation", "pretraining", "finetuning"] = "finetuning"
-    seed: Interval = 0
+    seed: Seed = 0
     steps: Steps = FROM_STAGE
     epochs: Positive | None = None  # instead of steps: until every source was read so many times
     batch: Count = FROM_STAGE  # samples of a step, over all GPUs
@@ -280,4 +281,4 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Relative paths in the file are relative to its folder, those in overrides to the current one. Raises
     FileNotFoundError, or ValueError that names the key.
     """
-    return load_toml(Config, Path(path), overrides, {"output": Config.output})
+    return load_toml(Config, Path(path).expanduser(), overrides, {"output": Config.output})

@@ -71,7 +71,7 @@ def save_adapter(config: Config, sizes: JanusFlowConfig, trained: Mapping[str, T
 
 def export_checkpoint(folder: str | Path) -> Path:
     """Export any checkpoint of a run, OUTPUT/checkpoints/step-N, to OUTPUT/export-step-N."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     about = checkpoints.describe(folder)
     config = read(Config, about["config"])
     source = resolve(config.model, progress=False)

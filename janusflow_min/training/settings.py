@@ -20,6 +20,8 @@ LIMITS = {  # what a number must be, in the words of the error
     "0 or above": lambda x: x >= 0,
     "from 0 to 1": lambda x: 0 <= x <= 1,
     "0 or above and below 1": lambda x: 0 <= x < 1,
+    "from 0 to 2^63 - 1": lambda x: 0 <= x < 2**63,
+    "from 0 to 1,000,000,000": lambda x: 0 <= x <= 10**9,
     "from 1 to 1,000,000,000": lambda x: 1 <= x <= 10**9,
     "from 1 to 100,000": lambda x: 1 <= x <= 10**5,
     "from 1 to 10,000": lambda x: 1 <= x <= 10**4,
@@ -30,7 +32,8 @@ NotNegative = Annotated[float, "0 or above"]
 Share = Annotated[float, "from 0 to 1"]
 BelowOne = Annotated[float, "0 or above and below 1"]
 Steps = Annotated[int, "from 1 to 1,000,000,000"]
-Interval = Annotated[int, "0 or above"]  # in steps; 0: never
+Seed = Annotated[int, "from 0 to 2^63 - 1"]
+Interval = Annotated[int, "from 0 to 1,000,000,000"]  # in steps; 0: never
 Count = Annotated[int, "from 1 to 100,000"]
 Processes = Annotated[int, "from 0 to 1,000"]
 SolverSteps = Annotated[int, "from 1 to 10,000"]

@@ -146,7 +146,7 @@ def test_overrides(tmp_path):
 
 
 NUMBERS = {  # every number of a configuration, with values that lie outside its limits
-    "seed": [-1],
+    "seed": [-1, 2**63],
     "steps": [0, -5, 10**10],
     "epochs": [0.0, -1.0],
     "batch": [0, 10**8],
@@ -165,7 +165,7 @@ NUMBERS = {  # every number of a configuration, with values that lie outside its
     "optimizer.eps": [0.0, -1e-8],
     "optimizer.weight_decay": [-0.1],
     "optimizer.max_grad_norm": [0.0],
-    "optimizer.warmup": [-1],
+    "optimizer.warmup": [-1, 10**10],
     "optimizer.min_lr_ratio": [-0.1, 1.1],
     "optimizer.ema_decay": [-0.1, 1.0],
     "lora.rank": [-1, 10**6],
@@ -175,7 +175,7 @@ NUMBERS = {  # every number of a configuration, with values that lie outside its
     "loader.max_padding": [0.0],
     "loader.workers": [-1, 10**6],
     "report.log": [0],
-    "report.every": [-1],
+    "report.every": [-1, 10**10],
     "report.validation_rows": [0],
     "report.num_inference_steps": [0, 10**7],
     "report.cfg_weight": [math.nan],
