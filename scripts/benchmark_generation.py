@@ -38,9 +38,9 @@ from common import helper, save_random, tiny_config
 
 from janusflow_min.benchmarks import geneval
 from janusflow_min.benchmarks.runner import (
+    RankInfo,
     RunFolder,
     Settings,
-    World,
     load_pipe,
     paint,
     sha256,
@@ -255,7 +255,7 @@ def invented(count: int) -> list[dict[str, Any]]:
 
 def ours(args: argparse.Namespace) -> None:
     """One rank's share, `passes` times; its clock readings go into a file."""
-    world = World.from_environment()
+    world = RankInfo.from_environment()
     settings = Settings(
         model=str(args.work / "model"),
         device=args.device,

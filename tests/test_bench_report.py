@@ -4,36 +4,35 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from janusflow_min import cli
 from janusflow_min.benchmarks import report
-from janusflow_min.benchmarks.report import Published, Score
+from janusflow_min.benchmarks.report import Published
 from janusflow_min.benchmarks.runner import RunFolder
+from janusflow_min.benchmarks.scoring import ScoreOptions, ScoringRun, check_inputs
 
 PUBLISHED = (Published("Theirs", "their way", {"a": 0.25}, 0.5),)
 
 
-def make(n_scored: int = 8, standard: bool = True, value: float | None = 0.75) -> Score:
-    return Score(
-        "geneval",
+def make(run: Path, n_scored: int = 8, published: bool = True, value: float | None = 0.75) -> dict[str, Any]:
+    """A scored run in the folder."""
+    about = {"checkpoint": {"model": "mine"}, "settings": {"seed": 1}, "versions": {}, "seed_rule": "rule"}
+    about |= {"benchmark": "geneval", "inputs_sha256": {"file": "abc"}}
+    (run / "manifest.json").write_text(json.dumps(about))
+    scoring = ScoringRun("geneval", run, ScoreOptions(), {"file": "abc"}, published)
+    scoring.notes.append("a remark")
+    return scoring.write(
         headline=("overall", value),
         scale=1.0,
-        standard=standard,
         n_expected=8,
         n_scored=n_scored,
         scores={"a": (0.5, n_scored, 8), "b": (None, 0, 0)},
         judge={"model": "judge|one"},
-        options={"threshold": 0.3},
-        inputs={"file": "abc"},
-        manifest={
-            "checkpoint": {"model": "mine"},
-            "settings": {"seed": 1},
-            "versions": {},
-            "seed_rule": "rule",
-        },
-        notes=["a remark"],
+        items=[],
         others={"another total": 0.7},
     )
 
@@ -41,20 +40,19 @@ def make(n_scored: int = 8, standard: bool = True, value: float | None = 0.75) -
 @pytest.mark.parametrize(
     ("score", "line"),
     [
-        (make(), "overall: 0.7500 (8 scored)"),
-        (make(n_scored=7), "partial: 7 of 8 scored, so there is no headline number"),
+        ({}, "overall: 0.7500 (8 scored)"),
+        ({"n_scored": 7}, "partial: 7 of 8 scored, so there is no headline number"),
         (
-            make(standard=False),
+            {"published": False},
             "8 scored, but there is no headline number: the data are not the published ones",
         ),
-        (make(value=None), "8 scored"),
+        ({"value": None}, "8 scored"),
     ],
 )
 def test_only_the_whole_published_set_has_a_headline(tmp_path, score, line):
     """Stops: an average of a part, read as the benchmark's number."""
     folder = RunFolder(tmp_path)
-    result = report.write_score(folder, score)
-    assert report.summary(result) == line
+    assert report.summary(make(tmp_path, **score)) == line
     paths = report.write_report(folder, "GenEval", PUBLISHED)
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# GenEval: mine\n") and line in text
@@ -74,9 +72,9 @@ def test_the_plot(tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
 
-    report.write_score(RunFolder(tmp_path), make(n_scored=3))
+    make(tmp_path, n_scored=3)
     paths = report.write_report(RunFolder(tmp_path), "GenEval", PUBLISHED)
-    with Image.open(paths[2]) as picture:
+    with Image.open(next(path for path in paths if path.suffix == ".png")) as picture:
         assert picture.width > 400
     report.write_report(RunFolder(tmp_path), "GenEval", ())
 
@@ -85,8 +83,9 @@ def test_without_matplotlib_there_is_everything_else(tmp_path, monkeypatch, caps
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report.write_score(RunFolder(tmp_path), make())
-    assert len(report.write_report(RunFolder(tmp_path), "GenEval", PUBLISHED)) == 2
+    make(tmp_path)
+    paths = report.write_report(RunFolder(tmp_path), "GenEval", PUBLISHED)
+    assert {path.suffix for path in paths} == {".json", ".md", ".html"}
     assert "janusflow-min[bench]" in capsys.readouterr().err
     assert not (tmp_path / "report.png").exists()
 
@@ -94,11 +93,11 @@ def test_without_matplotlib_there_is_everything_else(tmp_path, monkeypatch, caps
 def test_a_run_is_not_scored_as_another_or_from_another_file(tmp_path):
     manifest = {"benchmark": "wise", "inputs_sha256": {"a.json": "1"}}
     with pytest.raises(ValueError, match="is a run of wise, not of geneval"):
-        report.check_inputs(manifest, "geneval", {}, tmp_path)
+        check_inputs(manifest, "geneval", {}, tmp_path)
     with pytest.raises(ValueError, match=r"generated from another a\.json"):
-        report.check_inputs(manifest, "wise", {"a.json": "2"}, tmp_path)
-    report.check_inputs(manifest, "wise", {"a.json": "1"}, tmp_path)
-    report.check_inputs(None, "wise", {}, tmp_path)
+        check_inputs(manifest, "wise", {"a.json": "2"}, tmp_path)
+    check_inputs(manifest, "wise", {"a.json": "1"}, tmp_path)
+    check_inputs(None, "wise", {}, tmp_path)
     with pytest.raises(FileNotFoundError, match="run the stage `score` first"):
         report.read_score(RunFolder(tmp_path))
 

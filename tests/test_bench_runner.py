@@ -20,7 +20,7 @@ from PIL import Image
 import janusflow_min as jf
 from janusflow_min import cli
 from janusflow_min.benchmarks import runner
-from janusflow_min.benchmarks.runner import Item, RunFolder, Settings, World
+from janusflow_min.benchmarks.runner import Item, RankInfo, RunFolder, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 THINGS = ("cat", "dog", "vase", "kite", "bus", "clock", "cup")
@@ -89,12 +89,12 @@ def test_shards_are_a_partition_that_keeps_places():
 
 
 def test_world_is_torchruns():
-    assert World.from_environment({}) == World(0, 1, 0)
-    assert World.from_environment({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == World(5, 8, 1)
+    assert RankInfo.from_environment({}) == RankInfo(0, 1, 0)
+    assert RankInfo.from_environment({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == RankInfo(5, 8, 1)
     with pytest.raises(ValueError, match="RANK 8 of WORLD_SIZE 8"):
-        World.from_environment({"RANK": "8", "WORLD_SIZE": "8"})
+        RankInfo.from_environment({"RANK": "8", "WORLD_SIZE": "8"})
     with pytest.raises(ValueError, match="whole numbers"):
-        World.from_environment({"RANK": "one", "WORLD_SIZE": "8"})
+        RankInfo.from_environment({"RANK": "one", "WORLD_SIZE": "8"})
 
 
 # Files -----------------------------------------------------------------------
@@ -143,10 +143,10 @@ def test_a_run_may_be_named_in_any_way(tmp_path, monkeypatch, capsys, out):
 def test_shards_together_equal_the_single_run(tmp_path, pipe, items, settings):
     """Stops: another rank count, another picture."""
     one = RunFolder(tmp_path / "one")
-    assert runner.paint(pipe, one, items, 2, settings, World()).complete
+    assert runner.paint(pipe, one, items, 2, settings, RankInfo()).complete
     for size in (2, 3):
         many = RunFolder(tmp_path / str(size))
-        found = [runner.paint(pipe, many, items, 2, settings, World(rank, size)) for rank in range(size)]
+        found = [runner.paint(pipe, many, items, 2, settings, RankInfo(rank, size)) for rank in range(size)]
         assert not found[0].complete and found[-1].complete
         assert tree(many.root) == tree(one.root)
     # And each is what the pipeline paints from the seed alone, up to the last bit of a batch.
@@ -161,7 +161,7 @@ def test_holes_are_filled_with_the_same_pictures_and_the_rest_is_left_alone(
 ):
     """Stops: resuming that paints a hole in another batch, or that overwrites what is there."""
     folder = RunFolder(tmp_path)
-    runner.paint(pipe, folder, items, 2, settings, World())
+    runner.paint(pipe, folder, items, 2, settings, RankInfo())
     whole = tree(tmp_path)
     (folder.images / "00002/samples/00001.png").unlink()
     (folder.images / "00006/metadata.jsonl").unlink()
@@ -176,7 +176,7 @@ def test_holes_are_filled_with_the_same_pictures_and_the_rest_is_left_alone(
         return generate(self, prompts, **options)
 
     monkeypatch.setattr(jf.Pipeline, "generate", spy)
-    runner.paint(pipe, folder, items, 2, settings, World())
+    runner.paint(pipe, folder, items, 2, settings, RankInfo())
     assert painted == [2, 1]  # the two blocks with holes, whole
     assert kept.read_bytes() == mine
     assert tree(tmp_path) | {"images/00000/samples/00000.png": b""} == whole | {
@@ -186,13 +186,13 @@ def test_holes_are_filled_with_the_same_pictures_and_the_rest_is_left_alone(
     def fail():
         raise AssertionError("nothing is missing, so nothing is loaded")
 
-    assert runner.paint(fail, folder, items, 2, settings, World()).complete
+    assert runner.paint(fail, folder, items, 2, settings, RankInfo()).complete
 
 
 def test_broken_images_are_missing_ones(tmp_path, pipe, items, settings):
     """Stops: an empty or a cut image, of a full disk for instance, that counts as generated for ever."""
     folder = RunFolder(tmp_path)
-    runner.paint(pipe, folder, items, 2, settings, World())
+    runner.paint(pipe, folder, items, 2, settings, RankInfo())
     whole = tree(folder.images)
     for i, cut in enumerate((0, 1, 7, 8, 11, 19, 60, -1)):
         path = folder.images / f"{i // 2:05d}/samples/{i % 2:05d}.png"
@@ -201,7 +201,7 @@ def test_broken_images_are_missing_ones(tmp_path, pipe, items, settings):
     (folder.images / "00005/metadata.jsonl").write_text("")
     found = runner.coverage(items, folder.images)
     assert (found.present, found.expected) == (5, 14)
-    assert runner.paint(pipe, folder, items, 2, settings, World()).complete
+    assert runner.paint(pipe, folder, items, 2, settings, RankInfo()).complete
     assert tree(folder.images) == whole
     other = tmp_path / "another.png"
     Image.new("RGB", (4, 4)).save(other, "JPEG")  # of other people's tools; readable all the same
@@ -255,15 +255,15 @@ def test_a_rank_that_dies_leaves_whole_files(tmp_path, pipe, items, settings, mo
 
     monkeypatch.setattr(jf.Pipeline, "generate", dies)
     with pytest.raises(RuntimeError):
-        runner.paint(pipe, folder, items, 2, settings, World(0, 2))
+        runner.paint(pipe, folder, items, 2, settings, RankInfo(0, 2))
     monkeypatch.setattr(jf.Pipeline, "generate", generate)
-    found = runner.paint(pipe, folder, items, 2, settings, World(1, 2))
+    found = runner.paint(pipe, folder, items, 2, settings, RankInfo(1, 2))
     assert 0 < len(found.missing) < found.expected
     assert "of 14 files are there; missing: 00004/samples/00000.png" in str(found)
     for path in folder.images.rglob("*.png"):
         Image.open(path).load()
-    assert runner.paint(pipe, folder, items, 2, settings, World(0, 2)).complete
-    runner.paint(pipe, RunFolder(tmp_path / "one"), items, 2, settings, World())
+    assert runner.paint(pipe, folder, items, 2, settings, RankInfo(0, 2)).complete
+    runner.paint(pipe, RunFolder(tmp_path / "one"), items, 2, settings, RankInfo())
     assert tree(folder.root) == tree(tmp_path / "one")
 
 
@@ -277,23 +277,23 @@ def test_no_temporary_file_ever_lies_among_the_images(tmp_path, pipe, items, set
         return replace(source, target)
 
     monkeypatch.setattr(os, "replace", watch)
-    runner.paint(pipe, RunFolder(tmp_path), items, 2, settings, World())
+    runner.paint(pipe, RunFolder(tmp_path), items, 2, settings, RankInfo())
     assert seen <= {"metadata.jsonl", "00000.png", "00001.png"}
     assert not (tmp_path / ".work").exists()
 
 
 def test_a_limit_paints_the_first_prompts_as_the_whole_run_would(tmp_path, pipe, items, settings):
     part, one = RunFolder(tmp_path / "part"), RunFolder(tmp_path / "one")
-    found = runner.paint(pipe, part, items, 2, replace(settings, limit=3), World())
+    found = runner.paint(pipe, part, items, 2, replace(settings, limit=3), RankInfo())
     assert (found.present, found.expected) == (6, 14)
-    runner.paint(pipe, one, items, 2, settings, World())
+    runner.paint(pipe, one, items, 2, settings, RankInfo())
     assert tree(part.images).items() <= tree(one.images).items()
 
 
 def test_a_prompt_that_cannot_be_painted_is_told_before_anything_is(tmp_path, pipe, items, settings):
     bad = Item(7, "a photo of <|User|>", ("a.png", "b.png"))
     with pytest.raises(ValueError):
-        runner.paint(pipe, RunFolder(tmp_path), [*items, bad], 2, settings, World())
+        runner.paint(pipe, RunFolder(tmp_path), [*items, bad], 2, settings, RankInfo())
     assert not (tmp_path / "images").exists()
 
 

@@ -161,10 +161,10 @@ def test_a_dry_run_asks_nothing(tmp_path):
     records = judges.Records(tmp_path / "run" / "judge.jsonl", "key", {})
     run = ScoringRun("x", tmp_path / "run", Options(data=Path("d")), {}, True)
     questions = [Question(i, "h", lambda: [{"content": "x" * 10_000}]) for i in range(1234)]
-    assert summary(run.dry_run(questions, records)) == "1,234 requests, about 12.4 MB"
+    assert summary(run.dry_run(records.todo(questions))) == "1,234 requests, about 12.4 MB"
     records.add(0, "h", {})
-    assert summary(run.dry_run(questions, records)).startswith("1,233 requests")
-    assert summary(run.dry_run([], records)) == "0 requests, about 0.0 MB"
+    assert summary(run.dry_run(records.todo(questions))).startswith("1,233 requests")
+    assert summary(run.dry_run([])) == "0 requests, about 0.0 MB"
     records.close()
 
 

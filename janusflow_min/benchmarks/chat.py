@@ -233,7 +233,7 @@ def judge_all(
     """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
-    todo = [q for q in questions if not records.has(q.key, q.sha256)]
+    todo = records.todo(questions)
     asking = Asking(chat, attempts, wait, stop_after)
     failures: dict[Any, str] = {}
 

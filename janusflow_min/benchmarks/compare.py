@@ -34,14 +34,13 @@ def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict[str, Any]:
     pairs = [(found[0][key], found[1][key]) for key in common]
     totals = scores[0].get("totals", {})
     result = bootstrap.compare([x for x, _ in pairs], [y for _, y in pairs], totals, seed)
-    changed = sorted(
-        (
-            (y.value - x.value, x, y)
-            for x, y in pairs
-            if None not in (x.value, y.value) and x.value != y.value
-        ),
-        key=lambda entry: (-abs(entry[0]), entry[1].item),
-    )
+    changed = [
+        (y.value - x.value, x, y)
+        for x, y in pairs
+        if x.value is not None and y.value is not None and x.value != y.value
+    ]
+    changed.sort(key=lambda entry: (-abs(entry[0]), entry[1].item))
+    settings = [(score["manifest"] or {}).get("settings", {}) for score in scores]
     return {
         "benchmark": scores[0]["benchmark"],
         "runs": [str(folder.root) for folder in folders],
@@ -59,9 +58,7 @@ def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict[str, Any]:
             for key in ("judge", "options")
             for line in differences(scores[0][key], scores[1][key], key, ("in A", "in B"))
         ],
-        "settings": differences(
-            *((score["manifest"] or {}).get("settings", {}) for score in scores), "settings", ("in A", "in B")
-        ),
+        "settings": differences(settings[0], settings[1], "settings", ("in A", "in B")),
     }
 
 

@@ -55,7 +55,9 @@ class QuestionAnswerer(Protocol):
 class Chat(Protocol):
     """A judge that reads messages in OpenAI's form."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The model's, as the score names it."""
 
     def ask(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """One attempt. Raises TryAgain for what may pass, NoAnswer for what concerns this item alone, anything else
@@ -116,6 +118,10 @@ class Records:
     def has(self, key: Any, sha256: str) -> bool:
         """Whether there is a record about exactly this."""
         return key in self.entries and self.entries[key]["sha256"] == sha256
+
+    def todo(self, questions: Sequence[Any]) -> list[Any]:
+        """Those of the questions (with key and sha256) that have no record."""
+        return [question for question in questions if not self.has(question.key, question.sha256)]
 
     def add(self, key: Any, sha256: str, values: Mapping[str, Any]) -> None:
         record = {self.key: key, "sha256": sha256} | self.identity | dict(values)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .gallery import gallery
 from .runner import RunFolder, read_json
-from .scoring import check_inputs as check_inputs
 from .scoring import read_items
 
 MAX_NOTE = 300  # characters of a note in the Markdown
@@ -29,59 +28,6 @@ class Published:
     protocol: str
     scores: Mapping[str, float]
     overall: float | None
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a scoring stage found out."""
-
-    benchmark: str
-    headline: tuple[str, float | None]  # name and value; "" where the benchmark has no total
-    scale: float  # the best possible value
-    standard: bool  # the input is the published set
-    n_expected: int
-    n_scored: int
-    scores: Mapping[str, tuple[float | None, int, int]]  # group -> value, scored, expected
-    judge: Mapping[str, Any]
-    options: Mapping[str, Any]
-    inputs: Mapping[str, str]  # name -> sha256
-    manifest: Mapping[str, Any] | None  # of the generation; None for images made elsewhere
-    notes: Sequence[str] = ()
-    others: Mapping[str, float | None] = field(
-        default_factory=dict
-    )  # more totals, shown where the headline is
-
-
-def write_score(folder: RunFolder, score: Score) -> dict[str, Any]:
-    """score.json of a benchmark that does not use `scoring.ScoringRun` yet; returns its content."""
-    complete = score.n_scored == score.n_expected
-    name, value = score.headline
-    whole = complete and score.standard
-    result = {
-        "benchmark": score.benchmark,
-        "complete": complete,
-        "departures": [] if score.standard else ["the data are not the published ones"],
-        "n_expected": score.n_expected,
-        "n_scored": score.n_scored,
-        "headline": {"name": name, "value": value, "interval": None}
-        if whole and name and value is not None
-        else None,
-        "others": {name: {"value": value, "interval": None} for name, value in score.others.items()}
-        if whole
-        else {},
-        "scale": score.scale,
-        "scores": {
-            group: {"value": value, "interval": None, "n_scored": n, "n_expected": of}
-            for group, (value, n, of) in score.scores.items()
-        },
-        "judge": dict(score.judge),
-        "options": dict(score.options),
-        "inputs_sha256": dict(score.inputs),
-        "manifest": score.manifest,
-        "notes": list(score.notes),
-    }
-    folder.write_json(folder.root / "score.json", result)
-    return result
 
 
 def read_score(folder: RunFolder) -> dict[str, Any]:

@@ -48,19 +48,6 @@ WRITERS = 4  # threads that compress PNG files while the next block is painted
 
 
 @dataclass(frozen=True)
-class Option:
-    """One option of a benchmark's stage; the command line makes its arguments of these."""
-
-    flag: str  # "--images-per-prompt"; the function's keyword is its name with underscores
-    help: str
-    default: Any = None
-    kind: Callable[[str], Any] = str  # bool makes --flag and --no-flag
-    choices: tuple[str, ...] = ()
-    required: bool = False
-    many: bool = False  # may be repeated; the value is a list
-
-
-@dataclass(frozen=True)
 class Settings:
     """How a run is generated. What changes pixels is in the manifest."""
 
@@ -85,7 +72,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class World:
+class RankInfo:
     """Which of how many processes this is."""
 
     rank: int = 0
@@ -93,7 +80,7 @@ class World:
     local_rank: int = 0
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo:
         """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them one process."""
         try:
             rank, size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
@@ -357,7 +344,7 @@ def blocks(items: Sequence[T], images_per_prompt: int, batch_size: int) -> list[
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def load_pipe(settings: Settings, world: World, parts: str = "generation") -> Pipeline:
+def load_pipe(settings: Settings, world: RankInfo, parts: str = "generation") -> Pipeline:
     """The pipeline that `settings` describe, on this rank's own device where there are several."""
     import torch
 
@@ -386,7 +373,7 @@ def paint(
     items: Sequence[Item],
     images_per_prompt: int,
     settings: Settings,
-    world: World | None = None,
+    world: RankInfo | None = None,
     compose: Callable[[Sequence[Image.Image]], Sequence[Image.Image]] | None = None,
 ) -> Coverage:
     """Paint what of this rank's share is missing; returns the coverage of the whole benchmark.
@@ -395,7 +382,7 @@ def paint(
     compose: makes the item's files of its `images_per_prompt` images, a grid for instance; without it they are
     one to one. Interrupted at any point, the files there are whole, and the same call goes on.
     """
-    world = World.from_environment() if world is None else world
+    world = RankInfo.from_environment() if world is None else world
     wanted = len(items) if settings.limit is None else settings.limit
     files = 1 if not items else len(items[0].files)
     if compose is None and files != images_per_prompt:
@@ -478,7 +465,7 @@ def run(
     compose: Callable[[Sequence[Image.Image]], Sequence[Image.Image]] | None = None,
 ) -> Coverage:
     """A benchmark's generation stage: manifest, then `paint`. choices: the benchmark's own settings."""
-    world = World.from_environment()
+    world = RankInfo.from_environment()
     check_settings(settings)
     folder = RunFolder(out)
     own = {"images_per_prompt": images_per_prompt, "items": len(items)} | dict(choices or {})

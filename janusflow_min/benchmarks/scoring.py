@@ -130,9 +130,8 @@ class ScoringRun:
             raise FileNotFoundError(f"no image{broken} named {what} in {self.images}")
         return found
 
-    def dry_run(self, questions: Sequence[Question], records: Records) -> dict[str, Any]:
+    def dry_run(self, todo: Sequence[Question]) -> dict[str, Any]:
         """How many requests are left to send, and about how many MB they are; measured on a sample."""
-        todo = [q for q in questions if not records.has(q.key, q.sha256)]
         sample = todo[:: max(1, len(todo) // SAMPLED)]
         size = sum(len(json.dumps(list(q.messages()))) for q in sample)
         megabytes = size / max(1, len(sample)) * len(todo) / 1e6

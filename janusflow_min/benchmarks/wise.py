@@ -416,7 +416,7 @@ def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
             del records.entries[number]
     try:
         if options.dry_run:
-            return scoring.dry_run(questions, records)
+            return scoring.dry_run(records.todo(questions))
         scoring.failures |= options.ask(judge, questions, parse, records, options.progress)
     finally:
         records.close()

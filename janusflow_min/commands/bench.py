@@ -6,12 +6,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from pathlib import Path
 from typing import Any
 
 from .. import benchmarks
 from ..benchmarks.options import add_options, read_options
-from ..benchmarks.runner import Option, Settings, World
+from ..benchmarks.runner import RankInfo, Settings
 
 STAGES = {
     "generate": "generate the images that are missing; under torchrun each rank generates its share",
@@ -47,12 +46,8 @@ def add_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
             new.add_argument(
                 "--out", dest="folder", metavar="DIR", default=f"outputs/{name}", help="the run's folder"
             )
-            options = module.OPTIONS.get(stage, ())
-            if isinstance(options, type):
-                add_options(new, options)
-            else:
-                for option in options:
-                    _add(new, option)
+            if stage in module.OPTIONS:
+                add_options(new, module.OPTIONS[stage])
             if stage == "generate":
                 add_options(new, Settings)
             new.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -72,20 +67,15 @@ def run(args: argparse.Namespace) -> int:
     from ..benchmarks import report
 
     module, stage, progress = args.benchmark, args.stage, not args.quiet
-    options = module.OPTIONS.get(stage, ())
     if stage == "generate":
         settings = read_options(Settings, args, progress=progress)
-        if isinstance(options, type):
-            print(module.generate(settings, args.folder, read_options(options, args)))
-        else:
-            print(module.generate(settings, args.folder, **_given(options, args)))
+        print(module.generate(settings, args.folder, read_options(module.OPTIONS[stage], args)))
         return 0
-    if World.from_environment().size > 1:
+    if RankInfo.from_environment().size > 1:
         raise ValueError(f"only the stage generate is spread over ranks; call {stage} without torchrun")
-    if stage == "score" and isinstance(options, type):
-        print(report.summary(module.score(args.folder, read_options(options, args, progress=progress))))
-    elif stage == "score":
-        print(report.summary(module.score(args.folder, progress=progress, **_given(options, args))))
+    if stage == "score":
+        options = read_options(module.OPTIONS[stage], args, progress=progress)
+        print(report.summary(module.score(args.folder, options)))
     else:
         for path in module.report(args.folder):
             print(path)
@@ -101,23 +91,3 @@ def compare(args: argparse.Namespace) -> int:
         raise ValueError(f"these are runs of {result['benchmark']}, not of {args.name}")
     print(json.dumps(result, ensure_ascii=False, indent=2) if args.json else markdown(result))
     return 0
-
-
-def _given(options: tuple[Option, ...], args: argparse.Namespace) -> dict[str, Any]:
-    return {_keyword(option): getattr(args, _keyword(option)) for option in options}
-
-
-def _keyword(option: Option) -> str:
-    return option.flag.removeprefix("--").replace("-", "_")
-
-
-def _add(parser: argparse.ArgumentParser, option: Option) -> None:
-    help = option.help if option.default is None else f"{option.help} (default: {option.default})"
-    common: dict[str, Any] = {"default": option.default, "help": help.replace("%", "%%")}
-    if option.kind is bool:
-        parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, **common)
-        return
-    kind = (lambda text: Path(text).expanduser()) if option.kind is Path else option.kind
-    common |= {"type": kind, "required": option.required}
-    common |= {"choices": option.choices} if option.choices else {"metavar": option.kind.__name__.upper()}
-    parser.add_argument(option.flag, action="append" if option.many else "store", **common)

@@ -23,9 +23,9 @@ from ..options import option
 from ..runner import (
     Coverage,
     Item,
+    RankInfo,
     RunFolder,
     Settings,
-    World,
     blocks,
     check_settings,
     checkpoint_identity,
@@ -75,7 +75,7 @@ def read(cases: int = 100, draw_seed: int = 0) -> tuple[list[tuple[str, str]], l
 def generate(settings: Settings, out: str | Path, options: GenerateOptions = GenerateOptions()) -> Coverage:
     """Generate `out`/images/NNNNN.png and answer into `out`/answers/NNNNN.json, a block of questions each."""
     cases, draw_seed = options.cases, options.draw_seed
-    world, folder = World.from_environment(), RunFolder(out)
+    world, folder = RankInfo.from_environment(), RunFolder(out)
     check_settings(settings)
     prompts, questions = read(cases, draw_seed)
     asked = json.dumps([prompts, [(qa.kind, qa.question, qa.answer) for qa, _ in questions]])
@@ -101,7 +101,7 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions = Gen
 
 
 def _answer(
-    pipe: Callable[[], Any], folder: RunFolder, questions: Sequence, settings: Settings, world: World
+    pipe: Callable[[], Any], folder: RunFolder, questions: Sequence, settings: Settings, world: RankInfo
 ) -> None:
     share = shard(list(enumerate(blocks(questions, 1, settings.batch_size))), world.rank, world.size)
     hidden = not settings.progress or world.local_rank != 0

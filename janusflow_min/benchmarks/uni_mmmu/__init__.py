@@ -8,18 +8,21 @@ the judges, `scoring` the table. The benchmark has 14 numbers and no total, so t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import report as reports
+from ..judges import Chat
+from ..options import option
 from ..report import Published
-from ..runner import Coverage, Option, RunFolder, Settings, World, sha256
+from ..runner import Coverage, RankInfo, RunFolder, Settings, sha256
+from ..scoring import ChatOptions, ScoringRun
 from .readers import RELEASED, SOURCES, Case, data_folder, read, tasks_of
 from .rules import COLUMNS, table
 
 if TYPE_CHECKING:
-    from ..judges import Chat
     from .judging import Distance, Judging
 
 TITLE = "Uni-MMMU"
@@ -33,64 +36,66 @@ PUBLISHED = (
     ),
 )
 VL_MODEL, TEXT_MODEL = "Qwen/Qwen2.5-VL-72B-Instruct", "Qwen/Qwen3-32B"  # the official judges
-DATA = Option("--data", "the data/ folder of Vchitect/Uni-MMMU-Eval", kind=Path, required=True)
-TASKS_OPTION = Option("--tasks", f"one of {', '.join(SOURCES)}; repeat for more; without: all", many=True)
-OPTIONS = {
-    "generate": (
-        DATA,
-        TASKS_OPTION,
-        Option(
-            "--uni-mode",
-            "native: what the model can do; torchumm: TorchUMM's calls, painting from text for an edit",
-            "native",
-            choices=("native", "torchumm"),
-        ),
-        Option("--max-new-tokens", "longest answer", 512, int),
-        Option("--prompts", ".json file with other wording, by the names in uni_mmmu/prompts.py", kind=Path),
-    ),
-    "score": (
-        DATA,
-        TASKS_OPTION,
-        Option(
-            "--vl-model",
-            f"judge that sees, officially {VL_MODEL}; without: its legs are null",
-        ),
-        Option("--vl-url", "its endpoint, up to /v1", "http://localhost:8000/v1"),
-        Option("--text-model", f"judge of geometry's texts, officially {TEXT_MODEL}; without: null"),
-        Option("--text-url", "its endpoint, up to /v1", "http://localhost:8001/v1"),
-        Option("--dreamsim", "cache folder of DreamSim, for the jigsaw's images; without: null", kind=Path),
-        Option(
-            "--judge-prompts",
-            "eval_ummmu.py of your checkout of Uni-MMMU, for the official wording; or a .json file by the names in "
-            "uni_mmmu/prompts.py",
-            kind=Path,
-        ),
-        Option(
-            "--official-compat",
-            "read answers, images and judges' replies exactly as the official scorer does",
-            False,
-            bool,
-        ),
-        Option("--concurrency", "requests at once", 8, int),
-        Option("--attempts", "for each request that gets no answer", 3, int),
-        Option("--stop-after", "requests in a row without an answer, then give up on the judge", 10, int),
-        Option("--timeout", "of a request, in seconds", 600.0, float),
-    ),
-    "report": (),
-}
 JUDGED = ("code_text", "code_image", "science_text", "science_image", "math_overlay", "math_text")
 
 
-def generate(
-    settings: Settings,
-    out: str | Path,
-    data: str | Path,
-    tasks: list[str] | None = None,
-    uni_mode: str = "native",
-    max_new_tokens: int = 512,
-    prompts: str | Path | None = None,
-) -> Coverage:
-    """Answer and paint what is missing into `out`/TASK/CASE/; `settings.limit` counts for each task."""
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    data: Path = option("the data/ folder of Vchitect/Uni-MMMU-Eval", kind=Path)
+    tasks: Sequence[str] | None = option(
+        f"one of {', '.join(SOURCES)}; repeat for more; without: all", None, repeat=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(DataOptions):
+    uni_mode: str = option(
+        "native: what the model can do; torchumm: TorchUMM's calls, images from the text alone for an edit",
+        "native",
+        choices=("native", "torchumm"),
+    )
+    max_new_tokens: int = option("longest answer", 512)
+    prompts: Path | None = option(
+        ".json file with other wording, by the names in uni_mmmu/prompts.py", None, kind=Path
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(DataOptions, ChatOptions):
+    """vl_model, text_model: an endpoint's name of the model, or a `judges.Chat`. dreamsim: its cache folder, or a
+    `judging.Distance`."""
+
+    vl_model: str | Chat | None = option(
+        f"judge that sees, officially {VL_MODEL}; without: its legs are null", None
+    )
+    vl_url: str | None = option("its endpoint, up to /v1", "http://localhost:8000/v1")
+    text_model: str | Chat | None = option(
+        f"judge of geometry's texts, officially {TEXT_MODEL}; without: null", None
+    )
+    text_url: str | None = option("its endpoint, up to /v1", "http://localhost:8001/v1")
+    dreamsim: Path | Distance | None = option(
+        "cache folder of DreamSim, for the jigsaw's images; without: null", None, kind=Path
+    )
+    judge_prompts: Path | None = option(
+        "eval_ummmu.py of your checkout of Uni-MMMU, for the official wording; or a .json file by the names in "
+        "uni_mmmu/prompts.py",
+        None,
+        kind=Path,
+    )
+    official_compat: bool = option(
+        "read answers, images and judges' replies exactly as the official scorer does", False
+    )
+    limit: int | None = option("score only the first cases of each task", None, kind=int)
+    dry_run: bool = option("say how much there is to judge, and ask nothing", False)
+    timeout: float = option("of a request, in seconds", 600.0)
+    progress: bool = True
+
+
+OPTIONS = {"generate": GenerateOptions, "score": ScoreOptions}
+
+
+def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> Coverage:
+    """Answer and generate what is missing into `out`/TASK/CASE/; `settings.limit` counts for each task."""
     from ..runner import (
         check_settings,
         checkpoint_identity,
@@ -102,24 +107,25 @@ def generate(
     from .generation import MODES, SEED_RULE, is_done, run_tasks, write_summaries
     from .prompts import model_wording, prompts_hash
 
-    if uni_mode not in MODES:
-        raise ValueError(f"uni_mode must be one of {', '.join(MODES)}, got {uni_mode!r}")
+    mode, max_new_tokens = options.uni_mode, options.max_new_tokens
+    if mode not in MODES:
+        raise ValueError(f"uni_mode must be one of {', '.join(MODES)}, got {mode!r}")
     check_settings(settings)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    folder, world = RunFolder(out), World.from_environment()
-    texts = model_wording(prompts)
-    cases = _cases(data, tasks, uni_mode)
+    folder, world = RunFolder(out), RankInfo.from_environment()
+    texts = model_wording(options.prompts)
+    cases = _cases(options, mode)
     choices = {
-        "uni_mode": uni_mode,
+        "uni_mode": mode,
         "max_new_tokens": max_new_tokens,
         "prompts_sha256": prompts_hash(texts),
-        "own_wording": prompts is None,
+        "own_wording": options.prompts is None,
     }
     write_manifest(
         folder,
         "uni_mmmu",
-        _hashes(data),
+        _hashes(options.data),
         paint_settings(settings) | choices,
         checkpoint_identity(settings),
         seed_rule=SEED_RULE,
@@ -129,7 +135,7 @@ def generate(
             lambda: load_pipe(settings, world, "all"),
             folder,
             cases,
-            uni_mode,
+            mode,
             texts,
             settings,
             max_new_tokens,
@@ -143,54 +149,32 @@ def generate(
     return Coverage(len(usable), len(usable) - len(missing), missing)
 
 
-def score(
-    run: str | Path,
-    data: str | Path,
-    tasks: list[str] | None = None,
-    vl_model: str | Chat | None = None,
-    vl_url: str | None = None,
-    text_model: str | Chat | None = None,
-    text_url: str | None = None,
-    dreamsim: str | Path | Distance | None = None,
-    judge_prompts: str | Path | None = None,
-    official_compat: bool = False,
-    concurrency: int = 8,
-    attempts: int = 3,
-    stop_after: int = 10,
-    timeout: float = 600.0,
-    progress: bool = True,
-    wait: float = 1.0,
-) -> dict[str, Any]:
+def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
     """Score what is generated; writes `eval/` and score.json into `run` and returns the score.
 
-    vl_model, text_model: an endpoint's name of the model, or an object with `judges.Chat`'s methods. dreamsim: its
-    cache folder, or a `judging.Distance`. A run without our manifest, of TorchUMM for instance, counts as generating
-    all images.
+    A run without our manifest, of TorchUMM for instance, counts as generating all images.
     """
-    from ...files import read_json
-    from .judging import TEXT_LEGS, DreamSim, Judging
+    from .judging import DreamSim, Judging
     from .prompts import judge_wording, prompts_hash
-    from .scoring import counts, score_task, write_table, write_task
+    from .scoring import counts, item_scores, score_task, write_table, write_task
 
-    folder = RunFolder(run)
-    manifest = read_json(folder.manifest) if folder.manifest.is_file() else None
+    scoring = ScoringRun("uni_mmmu", run, options, _hashes(options.data), published=True)
+    folder, manifest = scoring.folder, scoring.manifest
     mode = manifest["settings"]["uni_mode"] if manifest else "torchumm"
-    cases = _cases(data, tasks, mode)
-    inputs = _hashes(data)
-    reports.check_inputs(manifest, "uni_mmmu", inputs, folder.root)
-    texts = judge_wording(judge_prompts)
-    chats = {}
-    for leg in JUDGED:
-        model, url = (text_model, text_url) if leg in TEXT_LEGS else (vl_model, vl_url)
-        if model is not None:
-            chats[leg] = _chat(leg, model, url, timeout) if isinstance(model, str) else model
-    distance = DreamSim(dreamsim) if isinstance(dreamsim, str | Path) else dreamsim
-    judging = Judging(
-        folder, texts, chats, distance, official_compat, concurrency, attempts, stop_after, wait, progress
-    )
+    cases = _cases(options, mode)
+    if any(len(of_task) != RELEASED[task] for task, of_task in cases.items()) or len(cases) < len(SOURCES):
+        scoring.departures.append("the data are not the published ones")
+    texts = judge_wording(options.judge_prompts)
+    distance = options.dreamsim
+    if isinstance(distance, str | Path):
+        distance = DreamSim(distance)
+    judging = Judging(folder, texts, options, _judges(options), distance)
+    asked = {task: of_task[: options.limit] for task, of_task in cases.items()}
     records = {
-        task: score_task(task, of_task, mode == "torchumm", judging) for task, of_task in cases.items()
+        task: score_task(task, of_task, mode == "torchumm", judging) for task, of_task in asked.items()
     }
+    if options.dry_run:
+        return scoring.dry_run(judging.planned)
     if not any(record["status"] == "ok" for of_task in records.values() for record in of_task):
         raise FileNotFoundError(f"{folder.root} holds no finished case of {', '.join(cases)}")
     summaries = {task: write_task(folder, task, of_task) for task, of_task in records.items()}
@@ -198,33 +182,26 @@ def score(
     whole = {key: values[key] if counted[key][0] == counted[key][1] else None for key in values}
     write_table(folder, whole)
     run_legs = {key: counted[key] for key in values if values[key] is not None}
-    return reports.write_score(
-        folder,
-        reports.Score(
-            "uni_mmmu",
-            headline=("", None),
-            scale=1.0,
-            standard=all(len(of_task) == RELEASED[task] for task, of_task in cases.items())
-            and len(cases) == len(SOURCES),
-            n_expected=sum(of for _, of in run_legs.values()),
-            n_scored=sum(n for n, _ in run_legs.values()),
-            scores={key: (value, *counted[key]) for key, value in values.items()},
-            judge={
-                "vl": _name(vl_model),
-                "text": _name(text_model),
-                "images": distance.name if distance else None,
-            },
-            options={
-                "uni_mode": mode,
-                "official_compat": official_compat,
-                "judge_wording_sha256": prompts_hash(texts),
-                "judge_prompts_sha256": None if judge_prompts is None else sha256(judge_prompts),
-                "max_points": {key: most for key, _, most, _, _ in COLUMNS if most != 1},
-            },
-            inputs=inputs,
-            manifest=manifest,
-            notes=_notes(mode, manifest, judging, cases),
-        ),
+    scoring.notes += _notes(mode, manifest, judging, cases)
+    return scoring.write(
+        headline=("", None),
+        scale=1.0,
+        scores={key: (value, *counted[key]) for key, value in values.items()},
+        n_expected=sum(of for _, of in run_legs.values()),
+        n_scored=sum(n for n, _ in run_legs.values()),
+        judge={
+            "vl": _name(options.vl_model),
+            "text": _name(options.text_model),
+            "images": distance.name if distance else None,
+        },
+        items=item_scores(folder, records, cases),
+        options={
+            "uni_mode": mode,
+            "official_compat": options.official_compat,
+            "judge_wording_sha256": prompts_hash(texts),
+            "judge_prompts_sha256": sha256(options.judge_prompts) if options.judge_prompts else None,
+            "max_points": {key: most for key, _, most, _, _ in COLUMNS if most != 1},
+        },
     )
 
 
@@ -246,8 +223,9 @@ def report(run: str | Path) -> list[Path]:
     return paths
 
 
-def _cases(data: str | Path, tasks: list[str] | None, mode: str) -> dict[str, list[Case]]:
-    return {task: read(data, task, demonstration=mode == "torchumm") for task in tasks_of(tasks or [])}
+def _cases(options: DataOptions, mode: str) -> dict[str, list[Case]]:
+    tasks = tasks_of(options.tasks or [])
+    return {task: read(options.data, task, demonstration=mode == "torchumm") for task in tasks}
 
 
 def _hashes(data: str | Path) -> dict[str, str]:
@@ -256,11 +234,17 @@ def _hashes(data: str | Path) -> dict[str, str]:
     return {source: sha256(folder / source) for source in SOURCES.values() if (folder / source).exists()}
 
 
-def _chat(leg: str, model: str, url: str | None, timeout: float) -> Any:
-    from ..chat import OpenAIChat
-    from .judging import ANSWER_TOKENS
+def _judges(options: ScoreOptions) -> dict[str, Chat]:
+    """leg -> its judge, of the legs that have one."""
+    from .judging import ANSWER_TOKENS, TEXT_LEGS
 
-    return OpenAIChat(model, url, max_tokens=ANSWER_TOKENS.get(leg, 512), timeout=timeout)
+    judges = {}
+    for leg in JUDGED:
+        text = leg in TEXT_LEGS
+        model, url = (options.text_model, options.text_url) if text else (options.vl_model, options.vl_url)
+        if model is not None:
+            judges[leg] = options.chat(model, url, ANSWER_TOKENS.get(leg, 512))
+    return judges
 
 
 def _name(judge: Any) -> str | None:
@@ -290,7 +274,7 @@ def _notes(
             f"the official judges are {VL_MODEL} and {TEXT_MODEL} with their authors' wording (--judge-prompts): the "
             "numbers of other judges or of another wording are not comparable"
         )
-    if judging.chats and not judging.official_compat:
+    if judging.chats and not judging.options.official_compat:
         notes.append(
             "replies are read more carefully than officially (--official-compat): see docs/benchmarks.md"
         )

@@ -30,7 +30,7 @@ from PIL import Image
 from ...files import read_json
 from ..official_prompts import fill
 from ..reading import read_image, read_text
-from ..runner import RunFolder, Settings, World, blocks, is_whole, shard
+from ..runner import RankInfo, RunFolder, Settings, blocks, is_whole, shard
 from .readers import TASKS, Case
 
 if TYPE_CHECKING:
@@ -389,7 +389,7 @@ def run_tasks(
     texts: Mapping[str, str],
     settings: Settings,
     max_new_tokens: int,
-    world: World,
+    world: RankInfo,
 ) -> None:
     """This rank's share of the blocks of all tasks. load: gives the pipeline, called only if something is missing."""
     from tqdm import tqdm

@@ -11,16 +11,19 @@ import mimetypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from ..chat import Question, judge_all
+from ..chat import Question
 from ..judges import Chat, Records
 from ..reading import read_image
 from ..runner import RunFolder, sha256
 from . import rules
 from .prompts import prompts_hash
+
+if TYPE_CHECKING:
+    from . import ScoreOptions
 
 WIDEST = 2048  # px of an image that a judge is sent
 ANSWER_TOKENS = {"science_text": 1024, "math_text": 32767}  # of a judge's answer; other legs have 512
@@ -74,14 +77,10 @@ class Judging:
 
     folder: RunFolder
     texts: Mapping[str, str]  # as prompts.JUDGES
-    chats: Mapping[str, Chat] = field(default_factory=dict)
+    options: ScoreOptions
+    chats: Mapping[str, Chat]
     distance: Distance | None = None
-    official_compat: bool = False
-    concurrency: int = 8
-    attempts: int = 3
-    stop_after: int = 10
-    wait: float = 1.0
-    progress: bool = True
+    planned: list[Question] = field(default_factory=list)  # of a dry run, which asks nothing
     failures: dict[str, str] = field(default_factory=dict)  # leg/key or file -> why it is left out
     unusable: list[str] = field(default_factory=list)  # leg/key of answers without JSON
 
@@ -99,27 +98,22 @@ class Judging:
             if all([self.open(path) for path in job.images]):
                 make = functools.partial(_messages, job, wording.get(f"{leg}_system"))
                 questions.append(Question(job.key, _seen(job), make))
-            elif self.official_compat:
+            elif self.options.official_compat:
                 replies[job.key] = {}
+        if self.options.dry_run:
+            self.planned += records.todo(questions)
+            records.close()
+            return {}
         try:
-            failures = judge_all(
-                self.chats[leg],
-                questions,
-                lambda text: {},
-                records,
-                self.concurrency,
-                self.attempts,
-                self.progress,
-                self.wait,
-                self.stop_after,
-            )
+            progress = self.options.progress
+            failures = self.options.ask(self.chats[leg], questions, lambda text: {}, records, progress)
         finally:
             records.close()
         self.failures |= {f"{leg}/{key}": reason for key, reason in failures.items()}
         for question in questions:
             if records.has(question.key, question.sha256):
                 answer = records.entries[question.key]["answer"]
-                reply = rules.first_object(answer, self.official_compat)
+                reply = rules.first_object(answer, self.options.official_compat)
                 replies[question.key] = reply or {}
                 if reply is None:
                     self.unusable.append(f"{leg}/{question.key}")
@@ -128,7 +122,7 @@ class Judging:
     def judge(self, leg: str, jobs: Sequence[Job], records: Mapping[str, dict[str, Any]]) -> None:
         """Add the leg's verdicts to the records of the jobs' keys."""
         for key, reply in self.ask(leg, jobs).items():
-            records[key].update(rules.verdicts(leg, reply, self.official_compat))
+            records[key].update(rules.verdicts(leg, reply, self.options.official_compat))
 
     def open(self, path: Path) -> Image.Image | None:
         """The image; None, with the reason in `failures`, where it cannot be read."""

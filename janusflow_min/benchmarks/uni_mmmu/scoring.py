@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from ...files import read_json
+from ..bootstrap import ItemScore
 from ..official_prompts import fill
 from ..reading import read_image
 from ..runner import RunFolder
@@ -47,9 +48,11 @@ def _start(cases: Sequence[Case], judging: Judging) -> tuple[list[Record], dict[
     the run's own summary lists.
     """
     records, there = [], []
-    listed = _listed(judging.folder) if judging.official_compat and cases[0].task == "jigsaw" else None
+    listed = (
+        _listed(judging.folder) if judging.options.official_compat and cases[0].task == "jigsaw" else None
+    )
     for case in cases:
-        if not judging.official_compat:
+        if not judging.options.official_compat:
             done = case.usable and is_done(judging.folder, case)
         elif listed is not None:
             done = case.fields["id"] in listed
@@ -103,7 +106,9 @@ def _code(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]
         for name, paths in images.items():
             keys = [f"{name}#{i}" for i in range(len(paths))]
             if all(key in replies for key in keys):
-                by_name[name] |= rules.best_of([replies[key] for key in keys], judging.official_compat)
+                by_name[name] |= rules.best_of(
+                    [replies[key] for key in keys], judging.options.official_compat
+                )
     return records
 
 
@@ -129,14 +134,18 @@ def _reference(case: Case, judging: Judging) -> Path | None:
 
 def _science(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
-    lost = [case.name for case in cases if case not in there and (judging.official_compat or not case.usable)]
+    lost = [
+        case.name
+        for case in cases
+        if case not in there and (judging.options.official_compat or not case.usable)
+    ]
     if "science_text" in judging.chats:
         for name in lost:  # the official scorer counts every sample
             by_name[name] |= {"reasoning_correct": 0, "result_correct": 0}
         jobs = []
         for case in there:
             text, truth = _text(case, judging), case.truth["text"]
-            if truth and (text is not None if judging.official_compat else (text or "").strip()):
+            if truth and (text is not None if judging.options.official_compat else (text or "").strip()):
                 filled = fill(
                     judging.texts["science_text"],
                     scene="(none)",
@@ -169,7 +178,7 @@ def _science(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Reco
 
 def _math(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
-    if paints or judging.official_compat:  # officially an error of the data, not scored
+    if paints or judging.options.official_compat:  # officially an error of the data, not scored
         for case in there:
             if case.truth["overlay"] is None:
                 by_name[case.name]["status"] = "no auxiliary_image in the data"
@@ -203,7 +212,7 @@ def _math(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]
 def _jigsaw(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
     for case in there:
-        choice, status = rules.choice(_text(case, judging) or "", judging.official_compat)
+        choice, status = rules.choice(_text(case, judging) or "", judging.options.official_compat)
         record = by_name[case.name]
         record |= {"label": case.truth["label"], "choice": choice, "text_status": status}
         record["text_correct"] = int(choice == case.truth["label"])
@@ -223,7 +232,7 @@ def _jigsaw_distance(case: Case, judging: Judging) -> Record:
     opened = [judging.open(path) for path in (*paths, *slots) if path is not None]
     images = [image for image in opened if image is not None]
     if len(images) < 4:
-        return {"image_status": "unreadable", "d_mean": 1.0} if judging.official_compat else {}
+        return {"image_status": "unreadable", "d_mean": 1.0} if judging.options.official_compat else {}
     d0, d1 = judging.distance(images[0], images[2]), judging.distance(images[1], images[3])
     return {"image_status": "ok", "d0": d0, "d1": d1, "d_mean": (d0 + d1) / 2}
 
@@ -261,7 +270,7 @@ def _grids(
 
 def _maze(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
-    compat = judging.official_compat
+    compat = judging.options.official_compat
     for case in there:
         image = judging.open(case.images[0])
         first = boards.parse_maze(image, compat) if image else boards.Maze([], None, None)
@@ -284,7 +293,7 @@ def _sliding(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Reco
     records, by_name, there = _start(cases, judging)
 
     def read(image: Image.Image) -> boards.Grid:
-        return boards.parse_puzzle(image, judging.official_compat)
+        return boards.parse_puzzle(image, judging.options.official_compat)
 
     for case in there:
         expected = _grids(case.truth["frames"] if paints else (), judging, read, unclear=False)
@@ -294,9 +303,11 @@ def _sliding(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Reco
         records.remove(by_name[case.name])
         for i, (text, paths) in enumerate(_candidates(case, judging), 1):
             record: Record = {"id": case.name, "status": "ok", "cand_idx": i}
-            record |= rules.score_moves(rules.moves(text, judging.official_compat), case.truth["moves"])
+            record |= rules.score_moves(
+                rules.moves(text, judging.options.official_compat), case.truth["moves"]
+            )
             if paints:
-                frames = _grids(paths, judging, read, judging.official_compat)
+                frames = _grids(paths, judging, read, judging.options.official_compat)
                 record |= {} if frames is None else rules.score_puzzle_frames(frames, expected)
             records.append(record)
     return records
@@ -339,6 +350,29 @@ def counts(
         scored = {record["id"] for record in records.get(task, ()) if record.get(key) is not None}
         result[column] = (len(scored), len(cases.get(task, ())))
     return result
+
+
+def item_scores(
+    folder: RunFolder, records: Mapping[str, Sequence[Record]], cases: Mapping[str, Sequence[Case]]
+) -> list[ItemScore]:
+    """Each case with the columns that were measured; of several candidates the mean counts."""
+    items = []
+    for task, of_task in cases.items():
+        for case in of_task:
+            own = [record for record in records[task] if record["id"] == case.name]
+            parts = {}
+            for column, _, _, where, key in rules.COLUMNS:
+                values = [float(r[key]) for r in own if where == task and r.get(key) is not None]
+                if key == "d_mean":
+                    values = [1 - value for value in values]
+                if values:
+                    parts[column] = sum(values), len(values)
+            if parts:
+                images = sorted((folder.root / case.folder).rglob("*.png"))
+                reason = "; ".join(str(r["status"]) for r in own if r["status"] != "ok")
+                text = str(case.fields.get("problem") or case.fields.get("condition") or "")
+                items.append(ItemScore(case.folder, parts, text, [str(path) for path in images], reason))
+    return items
 
 
 def write_table(folder: RunFolder, table: Mapping[str, float | None]) -> None:

@@ -6,9 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from invented_uni import FAST, make_data
+from invented_uni import FAST, generate_in, make_data
 
-from janusflow_min.benchmarks import uni_mmmu
 from janusflow_min.loading import load
 
 
@@ -25,7 +24,7 @@ def pipe():
 @pytest.fixture(scope="session")
 def native(data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("native") / "run"
-    coverage = uni_mmmu.generate(FAST, run, data, max_new_tokens=6)
+    coverage = generate_in(FAST, run, data, max_new_tokens=6)
     assert coverage.complete and coverage.expected == 12
     return run
 
@@ -33,5 +32,5 @@ def native(data, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def painted(data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("torchumm") / "run"
-    assert uni_mmmu.generate(FAST, run, data, uni_mode="torchumm", max_new_tokens=6).expected == 13
+    assert generate_in(FAST, run, data, uni_mode="torchumm", max_new_tokens=6).expected == 13
     return run

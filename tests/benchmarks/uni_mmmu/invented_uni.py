@@ -9,8 +9,18 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from janusflow_min.benchmarks import uni_mmmu
 from janusflow_min.benchmarks.runner import Settings
 from janusflow_min.benchmarks.uni_mmmu import boards
+
+
+def generate_in(settings, run, data, **options):
+    return uni_mmmu.generate(settings, run, uni_mmmu.GenerateOptions(data=data, **options))
+
+
+def score_of(run, data, **options):
+    return uni_mmmu.score(run, uni_mmmu.ScoreOptions(data=data, **options))
+
 
 MAZE = ["######", "#S  ##", "## ###", "##  G#", "######", "######"]
 

@@ -8,10 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from invented_uni import FAST, SQUARE, plain, write
+from invented_uni import FAST, SQUARE, generate_in, plain, write
 
-from janusflow_min.benchmarks import uni_mmmu
-from janusflow_min.benchmarks.runner import Settings, World
+from janusflow_min.benchmarks.runner import RankInfo, Settings
 from janusflow_min.benchmarks.uni_mmmu import generation, prompts, readers
 
 
@@ -63,13 +62,13 @@ def test_what_scorers_read_in_result_json(painted, data):
 def test_shards_and_holes_change_nothing(native, data, tmp_path, monkeypatch):
     """Stops: answers or pictures that depend on the shard or on what was there already."""
     for rank in (1, 0):
-        monkeypatch.setattr(World, "from_environment", classmethod(lambda cls, rank=rank: cls(rank, 2)))
-        uni_mmmu.generate(FAST, tmp_path / "run", data, max_new_tokens=6)
+        monkeypatch.setattr(RankInfo, "from_environment", classmethod(lambda cls, rank=rank: cls(rank, 2)))
+        generate_in(FAST, tmp_path / "run", data, max_new_tokens=6)
     monkeypatch.undo()
     (tmp_path / "run/code/case_01_A_0001/_done.ok").unlink()
     (tmp_path / "run/code/case_02_B_0002/model_image_01.png").unlink()
     shutil.rmtree(tmp_path / "run/maze/case_00003")
-    assert uni_mmmu.generate(FAST, tmp_path / "run", data, max_new_tokens=6).complete
+    assert generate_in(FAST, tmp_path / "run", data, max_new_tokens=6).complete
     names = tree(native, ".png", "model_text.txt", "summary.json", "manifest.csv")
     assert names == tree(tmp_path / "run", ".png", "model_text.txt", "summary.json", "manifest.csv")
     for name in names:
@@ -81,19 +80,19 @@ def test_nothing_missing_loads_nothing(native, data, monkeypatch):
     from janusflow_min.benchmarks import runner
 
     monkeypatch.setattr(runner, "load_pipe", lambda *args: pytest.fail("loaded"))
-    assert uni_mmmu.generate(FAST, native, data, max_new_tokens=6).complete
+    assert generate_in(FAST, native, data, max_new_tokens=6).complete
 
 
 def test_other_settings_are_refused(native, data):
     """Stops: a folder with answers of two modes."""
     with pytest.raises(ValueError, match=r"settings.uni_mode: \"native\" there, \"torchumm\" now"):
-        uni_mmmu.generate(FAST, native, data, uni_mode="torchumm", max_new_tokens=6)
+        generate_in(FAST, native, data, uni_mode="torchumm", max_new_tokens=6)
 
 
 def test_tasks_one_after_another(data, tmp_path):
     """Stops: a folder that takes no second task; seeds that depend on which tasks were asked for."""
     for task in ("code", "science"):
-        assert uni_mmmu.generate(FAST, tmp_path, data, tasks=[task], max_new_tokens=2).complete
+        assert generate_in(FAST, tmp_path, data, tasks=[task], max_new_tokens=2).complete
     record = json.loads((tmp_path / "code/case_02_B_0002/result.json").read_text())
     assert record["seeds"] == [100_000 * readers.TASKS.index("code") + 100]
     assert "task number" in json.loads((tmp_path / "manifest.json").read_text())["seed_rule"]
@@ -102,7 +101,7 @@ def test_tasks_one_after_another(data, tmp_path):
 def test_a_limit_counts_for_each_task(data, tmp_path):
     """Stops: a trial run that sees the first task alone."""
     limited = Settings(**{**FAST.__dict__, "limit": 1})
-    coverage = uni_mmmu.generate(limited, tmp_path, data, tasks=["science", "maze"], max_new_tokens=2)
+    coverage = generate_in(limited, tmp_path, data, tasks=["science", "maze"], max_new_tokens=2)
     assert coverage.missing == ("science/case_03", "maze/case_00020")
 
 
@@ -171,7 +170,7 @@ def test_a_source_that_is_too_long(pipe, data, tmp_path):
     """Stops: a case that stops the run, or that is tried again at every call."""
     root = shutil.copytree(data / "svg", tmp_path / "data/svg").parent
     (root / "svg/svgs/A_0001.svg").write_text("<svg>" + "<g></g>" * 2000 + "</svg>")
-    assert uni_mmmu.generate(FAST, tmp_path / "run", root, tasks=["code"], max_new_tokens=2).complete
+    assert generate_in(FAST, tmp_path / "run", root, tasks=["code"], max_new_tokens=2).complete
     record = json.loads((tmp_path / "run/code/case_01_A_0001/result.json").read_text())
     assert record["status"] == "error" and "the model has 1024" in record["errors"][0]
     assert (tmp_path / "run/code/case_01_A_0001/model_text.txt").read_text() == ""
@@ -190,9 +189,7 @@ def test_a_broken_file_of_the_data_costs_its_case_alone(data, tmp_path):
     root = shutil.copytree(data, tmp_path / "data")
     (root / "science/imgs/1.png").write_bytes(b"")
     (root / "svg/svgs/A_0001.svg").write_bytes("<svg>\u00e9</svg>".encode("latin-1"))
-    assert uni_mmmu.generate(
-        FAST, tmp_path / "run", root, tasks=["science", "code"], max_new_tokens=2
-    ).complete
+    assert generate_in(FAST, tmp_path / "run", root, tasks=["science", "code"], max_new_tokens=2).complete
 
     def record(folder: str) -> dict:
         return json.loads((tmp_path / "run" / folder / "result.json").read_text())
@@ -207,7 +204,7 @@ def test_a_broken_record_is_made_again(native, tmp_path, data, content):
     """Stops: a record that an interruption cut off, which stops every later call."""
     run = shutil.copytree(native, tmp_path / "run")
     (run / "maze/case_00003/result.json").write_bytes(content)
-    assert uni_mmmu.generate(FAST, run, data, max_new_tokens=6).complete
+    assert generate_in(FAST, run, data, max_new_tokens=6).complete
     assert json.loads((run / "maze/case_00003/result.json").read_text())["status"] == "ok"
 
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from invented_uni import MAZE, draw_maze, draw_puzzle, plain, save, write
+from invented_uni import MAZE, draw_maze, draw_puzzle, plain, save, score_of, write
 from official import official_file
 from PIL import Image
 
-from janusflow_min.benchmarks import uni_mmmu
 from janusflow_min.benchmarks.uni_mmmu import boards, prompts, rules
 
 SCRIPTS = {"UNI_MMMU_ROOT": "eval_ummmu.py", "TORCHUMM_ROOT": "eval/generation/uni_mmmu/eval_ummmu.py"}
@@ -368,7 +367,7 @@ def test_every_summary_is_theirs(theirs, tmp_path, monkeypatch, seed):
     nested = "_resolve_dataset_path" not in vars(theirs.JigsawEvaluator)  # TorchUMM's copy takes the list off
     run = random_run(random.Random(seed), tmp_path, nested)
     expected = run_theirs(theirs, tmp_path, monkeypatch, seed == 3)
-    uni_mmmu.score(
+    score_of(
         run,
         tmp_path / "data",
         vl_model=Judge(seed == 3),

@@ -9,10 +9,10 @@ import shutil
 
 import pytest
 from chat_server import ChatServer
-from invented_uni import YES, Judge, Same, answer, copy, save, write
+from invented_uni import YES, Judge, Same, answer, copy, save, score_of, write
 from PIL import Image
 
-from janusflow_min.benchmarks import uni_mmmu
+from janusflow_min.benchmarks.compare import compare
 from janusflow_min.benchmarks.uni_mmmu import judging, readers, rules
 from janusflow_min.cli import main
 
@@ -24,7 +24,7 @@ def test_native_scores(native, data, tmp_path):
         block = f'<FINAL_ANSWER_JSON>{{"choice": {choice}}}</FINAL_ANSWER_JSON>'
         (run / f"jigsaw/{name}/model_text.txt").write_text(block)
     vl, text = Judge(YES), Judge("<think>{x}</think>" + YES)
-    result = uni_mmmu.score(run, data, vl_model=vl, text_model=text, dreamsim=Same(), progress=False)
+    result = score_of(run, data, vl_model=vl, text_model=text, dreamsim=Same(), progress=False)
     table = json.loads((run / "eval/all_tasks_summary.json").read_text())
     assert table == {
         "jigsaw_image": None,
@@ -66,7 +66,7 @@ def test_torchumm_scores_and_perfect_frames(painted, data, tmp_path):
             shutil.copy(path, run / case.folder / f"model_image_{k:02d}.png")
     (run / "jigsaw/ex_1/model_image_02.png").unlink()
     (run / "jigsaw/ex_1/result.json").write_text("{}")
-    uni_mmmu.score(run, data, vl_model=Judge(YES), dreamsim=Same(), progress=False)
+    score_of(run, data, vl_model=Judge(YES), dreamsim=Same(), progress=False)
     table = json.loads((run / "eval/all_tasks_summary.json").read_text())
     assert table["maze_image"] == table["sliding_image"] == table["math_overlay"] == 1.0
     assert table["jigsaw_image"] == 0.5  # one item without two pictures costs the whole distance
@@ -79,7 +79,7 @@ def test_a_missing_case_is_no_zero_and_no_number(native, data, tmp_path):
     """Stops: a table from half of the cases that looks whole."""
     run = copy(native, tmp_path, maze=answer("right"))
     (run / "maze/case_00003/_done.ok").unlink()
-    result = uni_mmmu.score(run, data, tasks=["maze"], progress=False)
+    result = score_of(run, data, tasks=["maze"], progress=False)
     assert {"value": 1.0, "n_scored": 1, "n_expected": 2}.items() <= result["scores"]["maze_text"].items()
     assert not result["complete"]
     assert json.loads((run / "eval/all_tasks_summary.json").read_text())["maze_text"] is None
@@ -88,7 +88,7 @@ def test_a_missing_case_is_no_zero_and_no_number(native, data, tmp_path):
 def test_answers_without_json_count_zero_and_are_told(native, data, tmp_path):
     """Stops: a judge's nonsense left out, which would raise the score; officially it is 0."""
     run = copy(native, tmp_path)
-    result = uni_mmmu.score(run, data, tasks=["math"], text_model=Judge("I cannot."), progress=False)
+    result = score_of(run, data, tasks=["math"], text_model=Judge("I cannot."), progress=False)
     assert result["scores"]["math_text"]["value"] == 0.0
     assert any("2 judgements had no usable JSON" in note for note in result["notes"])
 
@@ -97,7 +97,7 @@ def test_the_official_reading_of_a_thinking_judge(native, data, tmp_path):
     """Stops: the flag without effect."""
     run = copy(native, tmp_path)
     judge = Judge("<think>\\frac{1}{2}</think>" + YES)
-    result = uni_mmmu.score(run, data, tasks=["math"], text_model=judge, official_compat=True, progress=False)
+    result = score_of(run, data, tasks=["math"], text_model=judge, official_compat=True, progress=False)
     assert result["scores"]["math_text"]["value"] == 0.0
 
 
@@ -115,7 +115,7 @@ def test_an_endpoint_that_fails_in_the_usual_ways(native, data, tmp_path):
     run = copy(native, tmp_path)
     with ChatServer(reply) as server:
         options = dict(tasks=["science"], vl_model="judge-7b", vl_url=server.url, progress=False, wait=0.01)
-        result = uni_mmmu.score(run, data, **options)
+        result = score_of(run, data, **options)
         entry = result["scores"]["science_reasoning"]
         assert (entry["n_scored"], entry["n_expected"]) == (2, 3) and not result["complete"]
         assert any(
@@ -123,7 +123,7 @@ def test_an_endpoint_that_fails_in_the_usual_ways(native, data, tmp_path):
             for note in result["notes"]
         )
         asked, reply.broken = len(server.requests), False
-        result = uni_mmmu.score(run, data, **options)
+        result = score_of(run, data, **options)
         assert result["complete"] and len(server.requests) == asked + 1
     assert result["scores"]["science_reasoning"]["value"] == pytest.approx(2 / 3)
     assert result["judge"]["vl"] == "judge-7b" and server.requests[0]["max_tokens"] == 1024
@@ -132,11 +132,11 @@ def test_an_endpoint_that_fails_in_the_usual_ways(native, data, tmp_path):
 def test_another_judge_s_records_are_refused(native, data, tmp_path):
     """Stops: one number from two judges."""
     run = copy(native, tmp_path)
-    uni_mmmu.score(run, data, tasks=["math"], text_model=Judge(YES), progress=False)
+    score_of(run, data, tasks=["math"], text_model=Judge(YES), progress=False)
     other = Judge(YES)
     other.name = "another"
     with pytest.raises(ValueError, match="is of another judge"):
-        uni_mmmu.score(run, data, tasks=["math"], text_model=other, progress=False)
+        score_of(run, data, tasks=["math"], text_model=other, progress=False)
 
 
 def test_images_for_judges(tmp_path):
@@ -169,12 +169,12 @@ def test_an_image_that_cannot_be_read(painted, data, tmp_path):
         write(run / case / "result.json", record | {"files": [f for f in record["files"] if f != name]})
     record = json.loads((run / "maze/case_00003/result.json").read_text())
     write(run / "maze/case_00003/result.json", record | {"files": []})
-    result = uni_mmmu.score(run, data, **options)
+    result = score_of(run, data, **options)
     left = {key: entry["n_expected"] - entry["n_scored"] for key, entry in result["scores"].items()}
     assert left["science_image"] == left["jigsaw_image"] == left["maze_image"] == 1
     assert left["science_reasoning"] == left["jigsaw_text"] == left["maze_text"] == 0
     assert any("cannot be read as an image" in note for note in result["notes"])
-    result = uni_mmmu.score(run, data, official_compat=True, **options)
+    result = score_of(run, data, official_compat=True, **options)
     assert result["scores"]["science_image"]["value"] == pytest.approx(1 / 3)
     assert result["complete"] and result["options"]["official_compat"]
 
@@ -188,7 +188,7 @@ def test_one_refused_item_blocks_nothing(native, data, tmp_path):
 
     with ChatServer(reply) as server:
         options = dict(tasks=["science"], vl_model="judge", vl_url=server.url, progress=False, wait=0.01)
-        result = uni_mmmu.score(copy(native, tmp_path), data, **options)
+        result = score_of(copy(native, tmp_path), data, **options)
     entry = result["scores"]["science_reasoning"]
     assert (entry["n_scored"], entry["n_expected"]) == (2, 3)
     assert any("science_text/case_01: the judge refuses, HTTP 400" in note for note in result["notes"])
@@ -200,7 +200,7 @@ def test_the_remark_on_wording_stays(native, data, tmp_path):
     write(path, {"code_text": "Match?"})
     for wording in (None, path):
         run = copy(native, tmp_path / str(wording is None))
-        result = uni_mmmu.score(
+        result = score_of(
             run, data, tasks=["code"], vl_model=Judge(YES), judge_prompts=wording, progress=False
         )
         assert any("not comparable" in note for note in result["notes"])
@@ -213,8 +213,8 @@ def test_official_compat_counts_what_the_original_counts(native, data, tmp_path)
     shutil.rmtree(run / "science/case_01")
     (run / "science/case_03/model_text.txt").write_text("")
     options = dict(tasks=["science"], vl_model=Judge(YES), progress=False)
-    assert uni_mmmu.score(run, data, **options)["scores"]["science_result"]["value"] == 0
-    result = uni_mmmu.score(run, data, official_compat=True, **options)
+    assert score_of(run, data, **options)["scores"]["science_result"]["value"] == 0
+    result = score_of(run, data, official_compat=True, **options)
     entry = result["scores"]["science_result"]
     assert (entry["value"], entry["n_scored"], entry["n_expected"]) == (pytest.approx(1 / 3), 3, 3)
 
@@ -227,7 +227,7 @@ def test_a_rendering_where_the_data_has_none(native, data, tmp_path):
         path.unlink()
     run = copy(native, tmp_path)
     judge = Judge(YES)
-    result = uni_mmmu.score(run, root, tasks=["code"], vl_model=judge, progress=False)
+    result = score_of(run, root, tasks=["code"], vl_model=judge, progress=False)
     assert result["scores"]["code_shape_color"]["value"] == 5
     assert Image.open(run / "eval/code/references/case_01_A_0001.png").size == (8, 8)
 
@@ -244,3 +244,17 @@ def test_the_command_line(native, data, tmp_path, capsys):
     assert "Janus-Pro-7B" in text and "maze_text" in text
     out = capsys.readouterr().out
     assert "all 12 files are there" in out and "report.json" in out
+
+
+def test_limit_dry_run_and_items(native, data, tmp_path):
+    """Stops: a limit that still claims the whole; a dry run that asks or writes; a run that `compare` cannot read."""
+    run, judge = copy(native, tmp_path), Judge(YES)
+    options = dict(tasks=["science"], vl_model=judge, progress=False)
+    assert score_of(run, data, dry_run=True, **options)["dry_run"].startswith("2 requests")
+    assert not judge.messages and not (run / "score.json").exists() and not (run / "eval/science").exists()
+    part = score_of(run, data, limit=1, **options)
+    assert part["scores"]["science_reasoning"]["n_scored"] == 1 and not part["complete"]
+    whole = score_of(run, data, **options)
+    entry = whole["scores"]["science_reasoning"]
+    assert entry["interval"][0] < entry["value"] < entry["interval"][1] and whole["departures"]
+    assert compare(run, run)["differences"]["science_reasoning"]["difference"] == 0
