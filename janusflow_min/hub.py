@@ -13,6 +13,7 @@ from pathlib import Path
 from .checkpoint import read_config
 from .files import expand
 from .official import CONFIG, INDEX, PROCESSOR_FILES, VAE_FILES, WEIGHTS
+from .progress import is_terminal
 from .weights import read_index
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -69,7 +70,7 @@ def _download(name: str, repository: str, files: list[str], progress: bool) -> P
     from huggingface_hub import snapshot_download
 
     try:
-        with _bars(progress):
+        with _bars(progress and is_terminal()):
             return Path(snapshot_download(repository, allow_patterns=files))
     except Exception as error:  # offline, not found, gated: the hub's client raises a family of its own
         raise FileNotFoundError(

@@ -28,14 +28,6 @@ PARTS: tuple[Parts, ...] = ("all", "generation", "understanding")
 class JanusFlow(nn.Module):
     """The model. With `parts` other than "all" only what that task needs is built; the rest is None."""
 
-    siglip: Siglip
-    und_aligner: nn.Linear
-    und_begin: nn.Parameter
-    uvit_encoder: ShallowUViTEncoder
-    gen_in_aligner: nn.Linear
-    gen_out_norm: RMSNorm
-    gen_out_aligner: nn.Linear
-    uvit_decoder: ShallowUViTDecoder
     extra_tensors: dict[str, Tensor]  # of the checkpoint, official names: never used, saved again
 
     def __init__(self, config: JanusFlowConfig, parts: Parts = "all"):
@@ -45,21 +37,21 @@ class JanusFlow(nn.Module):
         self.config, self.parts, self.extra_tensors = config, parts, {}
         width = config.llm.hidden_size
         self.llm = Llama(config.llm, lm_head=parts != "generation")
-        if parts == "generation":
-            self.siglip = self.und_aligner = self.und_begin = None  # type: ignore[assignment]
-        else:
+        if parts != "generation":
             self.siglip = Siglip(config.siglip)
             self.und_aligner = nn.Linear(config.siglip.width, width)
             self.und_begin = nn.Parameter(torch.zeros(1, width))
-        if parts == "understanding":
-            self.uvit_encoder = self.gen_in_aligner = None  # type: ignore[assignment]
-            self.gen_out_norm = self.gen_out_aligner = self.uvit_decoder = None  # type: ignore[assignment]
         else:
+            self.siglip = self.und_aligner = self.und_begin = None  # type: ignore[assignment]
+        if parts != "understanding":
             self.uvit_encoder = ShallowUViTEncoder(config.uvit_encoder)
             self.gen_in_aligner = nn.Linear(config.uvit_encoder.channels, width)
             self.gen_out_norm = RMSNorm(width, config.llm.rms_norm_eps)
             self.gen_out_aligner = nn.Linear(width, config.uvit_decoder.in_channels)
             self.uvit_decoder = ShallowUViTDecoder(config.uvit_decoder)
+        else:
+            self.uvit_encoder = self.gen_in_aligner = None  # type: ignore[assignment]
+            self.gen_out_norm = self.gen_out_aligner = self.uvit_decoder = None  # type: ignore[assignment]
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import sys
@@ -352,11 +353,14 @@ def test_every_image_and_its_order_matters(pipe, image):
     assert len({tuple(ids) for ids in (both, other, swapped, one)}) == 4
 
 
-def test_images_come_in_any_form(pipe, image):
+def test_images_come_in_any_form(pipe, image, monkeypatch):
     """Stops: a path, a picture or an array that counts as a list of images."""
     path = image("square")
     picture = Image.open(path).convert("RGB")
+    data = Path(path).read_bytes()
+    monkeypatch.setenv("HOME", str(Path(path).parent))
     forms = [path, Path(path), picture, np.asarray(picture), [picture], (path,)]
+    forms += [data, io.BytesIO(data), [io.BytesIO(data)], f"~/{Path(path).name}"]
     answers = [pipe.understand("What?", images=form, max_new_tokens=4).token_ids for form in forms]
     assert answers == [answers[0]] * len(forms)
     batched = pipe.understand(["What?"], images=[picture], max_new_tokens=4)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from PIL import Image
-from tqdm import tqdm
+
+from ..progress import progress_bar
 
 if TYPE_CHECKING:
     from .detection import Detection
@@ -146,4 +147,4 @@ def strip_thinking(text: str) -> str:
 
 
 def bar(items: Iterable[T], what: str, progress: bool, total: int | None = None) -> Iterable[T]:
-    return tqdm(items, desc=what, total=total, disable=not progress)
+    return progress_bar(progress, iterable=items, desc=what, total=total)
