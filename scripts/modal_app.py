@@ -9,7 +9,7 @@ is each function through its local call, and the arguments that it is given (`te
     modal volume get janusflow-min-outputs geneval/janus_flow .
 
 --model: janus_flow (deepseek-ai/JanusFlow-1.3B), tiny, or a hub id. --eval-config: geneval, dpg_bench, wise,
-uni_mmmu or tiny. --mode: generate, score, report, or full for all three. --gpus N: N containers of one GPU, each one
+uni_mmmu or shapes. --mode: generate, score, report, or full for all three. --gpus N: N containers of one GPU, each one
 a rank of N; they share the outputs volume, so a container that dies leaves the others' work, and the same command
 again fills the holes. --options "…" goes to the first stage that is run, as on the command line of
 `janusflow-min bench`. JANUSFLOW_MODAL_GPU names another GPU than H100.
@@ -42,7 +42,7 @@ INPUTS = {  # benchmark -> its --data on the data volume
     "dpg_bench": "/data/dpg_bench/prompts",
     "wise": "/data/wise",
     "uni_mmmu": "/data/uni_mmmu/data",
-    "tiny": None,
+    "shapes": None,
 }
 JUDGES = {  # benchmark -> what `score` needs, where a judge can be had from the hub
     "geneval": ["--detector", "facebook/mask2former-swin-small-coco-instance"],

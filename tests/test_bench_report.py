@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Scores and reports: no headline for a part, published numbers with their protocol, the tiny world as a benchmark."""
+"""Scores and reports: no headline for a part, published numbers with their protocol, the world of shapes."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def test_a_run_is_not_scored_as_another_or_from_another_file(tmp_path):
         report.read_score(RunFolder(tmp_path))
 
 
-def test_the_tiny_world_runs_anywhere(tmp_path, capsys):
+def test_the_shapes_run_anywhere(tmp_path, capsys):
     """The whole command with the embedded default; twice, since the second has nothing left to do."""
     out = ["--out", str(tmp_path), "--quiet"]
     generate = [
         "bench",
-        "tiny",
+        "shapes",
         "generate",
         "--cases",
         "1",
@@ -118,11 +118,11 @@ def test_the_tiny_world_runs_anywhere(tmp_path, capsys):
         *out,
     ]
     assert cli.main([*generate, "--limit", "2", "--batch-size", "2"]) == 0
-    assert cli.main(["bench", "tiny", "score", *out]) == 0
+    assert cli.main(["bench", "shapes", "score", *out]) == 0
     assert "partial: 4 of 12 scored" in capsys.readouterr().out
     assert cli.main([*generate, "--batch-size", "2"]) == 0
     assert "all 6 files are there" in capsys.readouterr().out
-    assert cli.main(["bench", "tiny", "score", *out]) == 0
+    assert cli.main(["bench", "shapes", "score", *out]) == 0
     assert "images right: " in capsys.readouterr().out
     score = json.loads((tmp_path / "score.json").read_text())
     assert len(score["scores"]) == 12 and score["complete"]
@@ -130,9 +130,9 @@ def test_the_tiny_world_runs_anywhere(tmp_path, capsys):
     images = [item["parts"]["images"][0] for item in items if item["images"]]
     assert len(items) == 12 and len(images) == 6
     assert score["headline"]["value"] == pytest.approx(sum(images) / 6)
-    assert cli.main(["bench", "tiny", "report", *out]) == 0
+    assert cli.main(["bench", "shapes", "report", *out]) == 0
     text = (tmp_path / "report.md").read_text()
     assert text.count("[") == 14  # intervals of 12 groups and two totals
-    assert cli.main(["bench", "tiny", "score", "--answers-at-least", "1.1", *out]) == 2
+    assert cli.main(["bench", "shapes", "score", "--answers-at-least", "1.1", *out]) == 2
     assert "at least 110.0% are needed" in capsys.readouterr().err
-    assert cli.main(["bench", "tiny", "score", "--at-least", "0", *out]) == 0
+    assert cli.main(["bench", "shapes", "score", "--at-least", "0", *out]) == 0

@@ -49,7 +49,7 @@ NOT_RUN = {  # how a command begins: why no test here runs it
     "python scripts/benchmark_training.py": "a GPU",
     "torchrun --nproc-per-node 2 scripts/benchmark_training.py": "two GPUs",
     "python scripts/benchmark_generation.py": "a GPU and a checkout of the reference",
-    "python scripts/train_tiny.py": "a GPU",
+    "python scripts/train_shapes.py": "a GPU",
     "python scripts/examples/new_concept.py": "half an hour",
     "janusflow-min info deepseek-ai/JanusFlow-1.3B": "the hub",
 }
@@ -80,7 +80,7 @@ TRAINING += [
 ]
 SMALL = {  # how a command begins: what is added to it
     "janusflow-min generate": ["--num-inference-steps", "2"],
-    "janusflow-min bench tiny generate": ["--cases", "1"],
+    "janusflow-min bench shapes generate": ["--cases", "1"],
     r"janusflow-min bench (\w+) generate": ["--num-inference-steps", "2"],
     "janusflow-min bench (geneval|dpg_bench|wise) (generate|score)": ["--subset"],
     "janusflow-min bench wise score": ["--judge-url", "{url}"],

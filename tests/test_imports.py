@@ -99,7 +99,7 @@ def test_later_floors_are_not_imported(imported):
     """Stops: the command line, training or benchmarks loaded by everyone."""
     ours = {name.split(".")[1] for name in imported["all"] if name.startswith("janusflow_min.")}
     assert ours >= FLOOR_1
-    assert not ours & (FLOOR_3 | {"training", "benchmarks"})
+    assert not ours & (FLOOR_3 | {"training", "benchmarks", "shapes"})
 
 
 HELP = """
@@ -211,7 +211,7 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 BUDGETS = {  # lines at most
     "the package without training and benchmarks": 6800,  # 4600 is wanted
     "training": 3800,  # 2300 is wanted
-    "benchmarks": 8500,  # 5600 is wanted
+    "benchmarks": 7800,  # with the world of shapes; 5600 is wanted
     "scripts": 3300,  # 2200 is wanted
 }
 
@@ -219,7 +219,8 @@ BUDGETS = {  # lines at most
 @pytest.mark.parametrize("part", BUDGETS)
 def test_each_part_keeps_its_budget(part):
     """Stops: a library that grows until nobody reads it. Something new makes room for itself."""
-    training, benchmarks = (set((PACKAGE / name).rglob("*.py")) for name in ("training", "benchmarks"))
+    training = set((PACKAGE / "training").rglob("*.py"))
+    benchmarks = {path for name in ("benchmarks", "shapes") for path in (PACKAGE / name).rglob("*.py")}
     scripts = set((PACKAGE.parent / "scripts").rglob("*.py"))
     files = {"training": training, "benchmarks": benchmarks, "scripts": scripts}
     counted = files.get(part, set(FILES) - training - benchmarks)

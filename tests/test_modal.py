@@ -114,7 +114,7 @@ def test_every_plan_is_a_command_line(app):
 def test_ranks(app, commands):
     """Stops: containers that all paint the same share; scoring on many; an environment left behind."""
     before = dict(os.environ)
-    app.main(model="tiny", eval_config="tiny", mode="full", gpus=3)
+    app.main(model="tiny", eval_config="shapes", mode="full", gpus=3)
     assert [(a[2], rank, world) for a, rank, world in commands] == [
         *(("generate", str(rank), "3") for rank in range(3)),
         ("score", "0", "1"),
@@ -126,7 +126,7 @@ def test_ranks(app, commands):
 def test_a_rank_that_fails(app, commands):
     """Stops: the others stopped by it; scoring half of the work."""
     with pytest.raises(RuntimeError, match=r"1 of 3 failed, the others' work is kept.*exit code 2"):
-        app.main(model="tiny", eval_config="tiny", mode="full", gpus=3, options="--fail")
+        app.main(model="tiny", eval_config="shapes", mode="full", gpus=3, options="--fail")
     assert len(commands) == 3
 
 
@@ -142,7 +142,7 @@ def test_a_rank_that_fails(app, commands):
 def test_what_is_not_known(app, commands, wrong, message):
     """Stops: a GPU that is rented to find a typing error."""
     with pytest.raises(ValueError, match=message):
-        app.main(**{"model": "tiny", "eval_config": "tiny"} | wrong)
+        app.main(**{"model": "tiny", "eval_config": "shapes"} | wrong)
     assert not commands
 
 
@@ -165,7 +165,7 @@ def test_the_default_through_the_local_call(real, monkeypatch, tmp_path):
         pytest.importorskip("modal")
     app = load(monkeypatch, None if real else stand_in())
     fast = "--num-inference-steps 1 --batch-size 1 --quiet"
-    (arguments,) = app.stages("tiny", "tiny", "generate", limit=1, options=fast)
+    (arguments,) = app.stages("tiny", "shapes", "generate", limit=1, options=fast)
     arguments[arguments.index("--out") + 1] = str(tmp_path)
     app.stage.local([*arguments, "--device", "cpu"])
     assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["num_inference_steps"] == 1

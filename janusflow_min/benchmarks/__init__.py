@@ -39,5 +39,5 @@ MODULES = {  # name on the command line -> module in this package
     "dpg_bench": "dpg_bench",
     "wise": "wise",
     "uni_mmmu": "uni_mmmu",
-    "tiny": "tiny.bench",
+    "shapes": "shapes",
 }

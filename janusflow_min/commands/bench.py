@@ -18,9 +18,9 @@ STAGES = {
     "report": "write report.json, .md, .html (a gallery of failures) and .png, beside published numbers",
 }
 EXAMPLES = """examples:
-  janusflow-min bench tiny generate --out outputs/tiny
-  janusflow-min bench tiny score --out outputs/tiny && janusflow-min bench tiny report --out outputs/tiny
-  janusflow-min bench tiny compare outputs/tiny outputs/tiny
+  janusflow-min bench shapes generate --out outputs/shapes
+  janusflow-min bench shapes score --out outputs/shapes && janusflow-min bench shapes report --out outputs/shapes
+  janusflow-min bench shapes compare outputs/shapes outputs/shapes
   torchrun --nproc-per-node 2 -m janusflow_min bench geneval generate --data evaluation_metadata.jsonl \\
       --model deepseek-ai/JanusFlow-1.3B --out outputs/geneval"""
 

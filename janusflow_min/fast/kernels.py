@@ -118,7 +118,7 @@ def rope_store(qkv, cos, sin, position, keys, values, heads) -> Tensor:
 
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """torch's flash attention, never cuDNN's, which torch may prefer: it is no more precise, and training with it met
-    gradients of NaN (`scripts/train_tiny.py`)."""
+    gradients of NaN (`scripts/train_shapes.py`)."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return attend_any(q, keys, values)
 

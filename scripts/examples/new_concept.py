@@ -7,7 +7,7 @@ Stages: `data` (pictures, captions and questions with teal things and bars, as m
 manifests), `vae` (its decoder learns teal), `before` (the default is judged), `train` (`janusflow-min train
 new_concept.toml`), `after`. Training keeps the VAE as it is, as the paper does, and SDXL's paints any colour; the
 default's has seen eight and turns teal into green or blue, so its decoder is taught first. Its encoder stays: the old
-latents still mean what they meant. Pictures are judged by the tiny world's reader, which is told the new colour and
+latents still mean what they meant. Pictures are judged by the shapes' judge, which is told the new colour and
 outline here and is first shown true pictures. Teal bars are in no training picture; no old combination that the
 evaluation asks for is either.
 """
@@ -19,9 +19,11 @@ import json
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -30,12 +32,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import janusflow_min as jf
-from janusflow_min.benchmarks.tiny import evaluate, language, reader, scenes
-from janusflow_min.benchmarks.tiny.evaluate import Case
-from janusflow_min.benchmarks.tiny.language import Item, Spec
+from janusflow_min.benchmarks import shapes
+from janusflow_min.benchmarks.bootstrap import wilson
 from janusflow_min.files import atomic_directory
 from janusflow_min.hub import TINY
 from janusflow_min.pixels import to_pixels, to_uint8
+from janusflow_min.shapes import captions, judge, scenes
+from janusflow_min.shapes.captions import Item, Spec
 from janusflow_min.training.config import load_config
 from janusflow_min.training.trainer import Trainer
 from janusflow_min.vae import load_vae
@@ -65,7 +68,7 @@ def main() -> None:
     if not vae.is_dir():
         teach_vae(data, vae, args.vae_steps)
     print(f"VAE after {time.monotonic() - began:.0f} s; it keeps {check_vae(vae):.1%} of true pictures right")
-    before = judge("tiny", args.cases, args.old_cases)
+    before = evaluate("tiny", args.cases, args.old_cases)
     print(f"judged after {time.monotonic() - began:.0f} s")
     toml = Path(__file__).with_suffix(".toml")
     paths = [
@@ -78,17 +81,22 @@ def main() -> None:
     trained = time.monotonic()
     export = Trainer(config).run()
     trained = time.monotonic() - trained
-    after = judge(str(export), args.cases, args.old_cases)
+    after = evaluate(str(export), args.cases, args.old_cases)
     print(f"\ntrained for {trained:.0f} s, all in {time.monotonic() - began:.0f} s\n")
     print("| | before | after |\n| --- | ---: | ---: |")
     for name, score in after.items():
         print(f"| {name} | {tell(before[name])} | {tell(score)} |")
     result = {"before": before, "after": after, "training_seconds": round(trained)}
-    (args.work / "result.json").write_text(json.dumps(result, indent=2, default=lambda s: s.__dict__) + "\n")
+    (args.work / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def tell(score: evaluate.Score) -> str:
-    low, high = score.interval
+class Score(NamedTuple):
+    right: int
+    total: int
+
+
+def tell(score: Score) -> str:
+    low, high = wilson(score.right / score.total, score.total)
     return f"{score.right} of {score.total} ({low:.0%} to {high:.0%})"
 
 
@@ -125,25 +133,25 @@ def draw(scene: scenes.Scene):
 
 
 def caption(scene: scenes.Scene) -> str:
-    return language.caption(
+    return captions.caption(
         scene, "colors" if len(scene.objects) == 1 else "color_attr", random.Random(0), "plain"
     )
 
 
-def questions(scene: scenes.Scene, rng: random.Random) -> list[language.QA]:
+def questions(scene: scenes.Scene, rng: random.Random) -> list[captions.QA]:
     """In the old world's words; each object here has a colour and a shape of its own."""
     found = []
     for thing in scene.objects:
-        found.append(language.QA("color", f"What color is the {thing.shape}?", thing.colour))
-        found.append(language.QA("what", f"What shape is the {thing.colour} object?", thing.shape))
+        found.append(captions.QA("color", f"What color is the {thing.shape}?", thing.colour))
+        found.append(captions.QA("what", f"What shape is the {thing.colour} object?", thing.shape))
         wrong = (rng.choice([*scenes.COLOURS, TEAL]), thing.shape)
         for (colour, shape), answer in (((thing.colour, thing.shape), "yes"), (wrong, "no")):
             if answer == "yes" or all((o.colour, o.shape) != wrong for o in scene.objects):
                 article = "an" if colour[0] in "aeiou" else "a"
-                found.append(language.QA("yes_no", f"Is there {article} {colour} {shape}?", answer))
+                found.append(captions.QA("yes_no", f"Is there {article} {colour} {shape}?", answer))
     if len(scene.objects) == 1:
         found.append(
-            language.QA("what", "What is in the picture?", caption(scene).removeprefix("a photo of "))
+            captions.QA("what", "What is in the picture?", caption(scene).removeprefix("a photo of "))
         )
     return found
 
@@ -162,7 +170,7 @@ def make_data(folder: Path, count: int) -> None:
             else:
                 family = families[i % len(families)]
                 scene = scenes.sample_scene(rng, family)
-                text, asked = language.caption(scene, family, rng), language.sample_questions(scene, rng, 3)
+                text, asked = captions.caption(scene, family, rng), captions.sample_questions(scene, rng, 3)
             file = f"{name}-{i:05d}.png"
             draw(scene).save(folder / file)
             lines.append({"image": file, "text": text})
@@ -222,7 +230,7 @@ def check_vae(folder: Path, count: int = 6) -> float:
 
 def taught() -> mock._patch:
     """The reader with the new colour and the new outline."""
-    plain: Callable = reader._cover
+    plain: Callable = judge._cover
 
     def cover(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
         if shape != BAR:
@@ -231,12 +239,12 @@ def taught() -> mock._patch:
         return np.clip(0.5 - outside, 0, 1)
 
     return mock.patch.multiple(
-        reader,
+        judge,
         COLOURS=scenes.COLOURS | {TEAL: TEAL_RGB},
         SHAPES=(*scenes.SHAPES, BAR),
         AREA=scenes.AREA | {BAR: 4 * HALF_WIDTH * HALF_HEIGHT},
         HALF_BOX=scenes.HALF_BOX | {BAR: (HALF_WIDTH, HALF_HEIGHT)},
-        PLURAL=language.PLURAL | {BAR: "bars"},
+        PLURAL=captions.PLURAL | {BAR: "bars"},
         _cover=cover,
     )
 
@@ -244,7 +252,7 @@ def taught() -> mock._patch:
 def shows(image, scene: scenes.Scene) -> tuple[bool, str]:
     items = tuple(Item(1, thing.shape, thing.colour) for thing in scene.objects)
     with taught():
-        return reader.judge(reader.read(image), Spec(items))
+        return judge.judge(judge.read(image), Spec(items))
 
 
 KINDS = ((TEAL, 1), (BAR, 1), (TEAL, 2), (BAR, 2), (f"{TEAL} {BAR}", 1))
@@ -266,31 +274,37 @@ def check_reader(count: int = 100) -> float:
     return float(np.mean([shows(draw(scene), scene)[0] for _, scene, _ in cases(count)]))
 
 
-def judge(model: str, count: int, old: int, batch: int = 20) -> dict[str, evaluate.Score]:
+def evaluate(model: str, count: int, old: int, batch: int = 20) -> dict[str, Score]:
     """Pictures and answers, new and old, by kind."""
     pipe = jf.load(model, progress=False)
-    new, answers = [], []
+    verdicts: dict[str, list[bool]] = defaultdict(list)
     judged = cases(count)
     for start in range(0, len(judged), batch):
         part = judged[start : start + batch]
         out = pipe.generate([caption(s) for _, s, _ in part], parallel_size=1, seed=start, progress=False)
         for (name, scene, _), image in zip(part, out.images, strict=True):
-            new.append(Case(f"pictures: {name}", caption(scene), *shows(image, scene)))
+            verdicts[f"pictures: {name}"].append(shows(image, scene)[0])
         asked = [(name, draw(scene), told(scene, rng)) for name, scene, rng in part]
         replies = pipe.understand([qa.question for *_, qa in asked], [image for _, image, _ in asked], 16)
         for (name, _, qa), reply in zip(asked, replies, strict=True):
-            right = language.answer_is_right("what", qa.answer, reply.text)
-            answers.append(Case(f"answers: {name}", qa.question, right, reply.text))
-    found = evaluate.score(new) | evaluate.score(answers)
-    del found["all"]
-    painted, _ = evaluate.paint(pipe, old, progress=False)
-    answered, _ = evaluate.answer(pipe, old, progress=False)
-    found["pictures: old families"] = evaluate.score(painted)["all"]
-    found["answers: old kinds"] = evaluate.score(answered)["all"]
-    return found
+            right = captions.answer_is_right("what", qa.answer, reply.text)
+            verdicts[f"answers: {name}"].append(right)
+    for start in range(0, 6 * old, batch):
+        part = shapes.prompts(old)[start : start + batch]
+        out = pipe.generate([text for _, text in part], parallel_size=1, seed=start, progress=False)
+        for (_, text), image in zip(part, out.images, strict=True):
+            verdicts["pictures: old families"].append(judge.check(image, text)[0])
+        asked_old = shapes.questions(old)[start : start + batch]
+        replies = pipe.understand(
+            [qa.question for qa, _ in asked_old], [image for _, image in asked_old], max_new_tokens=48
+        )
+        for (qa, _), reply in zip(asked_old, replies, strict=True):
+            right = captions.answer_is_right(qa.kind, qa.answer, reply.text)
+            verdicts["answers: old kinds"].append(right)
+    return {name: Score(sum(rights), len(rights)) for name, rights in sorted(verdicts.items(), reverse=True)}
 
 
-def told(scene: scenes.Scene, rng: random.Random) -> language.QA:
+def told(scene: scenes.Scene, rng: random.Random) -> captions.QA:
     """A question whose answer is the new word."""
     new = (TEAL, BAR)
     return rng.choice([qa for qa in questions(scene, rng) if any(word in qa.answer for word in new)])

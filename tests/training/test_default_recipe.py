@@ -11,10 +11,10 @@ import pytest
 import torch
 from plain_losses import generation_loss, understanding_loss
 
-from janusflow_min.benchmarks.tiny import scenes
 from janusflow_min.checkpoint import load_model
 from janusflow_min.hub import TINY
 from janusflow_min.processor import Processor
+from janusflow_min.shapes import scenes
 from janusflow_min.training.config import ObjectiveConfig
 from janusflow_min.training.losses import AlignmentHead, JanusFlowLoss
 
@@ -23,7 +23,7 @@ from janusflow_min.training.losses import AlignmentHead, JanusFlowLoss
 def script() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-        return importlib.import_module("train_tiny")
+        return importlib.import_module("train_shapes")
 
 
 def test_the_default_learns_by_the_trainer_s_objective(script):

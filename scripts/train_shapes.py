@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Train the default model that ships in the package, from nothing, with one command on one GPU.
 
-    python scripts/train_tiny.py --work runs/tiny                 # all stages, about 20 minutes on an H100
-    python scripts/train_tiny.py --work runs/tiny --smoke         # the same path in miniature, minutes on a CPU
-    janusflow-min bench tiny generate --model runs/tiny/tiny --out outputs/new    # then judge it
+    python scripts/train_shapes.py --work runs/tiny                 # all stages, about 20 minutes on an H100
+    python scripts/train_shapes.py --work runs/tiny --smoke         # the same path in miniature, minutes on a CPU
+    janusflow-min bench shapes generate --model runs/tiny/tiny --out outputs/new    # then judge it
 
 Stages, each skipped when its result lies in --work already: `tokenizer` (a byte-level BPE over the world's
 sentences), `data` (scenes, captions, conversations, as integers), `vae`, `latents`, `model` (resumes from its
@@ -33,13 +33,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from janusflow_min.benchmarks.tiny import language, scenes
 from janusflow_min.checkpoint import load_model, save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
 from janusflow_min.files import atomic_directory, atomic_file
 from janusflow_min.flow import sample_time
 from janusflow_min.model import JanusFlow
 from janusflow_min.processor import SYSTEM_PROMPT, Processor
+from janusflow_min.shapes import captions, scenes
 from janusflow_min.training.config import ObjectiveConfig
 from janusflow_min.training.losses import IGNORE, AlignmentHead, JanusFlowLoss, MixedBatch
 from janusflow_min.training.sample import conversation_example
@@ -157,7 +157,7 @@ def make_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     template = f"{SYSTEM_PROMPT}\n\nUser: .\n\nAssistant: .User: .\n\n"
-    tokenizer.train_from_iterator([template] * 100 + language.corpus(), trainer)
+    tokenizer.train_from_iterator([template] * 100 + captions.corpus(), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     bos, eos = SPECIAL[:2]
@@ -218,14 +218,14 @@ def make_chunk(job: tuple[str, int, int, Recipe, Path]) -> dict[str, np.ndarray]
         ids = np.full((count, recipe.captions_per_scene, recipe.prompt_length), pad, np.int16)
         for i, (scene, family) in enumerate(zip(drawn, families, strict=True)):
             for j in range(recipe.captions_per_scene):
-                tokens = processor.generation_prompt(language.caption(scene, family, rng))[0][:-1]
+                tokens = processor.generation_prompt(captions.caption(scene, family, rng))[0][:-1]
                 ids[i, j, : len(tokens)] = tokens  # raises where prompt_length is too short
         return {"packed": packed, "ids": ids}
     ids = np.full((count, recipe.conversation_length), pad, np.int16)
     labels = np.full_like(ids, IGNORE)
     for i, scene in enumerate(drawn):
         messages = []
-        for qa in language.sample_questions(scene, rng, recipe.turns):
+        for qa in captions.sample_questions(scene, rng, recipe.turns):
             tag = "" if messages else SPECIAL[3] + "\n"
             messages += [
                 {"role": "User", "content": tag + qa.question},

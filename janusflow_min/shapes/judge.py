@@ -18,8 +18,8 @@ from itertools import permutations
 
 import numpy as np
 
-from janusflow_min.benchmarks.tiny.language import PLURAL, Item, Spec, parse_prompt
-from janusflow_min.benchmarks.tiny.scenes import (
+from .captions import PLURAL, Item, Spec, parse_prompt
+from .scenes import (
     AREA,
     BACKGROUNDS,
     CIRCLE,

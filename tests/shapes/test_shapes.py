@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tiny world: held-out rules, drawing, language and the reader, each against an independent witness."""
+"""The world of shapes: held-out rules, drawing, captions and the judge, each against an independent witness."""
 
 import math
 import random
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from janusflow_min.benchmarks.tiny import language, reader, scenes
-from janusflow_min.benchmarks.tiny.scenes import (
+from janusflow_min.shapes import captions, judge, scenes
+from janusflow_min.shapes.scenes import (
     COLOURS,
     FAMILIES,
     SHAPES,
@@ -38,10 +38,10 @@ def scene_of(*objects: tuple, background: str = "white") -> Scene:
     return Scene(background, scenes.BACKGROUNDS[background], things)
 
 
-def truth(scene: Scene) -> reader.Reading:
+def truth(scene: Scene) -> judge.Reading:
     """What a perfect reader reports."""
-    seen = [reader.Seen(o.shape, o.colour, o.box, (o.x, o.y), 0.0, o.radius) for o in scene.objects]
-    return reader.Reading(scene.background, tuple(seen))
+    seen = [judge.Seen(o.shape, o.colour, o.box, (o.x, o.y), 0.0, o.radius) for o in scene.objects]
+    return judge.Reading(scene.background, tuple(seen))
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -244,9 +244,9 @@ def test_plain_captions_have_the_form_of_genevals_prompts():
         "counting": (three, "a photo of three crosses"),
     }
     for family, (scene, text) in expected.items():
-        assert language.caption(scene, family, random.Random(0), "plain") == text
+        assert captions.caption(scene, family, random.Random(0), "plain") == text
     grey = scene_of(("star", "orange", 40, 40, 15), background="grey")
-    assert language.caption(grey, "single_object", random.Random(0), "plain") == "a photo of a star"
+    assert captions.caption(grey, "single_object", random.Random(0), "plain") == "a photo of a star"
 
 
 @pytest.mark.parametrize("split, family", SPLITS)
@@ -256,33 +256,33 @@ def test_captions_and_yes_answers_are_true_and_name_every_object(split, family):
     for _ in range(150):
         scene = sample_scene(rng, family, split)
         for style in ("plain", "train", "train"):
-            text = language.caption(scene, family, rng, style)
+            text = captions.caption(scene, family, rng, style)
             texts.add(text)
-            spec = language.parse_prompt(text)
-            assert reader.judge(truth(scene), spec) == (True, ""), text
+            spec = captions.parse_prompt(text)
+            assert judge.judge(truth(scene), spec) == (True, ""), text
             assert " a orange" not in text and " an " not in text.replace(" an orange", "")
     assert len(texts) > 15
 
 
 def test_a_description_parses_back_and_nonsense_does_not():
-    Item, Spec = language.Item, language.Spec
-    assert language.parse_prompt("A photo of  three red crosses on a grey background.") == Spec(
+    Item, Spec = captions.Item, captions.Spec
+    assert captions.parse_prompt("A photo of  three red crosses on a grey background.") == Spec(
         (Item(3, "cross", "red"),), None, "grey"
     )
-    assert language.parse_prompt("a small star above an orange ring") == Spec(
+    assert captions.parse_prompt("a small star above an orange ring") == Spec(
         (Item(1, "star", size="small"), Item(1, "ring", "orange")), "above"
     )
-    assert len(language.parse_prompt("a star, two rings and a cross").items) == 3
+    assert len(captions.parse_prompt("a star, two rings and a cross").items) == 3
     wrong = ["", "a photo of", "a dog", "two star", "a stars", "a red", "a star and", "four stars and a ring"]
     for text in [*wrong, "a star left of", "a star on a red background", "a star and a ring and a cross"]:
-        assert language.parse_prompt(text) is None, text
+        assert captions.parse_prompt(text) is None, text
 
 
 def answer(scene: Scene, question: str) -> str:
     """Answers the questions that have a short form, from the scene, by other means than `language`."""
     words = question.rstrip("?.").split()
     objects = scene.objects
-    names = {**{shape: shape for shape in SHAPES}, **{language.PLURAL[shape]: shape for shape in SHAPES}}
+    names = {**{shape: shape for shape in SHAPES}, **{captions.PLURAL[shape]: shape for shape in SHAPES}}
     named = [names[word] for word in words if word in names]
     of = {o.shape: o for o in objects}
     if question.startswith("How many"):
@@ -322,15 +322,15 @@ def test_answers_are_right_and_every_kind_is_asked():
     for index in range(1300):
         split, family = SPLITS[index % len(SPLITS)]
         scene = sample_scene(rng, family, split)
-        every = language.questions(scene, rng)
-        some = language.sample_questions(scene, rng, 4)
+        every = captions.questions(scene, rng)
+        some = captions.sample_questions(scene, rng, 4)
         assert len({qa.question for qa in some}) == 4
         yes_no = [qa.answer for qa in every if qa.kind == "yes_no"]
         assert yes_no.count("yes") == yes_no.count("no")
         for qa in every + some:
             if qa.kind == "describe":
-                spec = language.parse_prompt(qa.answer)
-                assert reader.judge(truth(scene), spec)[0] and spec.background
+                spec = captions.parse_prompt(qa.answer)
+                assert judge.judge(truth(scene), spec)[0] and spec.background
                 assert all(item.colour for item in spec.items)
                 xs = [
                     np.mean([o.x for o in scene.objects if (o.shape, o.colour) == (item.shape, item.colour)])
@@ -348,13 +348,13 @@ def test_answers_are_right_and_every_kind_is_asked():
                 words = qa.question.rstrip("?").split()
                 lone = len(scene.objects) == 1 and words[0] == "Is"
                 assert not lone or (1, words[3], words[4]) not in scenes.HELD_OUT_COUNT
-    assert set(kinds) == set(language.KINDS) and min(kinds.values()) > 0.08 * sum(kinds.values())
+    assert set(kinds) == set(captions.KINDS) and min(kinds.values()) > 0.08 * sum(kinds.values())
     assert 0.44 < answers["yes"] / sum(answers.values()) < 0.56
-    assert set(language.CELLS) | {"above", "below", "zero", "four"} <= set(said)
+    assert set(captions.CELLS) | {"above", "below", "zero", "four"} <= set(said)
 
 
 def test_answer_is_right():
-    right = language.answer_is_right
+    right = captions.answer_is_right
     assert right("color", "red", " Red. ") and right("where", "top left", "top  left")
     assert right("what", "a red star", "A red star.")
     for kind, expected, given in [
@@ -389,15 +389,15 @@ def test_answer_is_right():
 
 
 def test_the_corpus_holds_every_word():
-    lines = language.corpus(scenes=300)
-    assert lines == language.corpus(scenes=300)
+    lines = captions.corpus(scenes=300)
+    assert lines == captions.corpus(scenes=300)
     known = set(" ".join(lines).replace("?", " ").replace(".", " ").replace(",", " ").split())
     rng = random.Random(8)
     for index in range(650):
         split, family = SPLITS[index % len(SPLITS)]
         scene = sample_scene(rng, family, split)
-        texts = [language.caption(scene, family, rng)]
-        for qa in language.questions(scene, rng):
+        texts = [captions.caption(scene, family, rng)]
+        for qa in captions.questions(scene, rng):
             texts += [qa.question, qa.answer]
         for text in texts:
             assert set(text.replace("?", "").replace(".", "").replace(",", "").split()) <= known
@@ -417,7 +417,7 @@ def degrade(pictures: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def readings() -> list[tuple[Scene, str, str, reader.Reading]]:
+def readings() -> list[tuple[Scene, str, str, judge.Reading]]:
     """Scenes of all families and both splits: (scene, family, caption, reading), half degraded."""
     rng = random.Random(9)
     found = []
@@ -426,7 +426,7 @@ def readings() -> list[tuple[Scene, str, str, reader.Reading]]:
         pictures = render(pack(drawn))
         pictures[20:] = degrade(pictures[20:], seed=0)
         for scene, pixels in zip(drawn, scenes.to_uint8(pictures), strict=True):
-            found.append((scene, family, language.caption(scene, family, rng), reader.read(pixels)))
+            found.append((scene, family, captions.caption(scene, family, rng), judge.read(pixels)))
     return found
 
 
@@ -434,11 +434,11 @@ def test_the_reader_judges_true_renders_right(readings):
     """Without this no score means anything: prompt, every object and background, sharp and degraded."""
     missed = 0
     for scene, family, text, reading in readings:
-        plain = language.caption(scene, family, random.Random(0), "plain")
+        plain = captions.caption(scene, family, random.Random(0), "plain")
         same = sorted((o.shape, o.colour) for o in reading.objects) == sorted(
             (o.shape, o.colour) for o in scene.objects
         )
-        right = reader.check(reading, text)[0] and reader.check(reading, plain)[0]
+        right = judge.check(reading, text)[0] and judge.check(reading, plain)[0]
         missed += not (right and same and reading.background == scene.background)
     assert missed <= 2, f"{missed} of {len(readings)}"
 
@@ -450,9 +450,9 @@ def test_the_reader_rejects_the_prompts_of_other_scenes(readings):
     for _ in range(6000):
         scene, _, _, reading = rng.choice(readings)
         _, _, text, _ = rng.choice(readings)
-        if not reader.judge(truth(scene), language.parse_prompt(text))[0]:
+        if not judge.judge(truth(scene), captions.parse_prompt(text))[0]:
             rejected += 1
-            verdict, reason = reader.check(reading, text)
+            verdict, reason = judge.check(reading, text)
             assert not verdict and reason, (scene, text)
     assert rejected > 5000
 
@@ -472,15 +472,15 @@ def test_the_reader_is_strict_about_each_thing_a_prompt_says():
         "a star and a circle on a cream background": "background",
     }
     for prompt, reason in prompts.items():
-        verdict, why = reader.check(picture, f"a photo of {prompt}")
+        verdict, why = judge.check(picture, f"a photo of {prompt}")
         assert verdict == (reason == "") and reason in why, (prompt, why)
-    assert reader.check(draw(scene_of(star))[0], "a photo of a small red star")[0]
-    assert not reader.check(draw(scene_of(star))[0], "a photo of a large red star")[0]
+    assert judge.check(draw(scene_of(star))[0], "a photo of a small red star")[0]
+    assert not judge.check(draw(scene_of(star))[0], "a photo of a large red star")[0]
     crossed = draw(scene_of(("star", "red", 30, 60, 15), ("star", "blue", 95, 62, 15)))[0]
-    assert reader.check(crossed, "a red star and a blue star")[0] and reader.check(crossed, "two stars")[0]
-    assert not reader.check(crossed, "two red stars")[0]
+    assert judge.check(crossed, "a red star and a blue star")[0] and judge.check(crossed, "two stars")[0]
+    assert not judge.check(crossed, "two red stars")[0]
     with pytest.raises(ValueError, match="not a prompt"):
-        reader.check(picture, "a photo of a dog")
+        judge.check(picture, "a photo of a dog")
 
 
 def test_the_reader_ignores_specks_but_accepts_no_odd_blob():
@@ -489,7 +489,7 @@ def test_the_reader_ignores_specks_but_accepts_no_odd_blob():
     picture = draw(disc)[0]
     speck = picture.copy()
     speck[10:14, 10:15] = (40, 160, 70)
-    assert reader.check(speck, "a photo of a red circle")[0]
+    assert judge.check(speck, "a photo of a red circle")[0]
     fragment = picture.copy()
     fragment[10:17, 10:17] = (40, 160, 70)
     half, bicoloured = picture.copy(), picture.copy()
@@ -502,13 +502,13 @@ def test_the_reader_ignores_specks_but_accepts_no_odd_blob():
     squashed = np.concatenate([squashed[::2], np.full((64, SIZE, 3), squashed[0, 0])]).astype(np.uint8)
     for image in (fragment, half, bicoloured, touching, down, lying, squashed):
         for shape in SHAPES:
-            for prompt in (f"a {shape}", f"two {language.PLURAL[shape]}"):
-                assert not reader.check(image, prompt)[0], prompt
-    assert reader.read(np.zeros((SIZE, SIZE, 3), np.uint8)) == reader.Reading("unknown", ())
-    assert reader.read(np.full((SIZE, SIZE, 3), 248, np.uint8)) == reader.Reading("white", ())
-    assert reader.read(scenes.to_pil(render(pack([disc]))[0])) == reader.read(picture)
+            for prompt in (f"a {shape}", f"two {captions.PLURAL[shape]}"):
+                assert not judge.check(image, prompt)[0], prompt
+    assert judge.read(np.zeros((SIZE, SIZE, 3), np.uint8)) == judge.Reading("unknown", ())
+    assert judge.read(np.full((SIZE, SIZE, 3), 248, np.uint8)) == judge.Reading("white", ())
+    assert judge.read(scenes.to_pil(render(pack([disc]))[0])) == judge.read(picture)
     with pytest.raises(ValueError, match="uint8"):
-        reader.read(picture[:64])
+        judge.read(picture[:64])
 
 
 def test_components_match_a_flood_fill():
@@ -528,6 +528,6 @@ def test_components_match_a_flood_fill():
             expected.append(part)
         found = [
             {(row, column) for row, start, end in runs for column in range(start, end)}
-            for runs in reader._components(mask)
+            for runs in judge._components(mask)
         ]
         assert sorted(map(sorted, found)) == sorted(map(sorted, expected))

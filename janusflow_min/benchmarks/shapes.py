@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""The tiny world as a benchmark that runs anywhere: held-out prompts painted, held-out questions answered.
+"""The default model's world as a benchmark that runs anywhere: combinations that training never saw.
 
-No data and no judge from outside: prompts and questions are drawn from a seed, pictures are read by `reader`, answers
-by `language.answer_is_right`. What is asked is `evaluate`'s; the stages are those of every benchmark here.
+Prompts: `cases` for each of the six families, every one from a scene that the family's held-out rule keeps from
+training; the images are judged by `shapes.judge`, which knows nothing of the model. Questions: `cases` for each of
+the six kinds, about true renders of held-out scenes. Each case has a generator of its own, made of family or kind,
+number and seed, so batches and order change nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from .. import report as reports
-from ..bootstrap import ItemScore
-from ..options import option
-from ..runner import (
+from . import report as reports
+from .bootstrap import ItemScore
+from .options import option
+from .runner import (
     Coverage,
     Item,
     RankInfo,
@@ -38,10 +41,13 @@ from ..runner import (
     shard,
     write_manifest,
 )
-from ..scoring import ScoreOptions as CommonOptions
-from ..scoring import ScoringRun
+from .scoring import ScoreOptions as CommonOptions
+from .scoring import ScoringRun
 
-TITLE = "The tiny world"
+if TYPE_CHECKING:
+    from ..shapes.captions import QA
+
+TITLE = "Shapes"
 SUMMARY = "the default's world: held-out prompts and questions, no data needed"
 ANSWER_TOKENS = 48
 
@@ -63,30 +69,54 @@ class ScoreOptions(CommonOptions):
 OPTIONS = {"generate": GenerateOptions, "score": ScoreOptions}
 
 
-def read(cases: int = 100, draw_seed: int = 0) -> tuple[list[tuple[str, str]], list]:
-    """(family, prompt) pairs, and (question, picture) pairs."""
-    from . import evaluate
+def prompts(cases: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(family, prompt), `cases` for each family."""
+    from ..shapes import captions, scenes
 
-    if cases < 1:
-        raise ValueError(f"cases must be at least 1, got {cases}")
-    return evaluate.prompts(cases, draw_seed), evaluate.questions(cases, draw_seed)
+    drawn = []
+    for family in scenes.FAMILIES:
+        for i in range(cases):
+            rng = random.Random(f"prompt {family} {i} {seed}")
+            scene = scenes.sample_scene(rng, family, "held_out")
+            drawn.append((family, captions.caption(scene, family, rng, "plain")))
+    return drawn
+
+
+def questions(cases: int, seed: int = 0) -> list[tuple[QA, Image.Image]]:
+    """A question and the image it is about, `cases` for each kind, families in turn where they have such a one."""
+    from ..shapes import captions, scenes
+
+    drawn = []
+    for kind in captions.KINDS:
+        for i in range(cases):
+            rng = random.Random(f"question {kind} {i} {seed}")
+            while True:
+                scene = scenes.sample_scene(rng, rng.choice(scenes.FAMILIES), "held_out")
+                fitting = [qa for qa in captions.questions(scene, rng) if qa.kind == kind]
+                if fitting:
+                    break
+            image = scenes.to_pil(scenes.render(scenes.pack([scene]))[0])
+            drawn.append((rng.choice(fitting), image))
+    return drawn
 
 
 def generate(settings: Settings, out: str | Path, options: GenerateOptions = GenerateOptions()) -> Coverage:
     """Generate `out`/images/NNNNN.png and answer into `out`/answers/NNNNN.json, a block of questions each."""
     cases, draw_seed = options.cases, options.draw_seed
     world, folder = RankInfo.from_environment(), RunFolder(out)
+    if cases < 1:
+        raise ValueError(f"cases must be at least 1, got {cases}")
     check_settings(settings)
-    prompts, questions = read(cases, draw_seed)
-    asked = json.dumps([prompts, [(qa.kind, qa.question, qa.answer) for qa, _ in questions]])
+    captioned, asked = prompts(cases, draw_seed), questions(cases, draw_seed)
+    drawn = json.dumps([captioned, [(qa.kind, qa.question, qa.answer) for qa, _ in asked]])
     write_manifest(
         folder,
-        "tiny",
-        {"drawn": hashlib.sha256(asked.encode()).hexdigest()},
+        "shapes",
+        {"drawn": hashlib.sha256(drawn.encode()).hexdigest()},
         paint_settings(settings) | {"images_per_prompt": 1, "cases": cases, "draw_seed": draw_seed},
         checkpoint_identity(settings),
     )
-    items = [Item(i, prompt, (f"{i:05d}.png",)) for i, (_, prompt) in enumerate(prompts)]
+    items = [Item(i, prompt, (f"{i:05d}.png",)) for i, (_, prompt) in enumerate(captioned)]
     pipes: list = []
 
     def pipe():
@@ -96,7 +126,7 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions = Gen
 
     with cpu_threads(settings.threads):
         found = paint(pipe, folder, items, 1, settings, world)
-        _answer(pipe, folder, questions, settings, world)
+        _answer(pipe, folder, asked, settings, world)
     return found
 
 
@@ -110,39 +140,40 @@ def _answer(
         if path.is_file() or (settings.limit is not None and i * settings.batch_size >= settings.limit):
             continue
         answers = pipe().understand(
-            [qa.question for qa, _ in block], [picture for _, picture in block], max_new_tokens=ANSWER_TOKENS
+            [qa.question for qa, _ in block], [image for _, image in block], max_new_tokens=ANSWER_TOKENS
         )
         folder.write_json(path, [answer.text for answer in answers])
 
 
 def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, Any]:
     """Judge images and answers; writes item_scores.jsonl and score.json into `run`. ValueError below a given share."""
-    from . import language, reader
+    from ..shapes import captions, judge
 
     folder = RunFolder(run)
     if not folder.manifest.is_file():
         raise FileNotFoundError(f"{folder.manifest} is missing: run the stage `generate` first")
     manifest = read_json(folder.manifest)
-    scoring = ScoringRun("tiny", run, options, manifest["inputs_sha256"], published=True)
+    scoring = ScoringRun("shapes", run, options, manifest["inputs_sha256"], published=True)
     settings = manifest["settings"]
-    prompts, questions = read(settings["cases"], settings["draw_seed"])
+    drawn = settings["cases"], settings["draw_seed"]
+    captioned, asked = prompts(*drawn), questions(*drawn)
     items = []
     for i, (family, prompt) in enumerate(
-        tqdm(prompts[: options.limit], desc="Judging", disable=not options.progress)
+        tqdm(captioned[: options.limit], desc="Judging", disable=not options.progress)
     ):
         path = scoring.images / f"{i:05d}.png"
         if is_whole(path):
             with Image.open(path) as image:
-                right, reason = reader.check(image.convert("RGB"), prompt)
+                right, reason = judge.check(image.convert("RGB"), prompt)
             parts = {group: (float(right), 1) for group in (family, "images")}
             items.append(ItemScore(path.name, parts, prompt, [str(path)], reason))
     size = settings["batch_size"]
-    for k, block in enumerate(blocks(questions[: options.limit], 1, size)):
+    for k, block in enumerate(blocks(asked[: options.limit], 1, size)):
         path = folder.root / "answers" / f"{k:05d}.json"
         for i, ((qa, _), text) in enumerate(
             zip(block, read_json(path) if path.is_file() else [], strict=False)
         ):
-            right = language.answer_is_right(qa.kind, qa.answer, text)
+            right = captions.answer_is_right(qa.kind, qa.answer, text)
             parts = {group: (float(right), 1) for group in (f"answer: {qa.kind}", "answers")}
             reason = f"expected {qa.answer!r}, got {text.strip()!r}"
             items.append(ItemScore(f"question {k * size + i:05d}", parts, qa.question, (), reason))
@@ -153,15 +184,13 @@ def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, 
         values = [item.parts[group][0] for item in items if group in item.parts]
         return sum(values) / len(values) if values else None, len(values), settings["cases"]
 
-    groups = dict.fromkeys(
-        [*(family for family, _ in prompts), *(f"answer: {qa.kind}" for qa, _ in questions)]
-    )
+    groups = dict.fromkeys([*(family for family, _ in captioned), *(f"answer: {qa.kind}" for qa, _ in asked)])
     images, answers = share("images"), share("answers")
     result = scoring.write(
         headline=("images right", images[0]),
         scale=1.0,
         scores={group: share(group) for group in groups},
-        n_expected=len(prompts) + len(questions),
+        n_expected=len(captioned) + len(asked),
         n_scored=len(items),
         judge={"rules": "of this package"},
         items=items,

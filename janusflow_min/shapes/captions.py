@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 
-from janusflow_min.benchmarks.tiny.scenes import (
+from .scenes import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_COUNT,
