@@ -313,8 +313,8 @@ def test_every_command_does_what_it_says(place, desk, monkeypatch):
 )
 def test_every_snippet_runs(page, desk):
     """Stops: a call that the library no longer takes, in the first lines that a visitor copies."""
+    names = {"__name__": "__main__"}  # a page's blocks follow each other
     for k, block in enumerate(blocks(page, "python")):
-        code = compile(block, f"{page.name}, Python block {k + 1}", "exec")
-        exec(code, {"__name__": "__main__"})
+        exec(compile(block, f"{page.name}, Python block {k + 1}", "exec"), names)
     if page.name == "README.md":
         assert os.path.getsize("star.png") > 0 and (desk / "my-checkpoint/model.safetensors").is_file()
