@@ -255,8 +255,8 @@ def test_only_common_items_are_compared(tmp_path):
 def test_the_command_compares(tmp_path, capsys):
     """Stops: a comparison that only Python callers reach."""
     scored(tmp_path / "a", [2, 1])
-    assert cli.main(["bench", "tiny", "compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 2
-    assert "runs of x, not of tiny" in capsys.readouterr().err
+    assert cli.main(["bench", "shapes", "compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 2
+    assert "runs of x, not of shapes" in capsys.readouterr().err
 
 
 # The gallery -----------------------------------------------------------------------

@@ -22,7 +22,7 @@ from janusflow_min import cli
 from janusflow_min.benchmarks import runner
 from janusflow_min.benchmarks.runner import Item, RankInfo, RunFolder, Settings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 THINGS = ("cat", "dog", "vase", "kite", "bus", "clock", "cup")
 
 
@@ -125,11 +125,11 @@ def test_a_run_may_be_named_in_any_way(tmp_path, monkeypatch, capsys, out):
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    run = ["bench", "tiny", "generate", "--device", "cpu", "--cases", "1"]
+    run = ["bench", "shapes", "generate", "--device", "cpu", "--cases", "1"]
     assert cli.main([*run, "--num-inference-steps", "1", "--out", out, "--quiet"]) == 0
     assert "all 6 files are there" in capsys.readouterr().out
-    assert cli.main(["bench", "tiny", "score", "--out", out, "--quiet"]) == 0
-    assert cli.main(["bench", "tiny", "report", "--out", out, "--quiet"]) == 0
+    assert cli.main(["bench", "shapes", "score", "--out", out, "--quiet"]) == 0
+    assert cli.main(["bench", "shapes", "report", "--out", out, "--quiet"]) == 0
     root = Path(out).expanduser().resolve()
     for name in ("manifest.json", "score.json", "item_scores.jsonl", "report.json", "report.html"):
         assert list(tmp_path.rglob(name)) == [root / name]
@@ -397,5 +397,5 @@ def test_torchrun_paints_what_one_process_paints(tmp_path, data, parity_dir):
 
 def test_only_generate_is_spread_over_ranks(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["bench", "tiny", "score", "--out", str(tmp_path)]) == 2
+    assert cli.main(["bench", "shapes", "score", "--out", str(tmp_path)]) == 2
     assert "without torchrun" in capsys.readouterr().err
