@@ -134,15 +134,20 @@ def build_vae(folder: str | Path, latent_channels: int | None = None) -> tuple[A
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}{explain_folder(folder, WEIGHTS)}")
     stored = {_today(name): entry for name, entry in read_header(folder / WEIGHTS).items()}
+    _autoencoder_class()  # before torch's default device is the meta device, under which old versions fail to import
     return build_module(path, lambda: _autoencoder(config), counts, stored), stored
 
 
 def _autoencoder(config: Mapping[str, Any]) -> Any:
+    kind = _autoencoder_class()
+    known = inspect.signature(kind).parameters
+    return kind(**{key: value for key, value in config.items() if key in known})
+
+
+def _autoencoder_class() -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        **{k: v for k, v in config.items() if k in inspect.signature(AutoencoderKL).parameters}
-    )
+    return AutoencoderKL
 
 
 def _today(name: str) -> str:

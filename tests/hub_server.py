@@ -43,7 +43,12 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
                 else:
                     repository = "/".join(parts[2:4])
                     value = {"id": repository, "modelId": repository, "sha": COMMIT, "private": False}
-                    value |= {"tags": [], "siblings": [{"rfilename": name} for name in names]}
+                    value |= {
+                        "tags": [],
+                        "downloads": 0,
+                        "likes": 0,
+                        "siblings": [{"rfilename": name} for name in names],
+                    }
                 return self.send(200, json.dumps(value).encode(), body, {"Content-Type": "application/json"})
             owner, name, _, _, *rest = parts
             file = root.joinpath(owner, name, *rest)

@@ -167,7 +167,7 @@ def find_weights_of(path: Path) -> list[str]:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_wrapper_s_prefix_is_named_and_taken_off(folder, rename, sharded):
     """Stops: two lists of twenty keys for weights that are all there, under a prefix that another tool wrote."""
-    tensors = load_file(folder / WEIGHTS)
+    tensors = {k: v.clone() for k, v in load_file(folder / WEIGHTS).items()}  # not a view of the file
     wrapped = {rename(k): v for k, v in tensors.items()}
     if sharded:
         (folder / WEIGHTS).unlink()
@@ -186,7 +186,7 @@ def test_a_wrapper_s_prefix_is_named_and_taken_off(folder, rename, sharded):
 @pytest.mark.parametrize("leftover", LEFTOVERS)
 def test_what_older_tools_write_is_left_out(folder, leftover):
     """Stops: a refusal for the rotary frequencies and positions that old versions of transformers saved."""
-    tensors = load_file(folder / WEIGHTS)
+    tensors = {k: v.clone() for k, v in load_file(folder / WEIGHTS).items()}  # not a view of the file
     extra = {f"language_model.model.layers.{i}.self_attn{leftover}": torch.zeros(8) for i in range(3)}
     extra[f"vision_und_enc_model.vision_tower.embeddings{leftover}"] = torch.zeros(1, 4, dtype=torch.int64)
     save_file(tensors | extra, folder / WEIGHTS)
@@ -215,7 +215,7 @@ ATTENTION = "language_model.model.layers.0.self_attn.q_proj"
 )
 def test_keys_of_known_tools_are_explained(folder, extra, what):
     """Stops: lists of keys where one sentence says what was saved, and how to save it better."""
-    tensors = load_file(folder / WEIGHTS)
+    tensors = {k: v.clone() for k, v in load_file(folder / WEIGHTS).items()}  # not a view of the file
     del tensors[f"{ATTENTION}.weight"]
     save_file(tensors | {name: torch.zeros(shape) for name, shape in extra.items()}, folder / WEIGHTS)
     with pytest.raises(ValueError, match=what) as error:

@@ -68,7 +68,9 @@ def test_only_the_files_that_are_read_are_downloaded(hub, tmp_path, sharded):
         done = run(LOAD, tmp_path / "cache", endpoint)
         assert done.returncode == 0, done.stderr
         assert set(asked) == wanted
-        assert done.stderr == ""
+        assert not {"Fetching", "Downloading"} & set(
+            done.stderr.split()
+        )  # old transformers note something else
     done = run(LOAD, tmp_path / "cache", "http://127.0.0.1:9", offline=True)
     assert done.returncode == 0, done.stderr
 
