@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .checks import number, whole
+from .checks import flag, number, whole
 from .files import read_json
 from .official import config_from_json, config_to_json
 
@@ -161,8 +161,7 @@ def _check_numbers(config: Any, where: str, zero: tuple[str, ...] = ()) -> None:
     for f in fields(config):
         name, value = f"{where}: {f.name}", getattr(config, f.name)
         if isinstance(f.default, bool):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be true or false, got {value!r:.80}")
+            flag(name, value)
         elif isinstance(f.default, int):
             whole(name, value, 0 if f.name in zero else 1, 2**31 - 1)
         else:

@@ -155,16 +155,14 @@ class Llama(nn.Module):
     upstream_rounding: see `rotary_cos_sin`; `load(upstream_rounding=True)` sets it.
     """
 
-    lm_head: nn.Linear
-
     def __init__(self, config: LlamaConfig, lm_head: bool = True):
         super().__init__()
         self.config, self.upstream_rounding = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
-        self.lm_head = head  # type: ignore[assignment]  # None without it
+        width, rows = config.hidden_size, config.vocab_size
+        self.lm_head: nn.Linear = nn.Linear(width, rows, bias=False) if lm_head else None  # type: ignore
 
     def forward(
         self,

@@ -28,13 +28,12 @@ PARTS: tuple[Parts, ...] = ("all", "generation", "understanding")
 class JanusFlow(nn.Module):
     """The model. With `parts` other than "all" only what that task needs is built; the rest is None."""
 
-    extra_tensors: dict[str, Tensor]  # of the checkpoint, official names: never used, saved again
-
     def __init__(self, config: JanusFlowConfig, parts: Parts = "all"):
         super().__init__()
         if parts not in PARTS:
             raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
-        self.config, self.parts, self.extra_tensors = config, parts, {}
+        self.config, self.parts = config, parts
+        self.extra_tensors: dict[str, Tensor] = {}  # official names: never used, saved again
         width = config.llm.hidden_size
         self.llm = Llama(config.llm, lm_head=parts != "generation")
         if parts != "generation":

@@ -197,8 +197,8 @@ def test_floor_one_imports_only_floor_one():
 @pytest.mark.parametrize(
     "names, most",
     [
-        (MODEL_FILES, 870),
-        (CHECKPOINT_FILES, 1100),
+        (MODEL_FILES, 850),
+        ((*CHECKPOINT_FILES, "weights", "pixels"), 1300),  # 850 is wanted
     ],
     ids=["the model", "its files"],
 )
@@ -209,7 +209,7 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the package without training and benchmarks": 6800,  # 4600 is wanted
+    "the package without training and benchmarks": 6000,  # 4600 is wanted
     "training": 3800,  # 2300 is wanted
     "benchmarks": 7800,  # with the world of shapes; 5600 is wanted
     "scripts": 3300,  # 2200 is wanted
