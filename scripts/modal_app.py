@@ -21,9 +21,9 @@ Volumes, made when first used: `janusflow-min-models` at /models, the hub's cach
 without a GPU; `janusflow-min-data` at /data, the benchmarks' files, which you put there (INPUTS says where);
 `janusflow-min-outputs` at /outputs, one folder for each benchmark and model.
 
-WISE and Uni-MMMU are judged by chat endpoints: score them with `--mode score --options "--judge-url …"` or on your own
-machine. A key comes from Modal's secret `janusflow-min-judge` (OPENAI_API_KEY), which is asked for only where the
-variable JANUSFLOW_MODAL_SECRET names it.
+WISE and Uni-MMMU are judged by chat endpoints: score them with `--mode score --options "--judge-url …"` (Uni-MMMU:
+`--vl-model … --vl-url …`, and the same for text) or on your own machine. A key comes from Modal's secret
+`janusflow-min-judge` (OPENAI_API_KEY), which is asked for only where the variable JANUSFLOW_MODAL_SECRET names it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ HOURS = 60 * 60
 app = modal.App("janusflow-min")
 image = (
     modal.Image.debian_slim(python_version="3.11")
-    .pip_install("torch>=2.5", "diffusers>=0.31", "transformers>=4.46")
+    .pip_install("torch>=2.7", "diffusers>=0.31", "transformers>=4.46")
     .add_local_dir(
         CHECKOUT,
         "/root/janusflow-min",
