@@ -3,12 +3,12 @@
 
     python scripts/examples/new_concept.py --work runs/new_concept     # all of it, about half an hour on two cores
 
-Stages: `data` (pictures, captions and questions with teal things and bars, as many of the old world for replay, two
+Stages: `data` (images, captions and questions with teal things and bars, as many of the old world for replay, two
 manifests), `vae` (its decoder learns teal), `before` (the default is judged), `train` (`janusflow-min train
 new_concept.toml`), `after`. Training keeps the VAE as it is, as the paper does, and SDXL's paints any colour; the
 default's has seen eight and turns teal into green or blue, so its decoder is taught first. Its encoder stays: the old
-latents still mean what they meant. Pictures are judged by the shapes' judge, which is told the new colour and
-outline here and is first shown true pictures. Teal bars are in no training picture; no old combination that the
+latents still mean what they meant. Images are judged by the shapes' judge, which is told the new colour and
+outline here and is first shown true images. Teal bars are in no training picture; no old combination that the
 evaluation asks for is either.
 """
 
@@ -52,22 +52,22 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--work", type=Path, default=Path("runs/new_concept"), help="folder for all results")
-    parser.add_argument("--pictures", type=int, default=4000, help="new ones, and as many old ones")
+    parser.add_argument("--images", type=int, default=4000, help="new ones, and as many old ones")
     parser.add_argument("--vae-steps", type=int, default=600, help="of the VAE's decoder")
-    parser.add_argument("--cases", type=int, default=20, help="judged pictures and answers of each new kind")
+    parser.add_argument("--cases", type=int, default=20, help="judged images and answers of each new kind")
     parser.add_argument("--old-cases", type=int, default=20, help="of each of the six old families and kinds")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="of the training run")
     args = parser.parse_args()
     data, began = args.work / "data", time.monotonic()
     if not (data / "replay.jsonl").is_file():
-        make_data(data, args.pictures)
+        make_data(data, args.images)
     print(
-        f"data after {time.monotonic() - began:.0f} s; the reader is right on {check_reader():.1%} of true pictures"
+        f"data after {time.monotonic() - began:.0f} s; the reader is right on {check_reader():.1%} of true images"
     )
     vae = args.work / "vae"
     if not vae.is_dir():
         teach_vae(data, vae, args.vae_steps)
-    print(f"VAE after {time.monotonic() - began:.0f} s; it keeps {check_vae(vae):.1%} of true pictures right")
+    print(f"VAE after {time.monotonic() - began:.0f} s; it keeps {check_vae(vae):.1%} of true images right")
     before = evaluate("tiny", args.cases, args.old_cases)
     print(f"judged after {time.monotonic() - began:.0f} s")
     toml = Path(__file__).with_suffix(".toml")
@@ -157,7 +157,7 @@ def questions(scene: scenes.Scene, rng: random.Random) -> list[captions.QA]:
 
 
 def make_data(folder: Path, count: int) -> None:
-    """`new.jsonl` and `replay.jsonl` with their pictures: a generation pair and a conversation of each."""
+    """`new.jsonl` and `replay.jsonl` with their images: a generation pair and a conversation of each."""
     folder.mkdir(parents=True, exist_ok=True)
     families = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
     for name in ("new", "replay"):
@@ -195,7 +195,7 @@ def pixels(path: Path) -> torch.Tensor:
 
 
 def teach_vae(data: Path, folder: Path, steps: int, batch: int = 4, lr: float = 5e-4) -> None:
-    """Train the decoder of the default's VAE on new and old pictures, half and half: L1 + 3 · MSE."""
+    """Train the decoder of the default's VAE on new and old images, half and half: L1 + 3 · MSE."""
     vae = load_vae(TINY, torch.device("cpu"), torch.float32)
     files = [sorted(data.glob(f"{name}-*.png")) for name in ("new", "replay")]
     params = [*vae.autoencoder.decoder.parameters(), *vae.autoencoder.post_quant_conv.parameters()]
@@ -217,7 +217,7 @@ def teach_vae(data: Path, folder: Path, steps: int, batch: int = 4, lr: float = 
 
 @torch.no_grad()
 def check_vae(folder: Path, count: int = 6) -> float:
-    """Share of true pictures of the new kinds that are still right behind the VAE: no painter can do better."""
+    """Share of true images of the new kinds that are still right behind the VAE: no painter can do better."""
     vae, right = load_vae(folder, torch.device("cpu"), torch.float32), []
     for _, scene, _ in cases(count):
         x = to_pixels(draw(scene))
@@ -270,12 +270,12 @@ def cases(count: int) -> list[tuple[str, scenes.Scene, random.Random]]:
 
 
 def check_reader(count: int = 100) -> float:
-    """Share of true pictures that the taught reader reads rightly."""
+    """Share of true images that the taught reader reads rightly."""
     return float(np.mean([shows(draw(scene), scene)[0] for _, scene, _ in cases(count)]))
 
 
 def evaluate(model: str, count: int, old: int, batch: int = 20) -> dict[str, Score]:
-    """Pictures and answers, new and old, by kind."""
+    """Images and answers, new and old, by kind."""
     pipe = jf.load(model, progress=False)
     verdicts: dict[str, list[bool]] = defaultdict(list)
     judged = cases(count)
@@ -283,7 +283,7 @@ def evaluate(model: str, count: int, old: int, batch: int = 20) -> dict[str, Sco
         part = judged[start : start + batch]
         out = pipe.generate([caption(s) for _, s, _ in part], parallel_size=1, seed=start, progress=False)
         for (name, scene, _), image in zip(part, out.images, strict=True):
-            verdicts[f"pictures: {name}"].append(shows(image, scene)[0])
+            verdicts[f"images: {name}"].append(shows(image, scene)[0])
         asked = [(name, draw(scene), told(scene, rng)) for name, scene, rng in part]
         replies = pipe.understand([qa.question for *_, qa in asked], [image for _, image, _ in asked], 16)
         for (name, _, qa), reply in zip(asked, replies, strict=True):
@@ -293,7 +293,7 @@ def evaluate(model: str, count: int, old: int, batch: int = 20) -> dict[str, Sco
         part = shapes.prompts(old)[start : start + batch]
         out = pipe.generate([text for _, text in part], parallel_size=1, seed=start, progress=False)
         for (_, text), image in zip(part, out.images, strict=True):
-            verdicts["pictures: old families"].append(judge.check(image, text)[0])
+            verdicts["images: old families"].append(judge.check(image, text)[0])
         asked_old = shapes.questions(old)[start : start + batch]
         replies = pipe.understand(
             [qa.question for qa, _ in asked_old], [image for _, image in asked_old], max_new_tokens=48
