@@ -26,6 +26,13 @@ from janusflow_min.pixels import to_uint8
 from janusflow_min.sampling import SampleFn, guided_velocity, sample
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# In bfloat16 the recording's last bits are those of torch's kernels since 2.9 (measured: 2.9 to 2.15 are equal, 2.7
+# and 2.8 are not) on a processor with AVX2; its VAE's convolutions want AVX-512. Elsewhere the wider bounds hold.
+TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+SAME_PRODUCTS = TORCH >= (2, 9) and CAPABILITY in ("AVX2", "AVX512")
+SAME_CONVOLUTIONS = TORCH >= (2, 9) and CAPABILITY == "AVX512"
 CONVERSATIONS = ("one_image", "two_images", "multi_turn", "whitespace")
 BATCHES = {"batch": ("one_image", "multi_turn"), "mixed": ("two_images", "one_image")}
 RUNS = [("cat", 1.0, 2), ("cat", 2.0, 4), ("cat", 2.0, 30), ("cat", 5.0, 3)]
@@ -57,6 +64,10 @@ class ParityCase:
 
     def check(self, name: str, actual: Tensor, key: str) -> None:
         wanted, bound = self.recorded[f"{self.tag}.{key}"], TOLERANCES[self.tag][name]
+        if CAPABILITY != "AVX512":
+            bound = max(
+                bound, 1.5e-6
+            )  # shorter vectors sum in another order: 1.02e-6 once with AVX2, 1.00e-6 with SSE
         assert actual.shape == wanted.shape, key
         error = relative(actual, wanted)
         assert error <= bound, f"{self.tag}.{key}: relative error {error:.2e}, at most {bound:.0e} allowed"
@@ -69,9 +80,8 @@ class ParityCase:
             images = [str(self.folder / "images" / f"{name}.png") for name in row["images"]]
             messages.append([dict(row["conversation"][0], images=images), *row["conversation"][1:]])
         batch = self.pipe.processor.batch(messages)
-        for row, name in enumerate(
-            names
-        ):  # the recorded pixels: Pillow's own differ by version (test_processor.py)
+        # The recorded pixels: Pillow's own differ by version (test_processor.py).
+        for row, name in enumerate(names):
             pixels = self.recorded[f"{name}.pixel_values"][0]
             batch.pixel_values[row, : len(pixels)] = pixels
         assert [
@@ -209,7 +219,7 @@ def with_rounding(llm: Llama, on: bool, embeds: Tensor) -> Tensor:
 
 def test_bfloat16_needs_the_published_frequencies(world):
     """Stops: an `upstream_rounding` that does nothing, or not what was published: exact frequencies are a per cent
-    from the recording. (Rounded ones are 0 with the kernels of the recording, torch 2.13's; 2.7's differ as much.)"""
+    from the recording, rounded ones a fifth of that or nothing (other kernels differ as much from either)."""
     if world.tag == "fp32":
         embeds, _ = world.embeds(("one_image",))
         exact, rounded = (with_rounding(world.pipe.model.llm, on, embeds) for on in (False, True))
@@ -219,7 +229,7 @@ def test_bfloat16_needs_the_published_frequencies(world):
         embeds, _ = world.embeds((name,))
         exact, rounded = (with_rounding(world.pipe.model.llm, on, embeds) for on in (False, True))
         wanted = world.recorded[f"bf16.{name}.hidden"]
-        assert relative(rounded, wanted) < 0.95 * relative(exact, wanted)
+        assert relative(rounded, wanted) < (0.5 if SAME_PRODUCTS else 0.95) * relative(exact, wanted)
 
 
 # Generation -----------------------------------------------------------------------------------------------------
@@ -301,8 +311,10 @@ def test_the_vae_on_recorded_latents(world, prompt, weight, steps):
     key = f"{world.tag}.{run_key(prompt, weight, steps)}"
     pixels, wanted = world.pipe.vae.decode(world.recorded[f"{key}.z"][-1]), world.recorded[f"{key}.decoded"]
     assert pixels.dtype == world.dtype
-    # Before torch 2.7 or on another processor, a convolution in bfloat16 may round in another place.
-    assert relative(pixels, wanted) <= {"fp32": 1e-6, "bf16": 0.01}[world.tag]
+    if world.tag == "bf16" and SAME_CONVOLUTIONS:
+        assert torch.equal(pixels, wanted)
+    else:
+        assert relative(pixels, wanted) <= {"fp32": 1e-6, "bf16": 0.01}[world.tag]
     assert np.array_equal(to_uint8(wanted), world.recorded[f"{key}.uint8"].numpy())
 
 
@@ -336,10 +348,10 @@ def test_greedy_tokens(path, names):
 def test_decoding_stops_at_eos(path):
     """Stops: an answer that runs on behind EOS or loses it."""
     stopped = path.expected[f"stopped_{path.tag}"]
-    # In bfloat16, which of two best tokens that tie is chosen depends on torch's version and the processor.
     recorded = path.expected["conversations"]["one_image"][f"greedy_{path.tag}"]
     assert recorded[: len(stopped["ids"])] == stopped["ids"]
-    sample_fn = None if path.tag == "fp32" else fed([recorded])
+    # Other kernels may choose another of two best tokens that tie in bfloat16.
+    sample_fn = None if path.tag == "fp32" or SAME_PRODUCTS else fed([recorded])
     assert path.tokens(("one_image",), sample_fn, eos=stopped["eos"]) == [stopped["ids"]]
 
 
