@@ -31,7 +31,7 @@ from .model import JanusFlow
 from .pixels import to_uint8
 from .processor import Processor
 from .progress import progress_bar
-from .sampling import PlainSampler, Sampler, guided_velocity, sample
+from .sampling import PlainSampler, Sampler, draw_noise, guided_velocity, sample
 from .vae import VAE
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ class Pipeline:
         Raises ValueError for arguments that make no image, an empty prompt or special tags in it for instance;
         FloatingPointError where latents or pixels become NaN or infinite.
         """
-        vae = self._need("generation")
-        assert vae is not None
+        self._need("generation")
         prompts = checks.texts("prompt", prompt)
         count = len(prompts) * checks.whole("parallel_size", parallel_size)
         cfg_weight = checks.number("cfg_weight", cfg_weight)
@@ -158,17 +157,7 @@ class Pipeline:
                     f"the latents of {', '.join(map(repr, dict.fromkeys(bad)))} are not finite, so there is no image; "
                     f"dtype {self.model.dtype} (float16 overflows, bfloat16 does not), cfg_weight {cfg_weight}"
                 )
-            images: list[Image.Image] = []
-            # A few at a time: the VAE's activations, not the model, would set the peak of memory.
-            at_once = VAE_IMAGES if final.is_cuda else 1
-            for start in range(0, count, at_once):
-                pixels = vae.decode(final[start : start + at_once])
-                for i in _not_finite(pixels):
-                    raise FloatingPointError(
-                        f"the VAE, in {vae.dtype}, turns the latents of {prompts[start + i]!r} into NaN or infinite "
-                        "pixels, so there is no image"
-                    )
-                images += map(Image.fromarray, to_uint8(pixels))
+            images = self._decode(final, prompts)
         if img_size is not None and img_size != images[0].width:
             images = [image.resize((img_size, img_size), Image.Resampling.LANCZOS) for image in images]
         # Cloned outside of inference mode: a tensor like any other, gradients included.
@@ -204,6 +193,22 @@ class Pipeline:
                 final.append(solver(velocity, z, times, ProgressCallback(bar, z.device)))
         return torch.cat(final)
 
+    def _decode(self, latents: Tensor, prompts: Sequence[str]) -> list[Image.Image]:
+        """Final latents (B, C, h, w) to images. prompts: of each, to name the one that fails."""
+        assert self.vae is not None
+        images: list[Image.Image] = []
+        # A few at a time: the VAE's activations, not the model, would set the peak of memory.
+        at_once = VAE_IMAGES if latents.is_cuda else 1
+        for start in range(0, len(latents), at_once):
+            pixels = self.vae.decode(latents[start : start + at_once])
+            for i in _not_finite(pixels):
+                raise FloatingPointError(
+                    f"the VAE, in {self.vae.dtype}, turns the latents of {prompts[start + i]!r} into NaN or infinite "
+                    "pixels, so there is no image"
+                )
+            images += map(Image.fromarray, to_uint8(pixels))
+        return images
+
     def _noise(self, count: int, seed: Any, latents: Any) -> tuple[Tensor, list[int] | None]:
         shape = (count, *self.model.latent_shape)
         if latents is not None:
@@ -219,22 +224,18 @@ class Pipeline:
             if not torch.isfinite(latents).all():
                 raise ValueError("latents hold NaN or infinite values")
             return latents.detach(), None
+        seeds = self._seeds(count, seed)
+        return draw_noise(shape[1:], [torch.Generator("cpu").manual_seed(s) for s in seeds]), seeds
+
+    def _seeds(self, count: int, seed: Any) -> list[int]:
+        """Of each of `count` images: seed + k, those of a list, or fresh ones."""
         if seed is None:
             seed = fresh_seed()
         if isinstance(seed, list | tuple | range) or (isinstance(seed, np.ndarray) and seed.ndim == 1):
             if len(seed) != count:
                 raise ValueError(f"seed: {count} images need {count} seeds, got {len(seed)}")
-            seeds = [checks.seed(f"seed[{i}]", s) for i, s in enumerate(seed)]
-        else:
-            seeds = [checks.seed("seed", checks.seed("seed", seed) + k) for k in range(count)]
-        # Drawn on the CPU in fp32, whatever the device, the model's dtype and torch's defaults.
-        drawn = [
-            torch.randn(
-                shape[1:], generator=torch.Generator("cpu").manual_seed(s), dtype=torch.float32, device="cpu"
-            )
-            for s in seeds
-        ]
-        return torch.stack(drawn), seeds
+            return [checks.seed(f"seed[{i}]", s) for i, s in enumerate(seed)]
+        return [checks.seed("seed", checks.seed("seed", seed) + k) for k in range(count)]
 
     # Understanding -----------------------------------------------------------------------
 
@@ -388,8 +389,8 @@ class Pipeline:
         if length > limit:
             raise ValueError(f"{what} need {length} positions; the model has {limit}")
 
-    def _need(self, task: str) -> VAE | None:
-        """The VAE, if there is all that `task` needs."""
+    def _need(self, task: str) -> None:
+        """ValueError unless there is all that `task` needs."""
         if self.model.parts not in ("all", task):
             raise ValueError(f'only parts="{self.model.parts}" was loaded; {task} needs "all" or "{task}"')
         if self.model.device.type == "meta":
@@ -399,7 +400,6 @@ class Pipeline:
             )
         if task == "generation" and self.vae is None:
             raise ValueError("this pipeline has no VAE, which generation needs")
-        return self.vae
 
 
 class ProgressCallback:

@@ -90,6 +90,13 @@ def guided_velocity(sampler: Sampler, prompts: Sequence[Sequence[int]], cfg_weig
     return velocity
 
 
+def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise (B, *shape), each image's from its own CPU generator, whatever the model's dtype and device and torch's
+    defaults: fp32 on the CPU."""
+    drawn = [torch.randn(*shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+    return torch.stack(drawn)
+
+
 class PlainSampler:
     """The modules as they are, on any device and in any dtype."""
 
