@@ -108,9 +108,12 @@ def atomic_file(path: str | Path, work: Path | None = None, sync: bool = True) -
     """A temporary path that becomes `path` when the block ends well, and vanishes if not.
 
     It has the suffix of `path` and lies beside it, or in `work` on the same file system. Folders are made.
-    sync: flush the file to the disk first, so that it is whole after a loss of power too.
+    sync: flush the file to the disk first, so that it is whole after a loss of power too. IsADirectoryError where
+    `path` is a folder.
     """
     path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, but a file of that name is to be written: move it away")
     for folder in {path.parent, work or path.parent}:
         folder.mkdir(parents=True, exist_ok=True)
     name = f".{path.stem[:40]}.writing-{secrets.token_hex(6)}{path.suffix}"

@@ -211,7 +211,7 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 BUDGETS = {  # lines at most
     "the package without training and benchmarks": 6000,  # 4600 is wanted
     "training": 3800,  # 2300 is wanted
-    "benchmarks": 7800,  # with the world of shapes; 5600 is wanted
+    "benchmarks": 7900,  # with the world of shapes; 5600 is wanted
     "scripts": 3300,  # 2200 is wanted
 }
 

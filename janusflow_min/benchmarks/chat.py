@@ -90,7 +90,7 @@ class OpenAIChat:
             if status in (400, 413, 422):  # a content filter, a prompt that is too long
                 raise NoAnswer(f"the judge refuses, HTTP {status}: {error.message[:300]}") from error
             raise RuntimeError(f"the judge refuses, HTTP {status}: {error.message}") from error
-        except ValueError as error:  # a body that is not JSON
+        except (ValueError, RecursionError) as error:  # a body that is not JSON, or nested too deeply
             raise TryAgain(f"not JSON: {error}") from error
         try:
             choice = reply.choices[0]
@@ -100,7 +100,8 @@ class OpenAIChat:
         if isinstance(text, str) and (text.strip() or finish != "length"):
             return text
         if finish == "length":
-            raise TryAgain(f"no text within {self.max_tokens} tokens; allow more, or turn thinking off")
+            reason = f"no text within {self.max_tokens} tokens; allow more, or turn thinking off"
+            raise TryAgain(reason, answered=True)
         raise TryAgain(f"an answer without a text: {str(reply)[:200]}")
 
 
@@ -151,6 +152,8 @@ class Asking:
         self.error: BaseException | None = None  # what ended the run
         self.lock = threading.Lock()
         self.failed_in_a_row = 0
+        self.answered = False  # whether the judge ever said anything
+        self.last_reason = ""  # why the last item had no answer
 
     def ask(self, messages: Messages, parse: Parse) -> tuple[str, Mapping[str, Any]]:
         """The answer and its values. parse: None where an answer makes no sense, which counts as an attempt.
@@ -165,6 +168,7 @@ class Asking:
         except NoAnswer as error:
             with self.lock:
                 self.failed_in_a_row += 1
+                self.last_reason = str(error)
                 if self.failed_in_a_row < self.stop_after:
                     raise
             self.end(
@@ -178,6 +182,13 @@ class Asking:
         with self.lock:
             self.failed_in_a_row = 0
         return found
+
+    def check_answered(self) -> None:
+        """At the end: JudgeDown where items were asked and the judge never said anything, not even a refusal."""
+        if self.failed_in_a_row and not self.answered:
+            raise JudgeDown(
+                f"no answer at all from {self.chat.name}, the last time because: {self.last_reason}"
+            )
 
     def end(self, error: BaseException) -> NoReturn:
         """Make this and every later call raise `error`, or the one that came first."""
@@ -196,7 +207,12 @@ class Asking:
                 text = self.chat.ask(messages)
             except TryAgain as error:
                 reason, after = str(error), error.after
+                self.answered = self.answered or error.answered
+            except NoAnswer:
+                self.answered = True
+                raise
             else:
+                self.answered = True
                 values = parse(text)
                 if values is not None:
                     return text, values
@@ -230,6 +246,7 @@ def judge_all(
 
     parse, attempts, wait, stop_after and errors: see `Asking`. An item without an answer is left out, never given a
     number; the next run asks again. When an error ends the run, answers under way are still waited for and kept.
+    JudgeDown also where the judge never answered at all, however few the items are.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
@@ -254,6 +271,7 @@ def judge_all(
             for job in jobs:
                 job.cancel()
             asking.end(error)
+    asking.check_answered()
     return failures
 
 

@@ -26,7 +26,8 @@ def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict[str, Any]:
     scores = [read_score(folder) for folder in folders]
     for key in ("benchmark", "inputs_sha256"):
         if scores[0][key] != scores[1][key]:
-            raise ValueError(f"the runs have different {key}: {scores[0][key]} and {scores[1][key]}")
+            lines = differences(scores[0][key], scores[1][key], key, ("in A", "in B"))
+            raise ValueError(f"the runs are not of the same {key}: {'; '.join(lines)}")
     found = [{item.item: item for item in read_items(folder.root)} for folder in folders]
     common = [key for key in found[0] if key in found[1]]
     if not common:

@@ -413,8 +413,10 @@ def _answers(
         at_once = options.concurrency
     elif isinstance(judge, str):
         judge = BlipVQA(judge, options.device)
-    asking = Asking(scoring, options, questions, judge, at_once)
-    return judge.name, asking.ask(files)
+    said = Asking(scoring, options, questions, judge, at_once).ask(files)
+    if isinstance(judge, ChatVQA):
+        judge.asking.check_answered()
+    return judge.name, said
 
 
 def report(run: str | Path) -> list[Path]:

@@ -15,6 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..files import read_json, sha256
 from . import judge_models
 from . import report as reports
 from .bootstrap import ItemScore
 from .detection import CLASSES, COLOURS, SAVED_ABOVE, Detection, SavedDetections, detection_record
-from .judges import ColourJudge, Detector, Records, bar
+from .judges import ColourJudge, Detector, Records, bar, merge_ranks, rank_file
 from .options import SubsetOptions, option
 from .reading import UnreadableImage, json_lines, read_image, text_sha256
 from .report import Published
-from .runner import Coverage, Item, RunFolder, Settings, read_json, run, sha256
+from .runner import Coverage, Item, RankInfo, RunFolder, Settings, rank_device, run, shard, wait_for_ranks
 from .scoring import ScoreOptions as CommonOptions
 from .scoring import ScoringRun
 
@@ -337,7 +339,11 @@ def aggregate(results: Sequence[Mapping[str, Any]], official_compat: bool = Fals
 
 
 def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
-    """Judge a tree of images; writes detections.jsonl, results.jsonl and score.json into `run`."""
+    """Judge a tree of images; writes detections.jsonl, results.jsonl and score.json into `run`.
+
+    Under torchrun the images are shared out among the detectors of all ranks; the first rank does the rest and has
+    the score, the others return {}.
+    """
     prompts, compat = read(options.data, options.subset), options.official_compat
     inputs = {"evaluation_metadata.jsonl": sha256(options.data)}
     scoring = ScoringRun("geneval", run, options, inputs, text_sha256(options.data) == DATA_SHA256)
@@ -347,6 +353,8 @@ def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
         there = [(prompt, name) for prompt, name in there if 0 <= prompt.index < options.limit]
     per_prompt = _images_per_prompt(scoring, options, there)
     detections, detector = _detections(scoring, options, [name for _, name in there])
+    if RankInfo.from_environment().rank > 0:
+        return {}
     if options.dry_run:
         todo = sum(name not in detections for _, name in there)
         return {"benchmark": "geneval", "dry_run": f"{todo:,} images to detect objects in"}
@@ -462,19 +470,45 @@ def _detections(
             )
         return saved, f"saved detections, sha256 {sha256(options.detections)}"
     detector: Any = options.detector
+    world = RankInfo.from_environment()
     if isinstance(detector, str):
-        detector = judge_models.Mask2FormerDetector(detector, options.device)
+        detector = judge_models.Mask2FormerDetector(detector, str(rank_device(options.device, world)))
         scoring.notes.append(
             "Meta's Mask2Former through transformers is not OpenMMLab's checkpoint of the official scorer: "
             "scores differ slightly"
         )
     path = scoring.folder.root / "detections.jsonl"
+    _detect(scoring, options, detector, faintest, names, path, world)
+    if (
+        world.size > 1 and world.rank == 0
+    ):  # with the others' shares, and to name the images that nobody could read
+        _detect(scoring, options, detector, faintest, names, path, RankInfo())
+    return SavedDetections(path, faintest) if path.is_file() else {}, detector.name
+
+
+def _detect(
+    scoring: ScoringRun,
+    options: ScoreOptions,
+    detector: Detector,
+    faintest: float,
+    names: Sequence[str],
+    path: Path,
+    world: RankInfo,
+) -> None:
+    """Detect objects in what `path` lacks: of several ranks each in its share, into a file of its own that the next
+    call puts together, and back when all are done."""
     identity = {"detector": detector.name, "saved_above": faintest}
+    if world.rank == 0:
+        merge_ranks(path)
+    wait_for_ranks(world)
     records = Records(path, "filename", identity, keep=False)
     hashes = {name: sha256(scoring.images / name) for name in names}
     todo = [name for name in names if not records.has(name, hashes[name])]
-    try:
-        for name in bar([] if options.dry_run else todo, "Detecting", options.progress):
+    if world.size > 1:
+        records = Records(rank_file(path, world.rank), "filename", identity, keep=False)
+        todo = shard(todo, world.rank, world.size)
+    with closing(records):
+        for name in bar([] if options.dry_run else todo, "Detecting", options.progress and world.rank == 0):
             try:
                 image = upright(scoring.images / name)
             except UnreadableImage as error:
@@ -482,9 +516,7 @@ def _detections(
                 continue
             found = detector.detect(image)
             records.add(name, hashes[name], {"detections": detection_record(found, faintest)})
-    finally:
-        records.close()
-    return SavedDetections(path, faintest), detector.name
+    wait_for_ranks(world)
 
 
 def upright(path: Path) -> Image.Image:

@@ -14,10 +14,11 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 from PIL import Image
 
+from ..files import atomic_file
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
@@ -66,11 +67,12 @@ class Chat(Protocol):
 
 
 class TryAgain(RuntimeError):
-    """A timeout, a dropped connection, a busy or broken server. after: seconds that the server asks to wait."""
+    """A timeout, a dropped connection, a busy or broken server. after: seconds that the server asks to wait. answered:
+    the judge itself said something, only nothing of use."""
 
-    def __init__(self, reason: str, after: float = 0.0):
+    def __init__(self, reason: str, after: float = 0.0, answered: bool = False):
         super().__init__(reason)
-        self.after = after
+        self.after, self.answered = after, answered
 
 
 class NoAnswer(RuntimeError):
@@ -91,9 +93,9 @@ class Records:
         self.entries: dict[Any, dict[str, Any]] = {}
         self.lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.file: TextIO | None = None  # opened by the first record: nothing asked leaves no file
         if path.exists():
             self._load()
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def _load(self) -> None:
         with open(self.path, "rb+") as f:
@@ -128,11 +130,34 @@ class Records:
         record = {self.key: key, "sha256": sha256} | self.identity | dict(values)
         with self.lock:
             self.entries[key] = record if self.keep else {"sha256": sha256}
+            if self.file is None:
+                # A lone surrogate, which UTF-8 does not have, becomes JSON's own escape of it.
+                self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def rank_file(path: Path, rank: int) -> Path:
+    """Where one of several ranks keeps the records that will belong to `path`."""
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def merge_ranks(path: Path) -> None:
+    """Add the records of all ranks' files, those of a run that was killed too, to `path`; the files go."""
+    parts = sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
+    if not parts:
+        return
+    with atomic_file(path) as temporary, open(temporary, "wb") as whole:
+        for part in [path, *parts]:
+            if part.is_file():
+                with open(part, "rb") as lines:
+                    whole.writelines(line for line in lines if line.endswith(b"\n"))
+    for part in parts:
+        part.unlink()
 
 
 def prompt_hash(*texts: str) -> str:

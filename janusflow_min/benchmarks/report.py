@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from .gallery import gallery
-from .runner import RunFolder, read_json
+from .runner import RunFolder
 from .scoring import read_items
 
 MAX_NOTE = 300  # characters of a note in the Markdown
@@ -34,7 +35,15 @@ def read_score(folder: RunFolder) -> dict[str, Any]:
     path = folder.root / "score.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the stage `score` first")
-    return read_json(path)
+    score = read_json(path)
+    lacking = [
+        key for key in ("benchmark", "headline", "scores", "inputs_sha256", "options") if key not in score
+    ]
+    if lacking:
+        raise ValueError(
+            f"{path} is no score of this version, it lacks {', '.join(lacking)}: score the run again"
+        )
+    return score
 
 
 def summary(score: Mapping[str, Any]) -> str:

@@ -24,10 +24,12 @@ import os
 import platform
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,15 +37,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import atomic_file, sha256
-from ..files import parse_json as read_json
+from ..files import atomic_file, check_folder, read_json, sha256
 from .options import option
 
 if TYPE_CHECKING:
+    import torch
+
     from ..pipeline import Pipeline
 
 T = TypeVar("T")
 SEED_RULE = "seed + prompt index * images per prompt + sample index, one CPU generator for each image"
+PNG = b"\x89PNG\r\n\x1a\n"
 WRITERS = 4  # threads that compress PNG files while the next block is painted
 
 
@@ -92,6 +96,19 @@ class RankInfo:
         return cls(rank, size, local)
 
 
+def wait_for_ranks(world: RankInfo) -> None:
+    """Back once every rank is here; one that dies makes torchrun end them all. ValueError without torchrun."""
+    if world.size == 1:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        if "MASTER_ADDR" not in os.environ:
+            raise ValueError("this stage's ranks wait for each other: start them with torchrun")
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    dist.barrier()
+
+
 def image_seed(base_seed: int, prompt_index: int, images_per_prompt: int, sample_index: int) -> int:
     """A seed that depends on which image it is alone: see SEED_RULE."""
     return base_seed + prompt_index * images_per_prompt + sample_index
@@ -123,17 +140,20 @@ class RunFolder:
 
     @contextmanager
     def writing(self, path: str | Path) -> Iterator[Path]:
-        """A temporary path in `.work/` with the suffix of `path`, renamed to it when the block ends well.
+        """A temporary path with the suffix of `path`, renamed to it when the block ends well: in `.work/` for what
+        goes into `images/`, beside `path` for all else.
 
         path: absolute, or relative to the run's folder (not to the current one); on the same file system, or the
         rename fails.
         """
-        with atomic_file(self.root / path, self.work) as temporary:
+        path = self.root / path
+        with atomic_file(path, self.work if path.is_relative_to(self.images) else None) as temporary:
             yield temporary
 
     def write_text(self, path: str | Path, text: str) -> None:
+        """A lone surrogate, which UTF-8 does not have, is written as JSON's escape of it."""
         with self.writing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def write_json(self, path: str | Path, value: Any) -> None:
         self.write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
@@ -141,6 +161,18 @@ class RunFolder:
     def write_image(self, path: str | Path, image: Image.Image) -> None:
         with self.writing(path) as temporary:
             image.save(temporary)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """ValueError for what is no manifest, FileNotFoundError where there is none."""
+        if not self.manifest.is_file():
+            raise FileNotFoundError(f"{self.manifest} is missing: run the stage `generate` first")
+        manifest = read_json(self.manifest)
+        for key, kind in {"benchmark": str, "inputs_sha256": dict, "settings": dict}.items():
+            if not isinstance(manifest.get(key), kind):
+                raise ValueError(
+                    f"{self.manifest} is no manifest of a run: its {key} is {manifest.get(key)!r}"
+                )
+        return manifest
 
     def tidy(self) -> None:
         """Drop what killed processes left; call it when nothing is missing any more."""
@@ -231,22 +263,34 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is there and not empty; an image must not be cut off either: a PNG ends with its IEND chunk."""
+    """Whether a file is there and not empty; an image must not be damaged either: a PNG by its checksums, any other by
+    decoding it."""
     if not path.is_file():
         return False
-    with open(path, "rb") as f:
-        start = f.read(8)
-        if start == b"\x89PNG\r\n\x1a\n":
-            f.seek(max(0, path.stat().st_size - 12))
-            return f.read() == b"\0\0\0\0IEND\xaeB`\x82"
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        return start != b""
+        return path.stat().st_size > 0
+    content = path.read_bytes()
+    if content.startswith(PNG):
+        return _png_is_whole(content)
     try:
         with Image.open(path) as image:
             image.load()
     except Exception:  # whatever Pillow raises for broken bytes: struct.error, SyntaxError, OSError, …
         return False
     return True
+
+
+def _png_is_whole(content: bytes) -> bool:
+    """Every chunk (length, kind, data, checksum of kind and data) is as it was written, and the last one is IEND."""
+    start = len(PNG)
+    while start + 12 <= len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if zlib.crc32(content[start + 4 : end - 4]) != int.from_bytes(content[end - 4 : end], "big"):
+            return False
+        if content[start + 4 : start + 8] == b"IEND":
+            return end == len(content)
+        start = end
+    return False
 
 
 def write_manifest(
@@ -275,7 +319,7 @@ def write_manifest(
     new = json.loads(json.dumps(new))  # tuples become lists, as they are when read
     if not folder.manifest.exists():
         folder.write_json(folder.manifest, new)
-    old = read_json(folder.manifest)
+    old = folder.read_manifest()
     other = [line for line in differences(old, new) if not line.startswith("versions.")]
     if other:
         raise ValueError(
@@ -344,13 +388,13 @@ def blocks(items: Sequence[T], images_per_prompt: int, batch_size: int) -> list[
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def load_pipe(settings: Settings, world: RankInfo, parts: str = "generation") -> Pipeline:
-    """The pipeline that `settings` describe, on this rank's own device where there are several."""
+def rank_device(name: str, world: RankInfo) -> torch.device:
+    """The device of that name; of several GPUs this rank's own, made the current one."""
     import torch
 
-    from ..loading import load, pick_device
+    from ..loading import pick_device
 
-    device = pick_device(settings.device)
+    device = pick_device(name)
     if device.type == "cuda" and device.index is None:
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -359,6 +403,14 @@ def load_pipe(settings: Settings, world: RankInfo, parts: str = "generation") ->
             )
         torch.cuda.set_device(world.local_rank)
         device = torch.device("cuda", world.local_rank)
+    return device
+
+
+def load_pipe(settings: Settings, world: RankInfo, parts: str = "generation") -> Pipeline:
+    """The pipeline that `settings` describe, on this rank's own device where there are several."""
+    from ..loading import load
+
+    device = rank_device(settings.device, world)
     options: dict[str, Any] = dict(parts=parts, fast=settings.fast, compile=settings.compile)
     options["upstream_rounding"] = settings.upstream_rounding
     if parts != "understanding":
@@ -402,6 +454,13 @@ def paint(
             todo.append(([item for _, item in block], set(lacking)))
     if not todo:
         return coverage(items, folder.images)
+    for block, lacking in todo:
+        for path in [folder.images / name for item in block if item.index in lacking for name in item.files]:
+            check_folder(path.parent)
+            if path.is_dir():
+                raise IsADirectoryError(
+                    f"{path} is a folder, but an image is to be written there: move it away"
+                )
     pipe = pipe() if callable(pipe) else pipe
     for block, _ in todo:  # the last prompt's error should not wait for the first's picture
         for item in block:

@@ -24,7 +24,8 @@ from .bootstrap import ItemScore, Weights
 from .chat import OpenAIChat, Parse, Question, judge_all
 from .judges import Chat, Records
 from .options import departures, json_object, option
-from .runner import RunFolder, is_whole, read_json
+from .reading import json_lines
+from .runner import RunFolder, is_whole
 
 SAMPLED = 50  # questions whose size is measured for a dry run
 
@@ -108,7 +109,7 @@ class ScoringRun:
         elsewhere = getattr(options, "images", None)
         self.images = self.folder.images if elsewhere is None else Path(elsewhere).expanduser()
         there = self.folder.manifest.is_file() and elsewhere is None
-        self.manifest: dict[str, Any] | None = read_json(self.folder.manifest) if there else None
+        self.manifest: dict[str, Any] | None = self.folder.read_manifest() if there else None
         self.departures = ([] if published else ["the data are not the published ones"]) + departures(options)
         self.failures: dict[Any, str] = {}  # item -> why it has no score
         self.notes: list[str] = []
@@ -208,7 +209,7 @@ def check_inputs(
     if manifest.get("benchmark") != benchmark:
         raise ValueError(f"{root} is a run of {manifest.get('benchmark')}, not of {benchmark}")
     for name, value in inputs.items():
-        used = manifest.get("inputs_sha256", {}).get(name)
+        used = manifest["inputs_sha256"].get(name)
         if used is not None and used != value:
             raise ValueError(
                 f"{root} was generated from another {name}: sha256 {used} there, {value} of the one given"
@@ -244,14 +245,12 @@ def read_items(root: Path) -> list[ItemScore]:
     path = root / "item_scores.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the stage `score` first")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [
-        ItemScore(
-            r["item"],
-            {group: (total, count) for group, (total, count) in r["parts"].items()},
-            r["prompt"],
-            [str(root / name) for name in r["images"]],
-            r["reason"],
-        )
-        for r in records
-    ]
+    items = []
+    for place, r in json_lines(path):
+        try:
+            parts = {str(group): (float(total), int(count)) for group, (total, count) in r["parts"].items()}
+            images = [str(root / name) for name in r["images"]]
+            items.append(ItemScore(r["item"], parts, r["prompt"], images, r["reason"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{place} is no item's score ({error!r}): score the run again") from None
+    return items

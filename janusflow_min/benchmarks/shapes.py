@@ -13,6 +13,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm import tqdm
 
+from ..files import parse_json
 from . import report as reports
 from .bootstrap import ItemScore
 from .options import option
+from .reading import read_image
 from .runner import (
     Coverage,
     Item,
@@ -33,11 +36,9 @@ from .runner import (
     check_settings,
     checkpoint_identity,
     cpu_threads,
-    is_whole,
     load_pipe,
     paint,
     paint_settings,
-    read_json,
     shard,
     write_manifest,
 )
@@ -130,6 +131,20 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions = Gen
     return found
 
 
+def read_answers(path: Path, count: int) -> list[str] | None:
+    """The `count` answers that a file holds, None where there is none. ValueError for anything else in it."""
+    if not path.exists():
+        return None
+    answers = parse_json(path)
+    if (
+        not isinstance(answers, list)
+        or len(answers) != count
+        or not all(isinstance(answer, str) for answer in answers)
+    ):
+        raise ValueError(f"{path} must hold a list of {count} answers")
+    return answers
+
+
 def _answer(
     pipe: Callable[[], Any], folder: RunFolder, questions: Sequence, settings: Settings, world: RankInfo
 ) -> None:
@@ -137,8 +152,11 @@ def _answer(
     hidden = not settings.progress or world.local_rank != 0
     for i, block in tqdm(share, desc="Answering", unit="batch", disable=hidden):
         path = folder.root / "answers" / f"{i:05d}.json"
-        if path.is_file() or (settings.limit is not None and i * settings.batch_size >= settings.limit):
+        if settings.limit is not None and i * settings.batch_size >= settings.limit:
             continue
+        with suppress(ValueError):  # a damaged file is written again
+            if read_answers(path, len(block)) is not None:
+                continue
         answers = pipe().understand(
             [qa.question for qa, _ in block], [image for _, image in block], max_new_tokens=ANSWER_TOKENS
         )
@@ -150,44 +168,52 @@ def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, 
     from ..shapes import captions, judge
 
     folder = RunFolder(run)
-    if not folder.manifest.is_file():
-        raise FileNotFoundError(f"{folder.manifest} is missing: run the stage `generate` first")
-    manifest = read_json(folder.manifest)
+    manifest = folder.read_manifest()
     scoring = ScoringRun("shapes", run, options, manifest["inputs_sha256"], published=True)
     settings = manifest["settings"]
     drawn = settings["cases"], settings["draw_seed"]
     captioned, asked = prompts(*drawn), questions(*drawn)
-    items = []
-    for i, (family, prompt) in enumerate(
-        tqdm(captioned[: options.limit], desc="Judging", disable=not options.progress)
-    ):
-        path = scoring.images / f"{i:05d}.png"
-        if is_whole(path):
-            with Image.open(path) as image:
-                right, reason = judge.check(image.convert("RGB"), prompt)
-            parts = {group: (float(right), 1) for group in (family, "images")}
-            items.append(ItemScore(path.name, parts, prompt, [str(path)], reason))
+    images = [f"{i:05d}.png" for i in range(len(captioned[: options.limit]))]
+    there = scoring.whole(images, "NNNNN.png")
     size = settings["batch_size"]
-    for k, block in enumerate(blocks(asked[: options.limit], 1, size)):
-        path = folder.root / "answers" / f"{k:05d}.json"
-        for i, ((qa, _), text) in enumerate(
-            zip(block, read_json(path) if path.is_file() else [], strict=False)
-        ):
+    answered: dict[int, list[str]] = {}  # place of a block's first question -> the block's answers
+    for k, block in enumerate(blocks(asked, 1, size)):
+        try:
+            answers = read_answers(folder.root / "answers" / f"{k:05d}.json", len(block))
+        except ValueError as error:
+            scoring.failures[f"answers {k * size} to {k * size + len(block) - 1}"] = str(error)
+        else:
+            answered |= {} if answers is None else {k * size: answers}
+    if options.dry_run:
+        count = sum(map(len, answered.values()))
+        return {
+            "benchmark": "shapes",
+            "dry_run": f"{len(there):,} images and {count:,} answers, judged by rules",
+        }
+    items = []
+    for name in tqdm(there, desc="Judging", disable=not options.progress):
+        family, prompt = captioned[int(Path(name).stem)]
+        path = scoring.images / name
+        right, reason = judge.check(read_image(path).convert("RGB"), prompt)
+        parts = {group: (float(right), 1) for group in (family, "images")}
+        items.append(ItemScore(name, parts, prompt, [str(path)], reason))
+    for start, texts in answered.items():
+        for place, ((qa, _), text) in enumerate(zip(asked[start:], texts, strict=False), start):
+            if options.limit is not None and place >= options.limit:
+                break
             right = captions.answer_is_right(qa.kind, qa.answer, text)
             parts = {group: (float(right), 1) for group in (f"answer: {qa.kind}", "answers")}
             reason = f"expected {qa.answer!r}, got {text.strip()!r}"
-            items.append(ItemScore(f"question {k * size + i:05d}", parts, qa.question, (), reason))
-    if not items:
-        raise FileNotFoundError(f"neither images nor answers in {folder.root}")
+            items.append(ItemScore(f"question {place:05d}", parts, qa.question, (), reason))
 
     def share(group: str) -> tuple[float | None, int, int]:
         values = [item.parts[group][0] for item in items if group in item.parts]
         return sum(values) / len(values) if values else None, len(values), settings["cases"]
 
     groups = dict.fromkeys([*(family for family, _ in captioned), *(f"answer: {qa.kind}" for qa, _ in asked)])
-    images, answers = share("images"), share("answers")
+    shares = {"images": share("images"), "answers": share("answers")}
     result = scoring.write(
-        headline=("images right", images[0]),
+        headline=("images right", shares["images"][0]),
         scale=1.0,
         scores={group: share(group) for group in groups},
         n_expected=len(captioned) + len(asked),
@@ -196,12 +222,10 @@ def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, 
         items=items,
         totals={"images right": {"images": 1.0}, "answers right": {"answers": 1.0}},
         options={"cases": settings["cases"], "draw_seed": settings["draw_seed"]},
-        others={"answers right": answers[0]},
+        others={"answers right": shares["answers"][0]},
     )
-    for name, (value, n, _), least in (
-        ("images", images, options.at_least),
-        ("answers", answers, options.answers_at_least),
-    ):
+    for name, least in (("images", options.at_least), ("answers", options.answers_at_least)):
+        value, n, _ = shares[name]
         if least is not None and (not result["complete"] or (value or 0.0) < least):
             raise ValueError(
                 f"{value or 0.0:.1%} of {n} {name} are right, at least {least:.1%} are needed"

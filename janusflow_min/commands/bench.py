@@ -71,11 +71,13 @@ def run(args: argparse.Namespace) -> int:
         settings = read_options(Settings, args, progress=progress)
         print(module.generate(settings, args.folder, read_options(module.OPTIONS[stage], args)))
         return 0
-    if RankInfo.from_environment().size > 1:
-        raise ValueError(f"only the stage generate is spread over ranks; call {stage} without torchrun")
-    if stage == "score":
-        options = read_options(module.OPTIONS[stage], args, progress=progress)
-        print(report.summary(module.score(args.folder, options)))
+    options = read_options(module.OPTIONS[stage], args, progress=progress) if stage == "score" else None
+    if RankInfo.from_environment().size > 1 and getattr(options, "detector", None) is None:
+        what = "only generating images and detecting objects (bench geneval score --detector) is"
+        raise ValueError(f"{what} spread over ranks; call this {stage} without torchrun")
+    if options is not None:
+        if score := module.score(args.folder, options):
+            print(report.summary(score))
     else:
         for path in module.report(args.folder):
             print(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -298,6 +300,60 @@ class FakeColours:
 
     def colours(self, views, label):
         return [self.colour for _ in views]
+
+
+RANKS = """
+import json, os, sys
+sys.path[:0] = {paths!r}
+from test_geneval import CAT, FakeColours, FakeDetector, score_of
+detector, rank = FakeDetector(), int(os.environ["RANK"])
+if len(sys.argv) > 1 and rank == 1:
+    detect, detector.detect = detector.detect, lambda image: detect(image) if detector.seen < 2 else os._exit(3)
+score = score_of({run!r}, detector=detector, clip=FakeColours(), data={data!r}, subset=True, images={images!r},
+                 images_per_prompt=2, progress=False)
+print(json.dumps([rank, detector.seen, score.get("n_scored")]), flush=True)
+"""
+
+
+def test_detection_is_shared_out_among_ranks(tmp_path):
+    """Stops: other numbers from several GPUs than from one, images detected twice, a rank's work lost when another
+    dies, an unreadable image of one rank's share that the score does not know."""
+    pytest.importorskip("torch.distributed.run")
+    lines = [CAT | {"prompt": f"a photo of a cat, {i}"} for i in range(6)]
+    data, images = write_lines(tmp_path / "data.jsonl", lines), tree(tmp_path / "images", lines, 2)
+    for i in range(0, 6, 2):
+        Image.new("RGB", (8, 8), (255, i, 0)).save(images / f"0000{i}/samples/00000.png")
+    (images / "00003/samples/00001.png").write_bytes(b"no image")
+    options = dict(data=data, subset=True, images=images, images_per_prompt=2, progress=False)
+    one = score_of(tmp_path / "one", detector=FakeDetector(), clip=FakeColours(), **options)
+    run = tmp_path / "two"
+    paths = [str(Path(__file__).parent), *sys.path]
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(paths=paths, run=str(run), data=str(data), images=str(images)))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    died = subprocess.run([*command, "die"], capture_output=True, text=True, timeout=300)
+    assert died.returncode != 0 and not (run / "score.json").exists()
+    kept = len([line for path in run.glob("detections*.jsonl") for line in path.read_text().splitlines()])
+    assert kept >= 2
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ranks = sorted(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert [r[2] for r in ranks] == [11, None] and ranks[0][1] + ranks[1][1] == 11 - kept
+    two = json.loads((run / "score.json").read_text())
+    assert (
+        two == json.loads((tmp_path / "one" / "score.json").read_text())
+        and two["n_scored"] == one["n_scored"]
+    )
+    assert (run / "results.jsonl").read_text() == (tmp_path / "one" / "results.jsonl").read_text()
+    assert [path.name for path in run.glob("detections*")] == ["detections.jsonl"]
 
 
 def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):

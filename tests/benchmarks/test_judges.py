@@ -398,6 +398,68 @@ def test_a_dead_judge_ends_the_run_soon(tmp_path):
     records.close()
 
 
+def test_a_judge_that_never_answers_is_down_however_few_ask(tmp_path):
+    """Stops: exit code 0 where the last three items, fewer than the limit, all met a dead server; and the opposite, a
+    run that can never end for the one item that the judge refuses, or always answers with nonsense."""
+    records = Records(tmp_path / "judge.jsonl", "key", {})
+
+    def ask(*replies) -> dict:
+        chat = Scripted({str(i): reply for i, reply in enumerate(replies)})
+        return judge_all(chat, questions(*chat.answers), number, records, 2, 2, False, 0.0)
+
+    for replies in ([TryAgain("connection refused")], [TryAgain("HTTP 500")] * 3):
+        with pytest.raises(JudgeDown, match=r"no answer at all from scripted.*(refused|500)"):
+            ask(*replies)
+    assert len(ask(NoAnswer("a content filter"))) == 1
+    assert len(ask("what?", "who?")) == 2
+    assert len(ask(TryAgain("no text within 20 tokens", answered=True))) == 1
+    assert len(ask(TryAgain("busy"), "1")) == 1
+    assert ask() == {}
+    records.close()
+    vqa = ChatVQA(Scripted({}), attempts=1, wait=0.0)
+    vqa.asking.chat.ask = lambda messages: (_ for _ in ()).throw(TryAgain("connection refused"))
+    with pytest.raises(NoAnswer):
+        vqa.answer(Image.new("RGB", (2, 2)), "?")
+    with pytest.raises(JudgeDown, match="connection refused"):
+        vqa.asking.check_answered()
+
+
+@pytest.mark.parametrize("text", ["1 \ud800", "\udfff\n1", "1 \x00\u2028\x85", "1 \U0001f600 é"])
+def test_odd_characters_of_an_answer_are_kept(tmp_path, text):
+    """Stops: one answer with half a character that ends a run of hours, and again at every resume."""
+    records = Records(tmp_path / "judge.jsonl", "key", {})
+    assert judge_all(Scripted({"a": text}), questions("a"), lambda _: {}, records, progress=False) == {}
+    records.close()
+    again = Records(tmp_path / "judge.jsonl", "key", {})
+    assert again.entries["a"]["answer"] == text and not again.todo(questions("a"))
+    again.close()
+
+
+def test_no_reply_of_a_server_ends_the_run(tmp_path):
+    """Stops: a body of brackets or of nonsense that is an internal error instead of one more attempt."""
+    pytest.importorskip("openai")
+    bodies = [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"choices": [{}]}',
+    ]
+    for number_of, body in enumerate(bodies):
+        with ChatServer(
+            lambda request, _, body=body: ("raw", body) if request["messages"] == [1] else "1"
+        ) as server:
+            records = Records(tmp_path / f"{number_of}.jsonl", "key", {})
+            failures = judge_all(
+                OpenAIChat("m", server.url), questions(0, 1, 2), number, records, attempts=1, progress=False
+            )
+            records.close()
+        assert list(failures) == [1], body[:20]
+
+
 def test_a_dead_judge_has_an_exit_code(tmp_path, monkeypatch, capsys):
     """Stops: a shell script that goes on to `report` although no judge was there."""
     pytest.importorskip("openai")

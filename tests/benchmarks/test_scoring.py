@@ -133,7 +133,7 @@ def test_a_headline_needs_the_published_set_and_its_rules(tmp_path):
 def test_a_run_is_scored_as_what_it_is(tmp_path):
     """Stops: images of one benchmark or of one file scored by another's."""
     folder = RunFolder(tmp_path)
-    folder.write_json("manifest.json", {"benchmark": "y", "inputs_sha256": {"d": "1"}})
+    folder.write_json("manifest.json", {"benchmark": "y", "inputs_sha256": {"d": "1"}, "settings": {}})
     with pytest.raises(ValueError, match="is a run of y, not of x"):
         ScoringRun("x", tmp_path, Options(data=Path("d")), {"d": "1"}, True)
     with pytest.raises(ValueError, match="generated from another d: sha256 1 there, 2 of the one given"):
@@ -158,10 +158,12 @@ def test_broken_images_are_named_and_left_out(tmp_path):
 
 def test_a_dry_run_asks_nothing(tmp_path):
     """Stops: a bill for 57,564 images that nobody expected."""
-    records = judges.Records(tmp_path / "run" / "judge.jsonl", "key", {})
+    path = tmp_path / "run" / "judge.jsonl"
+    records = judges.Records(path, "key", {})
     run = ScoringRun("x", tmp_path / "run", Options(data=Path("d")), {}, True)
     questions = [Question(i, "h", lambda: [{"content": "x" * 10_000}]) for i in range(1234)]
     assert summary(run.dry_run(records.todo(questions))) == "1,234 requests, about 12.4 MB"
+    assert not path.exists()
     records.add(0, "h", {})
     assert summary(run.dry_run(records.todo(questions))).startswith("1,233 requests")
     assert summary(run.dry_run([])) == "0 requests, about 0.0 MB"
@@ -246,7 +248,9 @@ def test_only_common_items_are_compared(tmp_path):
         compare(tmp_path / "a", tmp_path / "c")
     path = tmp_path / "b" / "score.json"
     path.write_text(path.read_text().replace('"d": "1"', '"d": "2"'))
-    with pytest.raises(ValueError, match="different inputs_sha256"):
+    with pytest.raises(
+        ValueError, match=r'not of the same inputs_sha256: inputs_sha256.d: "1" in A, "2" in B'
+    ):
         compare(tmp_path / "a", tmp_path / "b")
     with pytest.raises(FileNotFoundError, match="run the stage `score` first"):
         compare(tmp_path / "a", tmp_path / "none")
@@ -293,3 +297,35 @@ def test_item_scores_come_back_as_they_went(tmp_path):
     item = read_items(tmp_path / "moved")[1]
     assert item == ItemScore("001", {"b": (1.0, 2)}, "a prompt <1>", [str(tmp_path / "moved/images/1.png")])
     assert {f.name for f in fields(item)} == {"item", "parts", "prompt", "images", "reason"}
+
+
+def test_numbers_without_a_value_have_no_interval():
+    """Stops: a warning of numpy's, or an interval of NaN, where a judge wrote "nan" and the official rules count it."""
+    ones = items([1.0, 0.0, 1.0])
+    for value in (float("nan"), float("inf")):
+        odd = [*ones, ItemScore("x", {"b": (value, 1)})]
+        totals = {"both": {"a": 0.5, "b": 0.5}, "first": {"a": 1.0}}
+        with np.errstate(all="raise"):
+            found = bootstrap.intervals(odd, totals, 1.0)
+            compared = bootstrap.compare(odd, odd, totals)
+        assert found.keys() == compared.keys() == {"a", "first"}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [(name, text) for name in ("score.json", "manifest.json") for text in ("[]", "{}", "null", '{"a": 1', "")]
+    + [("manifest.json", '{"benchmark": "x", "inputs_sha256": [], "settings": {}}')]
+    + [
+        ("item_scores.jsonl", text)
+        for text in ('{"item": "000", "parts": {"a', "[]", "{}", "null", '{"item": "0", "parts": {"a": 1}}')
+    ],
+)
+def test_damaged_files_of_a_run_are_named(tmp_path, name, content):
+    """Stops: a KeyError or an AttributeError for a file that a full disk or an editor damaged."""
+    scored(tmp_path, [1, 0])
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        if name == "manifest.json":
+            ScoringRun("x", tmp_path, Options(data=Path("d")), {}, True)
+        else:
+            compare(tmp_path, tmp_path)

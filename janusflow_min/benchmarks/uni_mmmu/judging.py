@@ -156,7 +156,8 @@ def image_url(path: Path) -> str:
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
     buffer = io.BytesIO()
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image: Image.Image = opened
             if image.width > WIDEST:
                 height = max(1, int(image.height * (WIDEST / image.width)))
                 image = image.resize((WIDEST, height), Image.Resampling.LANCZOS)
