@@ -198,13 +198,15 @@ class Processor:
         tokens = [self.tokenizer.image_id] * self.num_image_tokens
         return [self.tokenizer.image_start_id, *tokens, self.tokenizer.image_end_id]
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], str, list[ImageSource]]:
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], system_prompt: str = SYSTEM_PROMPT
+    ) -> tuple[list[int], str, list[ImageSource]]:
         """Ids, placeholders replaced by `image_ids`; the prompt string; the images, not opened yet.
 
         Raises ValueError where placeholders and images differ in number, for what is no image, and as `template`;
         FileNotFoundError for an image's path without a file.
         """
-        tokenizer, sft_format = self.tokenizer, self.template(messages)
+        tokenizer, sft_format = self.tokenizer, self.template(messages, system_prompt)
         sources: list[ImageSource] = []
         for message in messages:
             images = message.get("images")

@@ -51,6 +51,7 @@ NOT_RUN = {  # how a command begins: why no test here runs it
     "python scripts/benchmark_generation.py": "a GPU and a checkout of the reference",
     "python scripts/train_shapes.py": "a GPU",
     "python scripts/examples/new_concept.py": "half an hour",
+    "janusflow-min serve": "it serves until it is told to end; tests/serve starts it as a command",
     "janusflow-min info deepseek-ai/JanusFlow-1.3B": "the hub",
 }
 NEEDS = {  # how a command begins: a package of an extra without which it is left out

@@ -37,8 +37,8 @@ CALLS = [
     "ruff check .",
     "ruff format --check .",
     "mypy ",
-    "pip install -q -e .[train,bench]",
-    "python -m pytest tests/training tests/benchmarks tests/test_docs.py",
+    "pip install -q -e .[train,bench,serve]",
+    "python -m pytest tests/training tests/benchmarks tests/serve tests/test_docs.py",
 ]
 
 

@@ -30,7 +30,7 @@ MODEL_FILES = ("config", "llama", "siglip", "uvit", "flow", "model")
 CHECKPOINT_FILES = ("official", "checkpoint", "tokenizer", "processor", "vae")
 FLOOR_1 = {*MODEL_FILES, *CHECKPOINT_FILES}
 HELPERS = {"files", "checks", "pixels", "progress", "diagnose", "weights"}  # of all floors
-FLOOR_3 = {"cli", "webui", "commands", "__main__"}
+FLOOR_3 = {"cli", "webui", "commands", "serve", "__main__"}
 JUDGES = (
     PACKAGE / "benchmarks" / "judge_models.py"
 )  # models of others that judge pictures, imported when first needed
@@ -105,7 +105,8 @@ def test_later_floors_are_not_imported(imported):
 HELP = """
 import sys
 {statement}
-heavy = {{"torch", "diffusers", "transformers", "tokenizers", "datasets"}} & {{m.split(".")[0] for m in sys.modules}}
+heavy = {{"torch", "diffusers", "transformers", "tokenizers", "datasets", "fastapi", "pydantic"}}
+heavy &= {{m.split(".")[0] for m in sys.modules}}
 assert not heavy, heavy
 """
 EVERY_HELP = """
@@ -209,7 +210,8 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the package without training and benchmarks": 6000,  # 4600 is wanted
+    "the package without training, benchmarks and server": 6000,  # 4600 is wanted
+    "server": 1060,  # 450 is wanted
     "training": 3800,  # 2300 is wanted
     "benchmarks": 7900,  # with the world of shapes; 5600 is wanted
     "scripts": 3300,  # 2200 is wanted
@@ -222,8 +224,9 @@ def test_each_part_keeps_its_budget(part):
     training = set((PACKAGE / "training").rglob("*.py"))
     benchmarks = {path for name in ("benchmarks", "shapes") for path in (PACKAGE / name).rglob("*.py")}
     scripts = set((PACKAGE.parent / "scripts").rglob("*.py"))
-    files = {"training": training, "benchmarks": benchmarks, "scripts": scripts}
-    counted = files.get(part, set(FILES) - training - benchmarks)
+    server = {*(PACKAGE / "serve").rglob("*.py"), PACKAGE / "commands" / "serve.py"}
+    files = {"training": training, "benchmarks": benchmarks, "scripts": scripts, "server": server}
+    counted = files.get(part, set(FILES) - training - benchmarks - server)
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted)
     assert lines <= BUDGETS[part]
 
