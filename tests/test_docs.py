@@ -51,6 +51,8 @@ NOT_RUN = {  # how a command begins: why no test here runs it
     "python scripts/benchmark_generation.py": "a GPU and a checkout of the reference",
     "python scripts/train_shapes.py": "a GPU",
     "python scripts/examples/new_concept.py": "half an hour",
+    "curl ": "a server; tests/serve/test_serving_page.py runs them",
+    "python scripts/load_test.py": "minutes; tests/serve/test_load.py runs a short one",
     "janusflow-min serve": "it serves until it is told to end; tests/serve starts it as a command",
     "janusflow-min info deepseek-ai/JanusFlow-1.3B": "the hub",
 }
@@ -310,7 +312,9 @@ def test_every_command_does_what_it_says(place, desk, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name
+    "page",
+    [page for page in PAGES if blocks(page, "python") and page.name != "serving.md"],  # test_serving_page.py
+    ids=lambda page: page.name,
 )
 def test_every_snippet_runs(page, desk):
     """Stops: a call that the library no longer takes, in the first lines that a visitor copies."""

@@ -160,7 +160,10 @@ class Engine:
     def _answer_slice(self, others_wait: Callable[[], bool]) -> None:
         """Answer the first questions of the lane until they end or, after a slice, `others_wait`."""
         with self._changed:
-            taken = [self.questions.popleft() for _ in range(min(self.max_batch, len(self.questions)))]
+            length = len(self.questions[0].ids)  # others of about its length: shorter ones are padded
+            taken = sorted(self.questions, key=lambda q: abs(len(q.ids) - length))[: self.max_batch]
+            for question in taken:
+                self.questions.remove(question)
         running = [question for question in taken if not question.future.done()]
         if running:
             isolate(self._decode, running, others_wait)
