@@ -3,17 +3,60 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+P = ParamSpec("P")
+R = TypeVar("R")
 LARGEST = 2**63 - 1
 # What one call may ask for, so that a slip of the key does not ask for terabytes or years.
 MAX_STEPS = 10_000
 MAX_IMG_SIZE = 8192  # px; 200 MB an image
 MAX_IMAGE_BYTES = 4 * 2**30  # of all images that one call returns
 MAX_NEW_TOKENS = 1_000_000  # more than any model has positions for
+
+
+# Names of other libraries' arguments -> ours, for the error that meets them.
+NAMES_ELSEWHERE = {
+    "guidance_scale": "cfg_weight",
+    "num_images_per_prompt": "parallel_size",
+    "generator": "seed",
+    "height": "img_size",
+    "width": "img_size",
+    "scheduler": "solver",
+    "steps": "num_inference_steps",
+    "shift": "timestep_shift",
+    "callback": "callback_on_step_end",
+    "image": "images",
+    "question": "prompt",
+    "text": "prompt",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "do_sample": "temperature, 0 of which takes the likeliest token",
+    "stop_strings": "stop",
+    "system": "system_prompt",
+}
+
+
+def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """A method whose TypeError for an unknown argument names ours, where another library calls it so."""
+    ours = list(inspect.signature(function).parameters)[1:]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in ours:
+                elsewhere = NAMES_ELSEWHERE.get(name)
+                hint = f"here it is {elsewhere}" if elsewhere else f"there are {', '.join(ours)}"
+                raise TypeError(f"{function.__name__} has no argument {name}: {hint}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def is_whole(value: Any) -> bool:

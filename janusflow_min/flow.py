@@ -3,24 +3,22 @@
 
 The convention, everywhere in this library: t runs from 0 to 1, z_0 is noise and z_1 is data,
 z_t = t·x + (1 - t)·noise, the velocity is v = x - noise, a step is z <- z + dt·v, and the network takes the time
-as `timestep` = 1000·t. Guidance: v = w·v_cond - (w - 1)·v_uncond. (Stable Diffusion 3, Flux and minRF run time the
-other way round.) Paper section 3.1; the reference's `demo/app_janusflow.py`.
+as `timestep` = 1000·t. So z + (1 - t)·v estimates the data at any time. Guidance: v = w·v_cond - (w - 1)·v_uncond.
+(Stable Diffusion 3, Flux and minRF run time the other way round.) Paper section 3.1; the reference's
+`demo/app_janusflow.py`.
 
 Legend: B batch, C h w latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 TIME_SCALE = 1000.0  # timestep = TIME_SCALE * t
-Velocity = Callable[[Tensor, Tensor], Tensor]  # z (B, C, h, w), timestep (B,) in [0, 1000] -> (B, C, h, w)
-OnStep = Callable[[int, Tensor], None]  # called with the number of each finished step, from 0, and the new z
-Solver = Callable[[Velocity, Tensor, Sequence[float], OnStep | None], Tensor]  # as `euler`
+Velocity = Callable[[Tensor, float], Tensor]  # z (B, C, h, w), t in [0, 1] -> (B, C, h, w)
 
 
 def classifier_free_guidance(v_cond: Tensor, v_uncond: Tensor, cfg_weight: float) -> Tensor:
@@ -28,24 +26,11 @@ def classifier_free_guidance(v_cond: Tensor, v_uncond: Tensor, cfg_weight: float
     return cfg_weight * v_cond - (cfg_weight - 1.0) * v_uncond
 
 
-def time_grid(num_inference_steps: int, start: float = 0.0) -> list[float]:
-    """The times from `start` to 1 between equal steps, both ends included: num_inference_steps + 1 of them."""
-    return [start + (1 - start) * i / num_inference_steps for i in range(num_inference_steps + 1)]
-
-
-def euler(velocity: Velocity, z: Tensor, times: Sequence[float], on_step: OnStep | None = None) -> Tensor:
-    """Integrate z from times[0] to times[-1], one evaluation of the velocity a step.
-
-    To start late, pass z = `interpolate(x, noise, t)[0]` and `time_grid(n, t)`. Everything happens in z's dtype:
-    fp32 is closest to the ODE; bf16 rounds time, step and latents just as the published sampler does.
-    """
-    for i, (now, then) in enumerate(pairwise(times)):
-        timestep = torch.full((z.shape[0],), now * TIME_SCALE, dtype=z.dtype, device=z.device)
-        step = torch.tensor(then - now, dtype=z.dtype, device="cpu")  # a scalar of the CPU: no transfer
-        z = z + step * velocity(z, timestep).to(z.dtype)
-        if on_step is not None:
-            on_step(i, z)
-    return z
+def rescale_guidance(v: Tensor, v_cond: Tensor, rescale: float) -> Tensor:
+    """The guided velocity (B, C, h, w) with the spread of the conditional one, of each image, by `rescale` in [0, 1]:
+    much guidance makes images too vivid (arXiv 2305.08891, section 3.4)."""
+    ratio = v_cond.flatten(1).std(1) / v.flatten(1).std(1)
+    return v * (1 + rescale * (ratio - 1)).view(-1, 1, 1, 1)
 
 
 def sample_time(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From files to a `Pipeline` and back: `load` and `save`, devices and dtypes."""
+"""From files to a `Pipeline` and back: `load` and `save`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import load_model, read_config, save_model
+from .devices import pick_device, pick_dtype
 from .files import atomic_directory, expand
 from .hub import resolve, resolve_vae
 from .model import PARTS, Parts
@@ -15,8 +16,6 @@ from .official import is_checkpoint_entry
 from .pipeline import Pipeline
 from .processor import Processor, check_processor_matches
 from .vae import check_vae_dtype, load_vae, save_vae
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -82,29 +81,3 @@ def save(
         for name, content in pipe.processor.files.items():
             (temporary / name).write_bytes(content)
     return expand(folder)
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """ "auto": CUDA, then Apple's MPS, then the CPU. ValueError for a device that this machine lacks."""
-    if str(device) == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    if str(device).split(":")[0] == "meta":
-        raise ValueError('device "meta" holds no weights; to look at a checkpoint, use `janusflow-min info`')
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"device {str(device)!r} is not usable here: {str(error).splitlines()[0]}") from None
-    return chosen
-
-
-def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto": bfloat16 on CUDA, else float32. Names as in torch, with or without "torch."."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
-    return chosen

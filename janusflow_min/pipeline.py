@@ -15,7 +15,7 @@ Legend: B images, C h w latent.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -26,12 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checks
-from .flow import Solver, euler, time_grid
+from .devices import DTYPES, SHORT_NAMES, pick_device, pick_dtype
+from .flow import Velocity
 from .model import JanusFlow
 from .pixels import to_uint8
 from .processor import Processor
 from .progress import progress_bar
 from .sampling import PlainSampler, Sampler, draw_noise, guided_velocity, sample
+from .sampling_options import SamplingOptions
+from .solvers import SOLVERS, OnStep, Solver, time_grid
 from .vae import VAE
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ DEFAULT_QUESTION = "Describe the image."
 VAE_IMAGES = 8  # decoded at once on a GPU
 MAX_BATCH = 16  # images generated or questions answered at once; more would not be faster, only larger
 
+OUTPUT_TYPES = ("pil", "np", "latent")
+OnStepEnd = Callable[..., Any]  # (step, t, latents), with preview (step, t, latents, images)
 Message = Mapping[str, Any]  # "role", "content" and, if there are any, "images"
 
 
@@ -58,14 +63,15 @@ class AnswerOptions(TypedDict, total=False):
 class Generation:
     """Generated images: `parallel_size` for each prompt, prompts in order."""
 
-    images: list[Image.Image]
+    images: Any  # PIL images; with output_type "np" a uint8 array (B, H, W, 3), with "latent" an empty list
     latents: Tensor  # (B, C, h, w) fp32 on the CPU, final latents before the VAE
     seeds: list[int] | None  # None where the caller gave the noise
     prompts: list[str]  # of each image
 
     def __repr__(self) -> str:
-        width, height = self.images[0].size
-        return f"Generation({len(self.images)} images of {width}x{height}, seeds={self.seeds}, prompts={self.prompts})"
+        shown = isinstance(self.images, list) and self.images
+        size = f" of {self.images[0].width}x{self.images[0].height}" if shown else ""
+        return f"Generation({len(self.prompts)} images{size}, seeds={self.seeds}, prompts={self.prompts})"
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,38 @@ class Pipeline:
         self._sampler: Sampler | None = None
 
     @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's; the VAE has its own."""
+        return self.model.dtype
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        vae = "no VAE" if self.vae is None else f"VAE in {str(self.vae.dtype).removeprefix('torch.')}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Pipeline({count:,} parameters in {dtype} on {self.device}, {vae}, parts={self.model.parts!r})"
+        )
+
+    def to(self, *where: str | torch.device | torch.dtype) -> Pipeline:
+        """Move model and VAE to a device, a dtype or both, in place; returns the pipeline. A VAE overflows in float16,
+        so it becomes float32 then."""
+        device, dtype = self.device, None
+        for value in where:
+            if isinstance(value, torch.dtype) or str(value) in (*DTYPES, *SHORT_NAMES):
+                dtype = pick_dtype(value, device)  # type: ignore[arg-type]
+            else:
+                device = pick_device(value)
+        self._sampler = None  # its buffers go first
+        self.model.to(device, dtype)
+        if self.vae is not None:
+            self.vae.to(device, torch.float32 if dtype == torch.float16 else dtype)
+        return self
+
+    @property
     def sampler(self) -> Sampler:
         """What runs the model: the fast sampler if `fast` is set and the machine has what it needs, else the plain one.
         Made when first needed, and anew when the model's weights have moved. Another one may be assigned."""
@@ -112,35 +150,73 @@ class Pipeline:
 
     # Generation -----------------------------------------------------------------------
 
+    @checks.known_arguments
     def generate(
         self,
         prompt: str | Sequence[str],
         parallel_size: int = 5,
         cfg_weight: float = 2.0,
-        num_inference_steps: int = 30,
+        num_inference_steps: int | None = None,
         img_size: int | None = None,
         seed: int | Sequence[int] | None = None,
         latents: Tensor | np.ndarray | None = None,
         progress: bool = True,
-        solver: Solver = euler,
+        solver: str | Solver | None = None,
+        timestep_shift: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        preset: str | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
+        preview: bool = False,
+        output_type: str = "pil",
     ) -> Generation:
         """Generate images from text.
 
         prompt: one or a list; each gets `parallel_size` images. cfg_weight: strength of the guidance, 1 is none.
-        num_inference_steps: of the solver, at most 10,000. img_size: side of the square images in px, at most 8192;
-        one other than the model's own means a Lanczos resize. All images of a call take at most 4 GiB.
+        num_inference_steps: of the solver, 30, at most 10,000. img_size: side of the square images in px, at most
+        8192; one other than the model's own means a Lanczos resize. All images of a call take at most 4 GiB.
         seed: image k of the call gets seed + k and a generator of its own, so its noise depends on neither batch
         nor device; a list gives every image its seed; None draws seeds, which the result holds.
         latents: (B, C, h, w) starting noise instead of seeds, B = prompts · parallel_size.
-        progress: a bar, where stderr is a terminal. solver: `flow.euler` or a function like it.
+        progress: a bar, where stderr is a terminal.
+
+        How the flow is sampled: solver: "euler", "midpoint", "heun", "ab2" or a function like `solvers.euler`.
+        timestep_shift: above 1 more of the steps near the noise, 1 equal ones. guidance_interval: (low, high), guidance
+        for low <= t < high alone, 0 noise, 1 image; half the work outside. guidance_rescale: 0 to 1.
+        negative_prompt: one, or one for each prompt, in the place of no prompt; without effect at cfg_weight 1.
+        preset: "quick" sets what of these is None to few steps.
+
+        callback_on_step_end(step, t, latents): called after each step with the time reached and the latents there
+        (B, C, h, w), of at most 16 images in turn. With preview it gets a fourth argument, PIL images of where the
+        flow is heading, each at the cost of the VAE. What it raises ends the call and comes out of it.
+        output_type: "pil"; "np" for a uint8 array (B, H, W, 3); "latent" for latents alone.
         Raises ValueError for arguments that make no image, an empty prompt or special tags in it for instance;
         FloatingPointError where latents or pixels become NaN or infinite.
         """
         self._need("generation")
         prompts = checks.texts("prompt", prompt)
         count = len(prompts) * checks.whole("parallel_size", parallel_size)
-        cfg_weight = checks.number("cfg_weight", cfg_weight)
-        steps = checks.whole("num_inference_steps", num_inference_steps, most=checks.MAX_STEPS)
+        options = SamplingOptions(
+            cfg_weight=cfg_weight,
+            num_inference_steps=num_inference_steps,
+            solver=solver,
+            timestep_shift=timestep_shift,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            preset=preset,
+        ).resolved()
+        negative = self._negative_prompts(negative_prompt, len(prompts))
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"callback_on_step_end must be a function, got {checks.shown(callback_on_step_end)}"
+            )
+        if checks.flag("preview", preview) and callback_on_step_end is None:
+            raise ValueError("preview is for callback_on_step_end, which is not given")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {checks.shown(output_type)}"
+            )
         side = self.model.config.siglip.image_size
         if img_size is not None:
             side = img_size = checks.whole("img_size", img_size, most=checks.MAX_IMG_SIZE)
@@ -148,20 +224,35 @@ class Pipeline:
         progress = checks.flag("progress", progress)
         noise, seeds = self._noise(count, seed, latents)
         encoded = [ids for ids in self.check_prompts(prompts) for _ in range(parallel_size)]
+        if negative is not None:
+            negative = [ids for ids in negative for _ in range(parallel_size)]
         prompts = [text for text in prompts for _ in range(parallel_size)]
 
         with torch.inference_mode():
-            final = self._integrate(encoded, noise, cfg_weight, time_grid(steps), solver, progress)
+            watch = StepWatch(callback_on_step_end, self._decode if preview else None)
+            final = self._integrate(encoded, negative, noise, options, progress, watch)
             if bad := [prompts[i] for i in _not_finite(final)]:
                 raise FloatingPointError(
                     f"the latents of {', '.join(map(repr, dict.fromkeys(bad)))} are not finite, so there is no image; "
                     f"dtype {self.model.dtype} (float16 overflows, bfloat16 does not), cfg_weight {cfg_weight}"
                 )
-            images = self._decode(final, prompts)
-        if img_size is not None and img_size != images[0].width:
+            images = [] if output_type == "latent" else self._decode(final, prompts)
+        if images and img_size is not None and img_size != images[0].width:
             images = [image.resize((img_size, img_size), Image.Resampling.LANCZOS) for image in images]
+        found = np.stack([np.asarray(image) for image in images]) if output_type == "np" else images
         # Cloned outside of inference mode: a tensor like any other, gradients included.
-        return Generation(images, final.float().cpu().clone(), seeds, prompts)
+        return Generation(found, final.float().cpu().clone(), seeds, prompts)
+
+    def _negative_prompts(self, negative_prompt: Any, count: int) -> list[list[int]] | None:
+        """Token ids for each of `count` prompts, or None where there are none."""
+        if negative_prompt is None:
+            return None
+        texts = checks.texts("negative_prompt", negative_prompt)
+        if not all(text.strip() for text in texts):
+            raise ValueError("negative_prompt is empty; None is no negative prompt")
+        if len(texts) not in (1, count):
+            raise ValueError(f"negative_prompt: {count} prompts need one or {count}, got {len(texts)}")
+        return self.check_prompts(texts * count if len(texts) == 1 else texts)
 
     def check_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, the generation tag left out: t_emb takes its place. ValueError for an empty
@@ -175,22 +266,33 @@ class Pipeline:
     def _integrate(
         self,
         prompts: list[list[int]],
+        negative: list[list[int]] | None,
         noise: Tensor,
-        cfg_weight: float,
-        times: list[float],
-        solver: Solver,
+        options: Mapping[str, Any],
         progress: bool,
+        watch: StepWatch,
     ) -> Tensor:
-        """Noise (B, C, h, w) to final latents, MAX_BATCH images at a time."""
+        """Noise (B, C, h, w) to final latents, MAX_BATCH images at a time. options: `SamplingOptions.resolved`."""
         model, final = self.model, []
+        times = time_grid(options["num_inference_steps"], shift=options["timestep_shift"])
+        solver = options["solver"]
+        solver = SOLVERS[solver] if isinstance(solver, str) else solver
         dtype = model.dtype if model.llm.upstream_rounding else torch.float32
         parts = [slice(i, i + MAX_BATCH) for i in range(0, len(noise), MAX_BATCH)]
         total = (len(times) - 1) * len(parts)
         with progress_bar(progress, total=total, desc="Generating", unit="step") as bar:
             for part in parts:
                 z = noise[part].to(model.device, dtype)
-                velocity = guided_velocity(self.sampler, prompts[part], cfg_weight)
-                final.append(solver(velocity, z, times, ProgressCallback(bar, z.device)))
+                velocity = guided_velocity(
+                    self.sampler,
+                    prompts[part],
+                    options["cfg_weight"],
+                    None if negative is None else negative[part],
+                    options["guidance_interval"],
+                    options["guidance_rescale"],
+                )
+                on_step = ProgressCallback(bar, z.device)
+                final.append(solver(*watch.over(velocity, times, on_step, z)))
         return torch.cat(final)
 
     def _decode(self, latents: Tensor, prompts: Sequence[str]) -> list[Image.Image]:
@@ -250,6 +352,7 @@ class Pipeline:
         images: Any = None,
         **options: Unpack[AnswerOptions],
     ) -> list[Answer]: ...
+    @checks.known_arguments
     def understand(
         self,
         prompt: Any,
@@ -305,6 +408,7 @@ class Pipeline:
     def chat(
         self, conversation: Sequence[Sequence[Message]], **options: Unpack[AnswerOptions]
     ) -> list[Answer]: ...
+    @checks.known_arguments
     def chat(
         self,
         conversation: Any,
@@ -400,6 +504,35 @@ class Pipeline:
             )
         if task == "generation" and self.vae is None:
             raise ValueError("this pipeline has no VAE, which generation needs")
+
+
+class StepWatch:
+    """Calls the user's function after each step of a solver, with where the flow is heading if `decode` is given."""
+
+    def __init__(self, callback: OnStepEnd | None, decode: Callable[..., list[Image.Image]] | None):
+        self.callback, self.decode = callback, decode
+
+    def over(
+        self, velocity: Velocity, times: Sequence[float], on_step: OnStep, z: Tensor
+    ) -> tuple[Velocity, Tensor, Sequence[float], OnStep]:
+        """A solver's arguments, watched."""
+        callback, decode = self.callback, self.decode
+        if callback is None:
+            return velocity, z, times, on_step
+        estimate = z
+
+        def seen(z: Tensor, t: float) -> Tensor:
+            nonlocal estimate
+            v = velocity(z, t)
+            estimate = z + (1 - t) * v
+            return v
+
+        def after(step: int, z: Tensor) -> None:
+            on_step(step, z)
+            more = [] if decode is None else [decode(estimate, ["the preview"] * len(z))]
+            callback(step, times[step + 1], z, *more)
+
+        return seen, z, times, after
 
 
 class ProgressCallback:

@@ -21,11 +21,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .flow import Velocity, classifier_free_guidance
+from .flow import TIME_SCALE, Velocity, classifier_free_guidance, rescale_guidance
 from .llama import mask_positions
 from .model import JanusFlow
 from .processor import Batch
 
+RowsVelocity = Callable[
+    [Tensor, Tensor], Tensor
+]  # z (B, C, h, w), timestep (B,) in [0, 1000] -> (R, C, h, w)
 SampleFn = Callable[[Tensor], Tensor]  # fp32 logits (B, V) -> the next token's id of each row (B,)
 
 
@@ -39,19 +42,26 @@ class RowPlan:
     images: int  # B; R is B, or 2B with guidance
 
 
-def plan_rows(prompts: Sequence[Sequence[int]], guided: bool) -> RowPlan:
+def plan_rows(
+    prompts: Sequence[Sequence[int]],
+    guided: bool,
+    negative_prompts: Sequence[Sequence[int]] | None = None,
+) -> RowPlan:
     """The rows for B images, one prompt (token ids without the generation tag) each.
 
-    As published, an unconditional row sees BOS alone and stands at the positions of its conditional twin.
+    As published, an unconditional row sees BOS alone and stands at the positions of its conditional twin. A negative
+    prompt, one for each image, is read in its place and stands at its own positions.
     """
-    bos_only = tuple(prompts[0][:1])
+    rows, position = [tuple(prompt) for prompt in prompts], [len(prompt) for prompt in prompts]
+    bos_only = rows[0][:1]
     # BOS is read without guidance too: the LLM's batch, and so the last bit, does not depend on the weight.
-    distinct = [*dict.fromkeys(map(tuple, prompts)), bos_only]
-    source = [distinct.index(tuple(prompt)) for prompt in prompts]
-    position = [len(prompt) for prompt in prompts]
-    if guided:
-        source, position = source + [len(distinct) - 1] * len(prompts), position * 2
-    return RowPlan(distinct, source, position, len(prompts))
+    distinct = [*dict.fromkeys(rows), bos_only]
+    if guided and negative_prompts is None:
+        rows, position = rows + [bos_only] * len(rows), position * 2
+    elif guided:
+        rows += [tuple(prompt) for prompt in negative_prompts or ()]
+        distinct, position = list(dict.fromkeys(rows)), [len(prompt) for prompt in rows]
+    return RowPlan(distinct, [distinct.index(row) for row in rows], position, len(prompts))
 
 
 class Sampler(Protocol):
@@ -61,8 +71,8 @@ class Sampler(Protocol):
     def is_current(self) -> bool:
         """Whether it still runs the model's present weights."""
 
-    def prefill(self, plan: RowPlan) -> Velocity:
-        """Read the prompts; returns (z (B, C, h, w), timestep (B,)) -> velocity (R, C, h, w) in z's dtype."""
+    def prefill(self, plan: RowPlan) -> RowsVelocity:
+        """Read the prompts; returns the velocity of each row, in z's dtype."""
 
     def generate_tokens(
         self, batch: Batch, max_new_tokens: int, eos_id: int, sample_fn: SampleFn | None = None
@@ -74,18 +84,34 @@ class Sampler(Protocol):
         """
 
 
-def guided_velocity(sampler: Sampler, prompts: Sequence[Sequence[int]], cfg_weight: float) -> Velocity:
-    """The velocity (z (B, C, h, w), timestep (B,)) -> (B, C, h, w) for B prompts, token ids without the generation
-    tag. A cfg_weight of 1 leaves the unconditional rows out."""
-    guided = cfg_weight != 1.0
-    rows_velocity = sampler.prefill(plan_rows(prompts, guided))
+def guided_velocity(
+    sampler: Sampler,
+    prompts: Sequence[Sequence[int]],
+    cfg_weight: float,
+    negative_prompts: Sequence[Sequence[int]] | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_rescale: float = 0.0,
+) -> Velocity:
+    """The velocity for B prompts, token ids without the generation tag; negative_prompts: as many, or none.
 
-    def velocity(z: Tensor, timestep: Tensor) -> Tensor:
-        v = rows_velocity(z, timestep)
+    With a cfg_weight of 1, and at times outside guidance_interval (low <= t < high; t = 1 belongs to high = 1), the
+    unconditional rows are not computed. guidance_rescale: see `flow.rescale_guidance`.
+    """
+    low, high = guidance_interval
+    prefilled: dict[
+        bool, RowsVelocity
+    ] = {}  # guided or not -> what reads the prompts, made when first needed
+
+    def velocity(z: Tensor, t: float) -> Tensor:
+        guided = cfg_weight != 1.0 and low <= t and (t < high or high == 1.0)
+        if guided not in prefilled:
+            prefilled[guided] = sampler.prefill(plan_rows(prompts, guided, negative_prompts))
+        v = prefilled[guided](z, torch.full((len(z),), t * TIME_SCALE, dtype=z.dtype, device=z.device))
         if not guided:
             return v
         v_cond, v_uncond = v.chunk(2)
-        return classifier_free_guidance(v_cond, v_uncond, cfg_weight)
+        v = classifier_free_guidance(v_cond, v_uncond, cfg_weight)
+        return rescale_guidance(v, v_cond, guidance_rescale) if guidance_rescale else v
 
     return velocity
 
@@ -105,7 +131,7 @@ class PlainSampler:
     def __init__(self, model: JanusFlow):
         self.model = model
 
-    def prefill(self, plan: RowPlan) -> Velocity:
+    def prefill(self, plan: RowPlan) -> RowsVelocity:
         model, device = self.model, self.model.device
         image_tokens = 1 + model.num_image_tokens  # t_emb in front
         ids, mask = left_pad(plan.prompts, device)  # (P, T)

@@ -45,9 +45,10 @@ from torch import Tensor, nn
 from janusflow_min import llama
 from janusflow_min.checkpoint import load_model
 from janusflow_min.config import JanusFlowConfig
-from janusflow_min.flow import Velocity, euler, time_grid
+from janusflow_min.flow import Velocity
 from janusflow_min.model import JanusFlow
 from janusflow_min.sampling import PlainSampler, guided_velocity
+from janusflow_min.solvers import euler, time_grid
 
 PROMPT_TOKENS, QUESTION_TOKENS = 32, 48  # BOS included, image tokens not
 FP32_LIMIT, BF16_RATIO, CONTROL_LIMIT = 1e-4, 1.25, 1e-2
@@ -254,15 +255,14 @@ def run_ours(model: JanusFlow, inputs: Inputs, options: Options) -> Run:
     default = final
     if z.dtype != torch.float32:
         default = euler(velocity(options.cfg_weight), inputs.noise, times)
-    start = torch.zeros(count, dtype=z.dtype, device=z.device)
     return to_cpu(
         {
             "siglip": model.siglip(q.pixel_values[0].to(model.dtype)),
             "inputs_embeds": embeds,
             "hidden": hidden,
             "logits": model.logits(hidden),
-            "v_cond": velocity(1.0)(z, start),  # guidance 1 is the conditional velocity alone
-            "v_uncond": velocity(0.0)(z, start),  # 0 the unconditional one
+            "v_cond": velocity(1.0)(z, 0.0),  # guidance 1 is the conditional velocity alone
+            "v_uncond": velocity(0.0)(z, 0.0),  # 0 the unconditional one
             "z": final,
             "z_default": default,
         }

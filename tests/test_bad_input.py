@@ -522,7 +522,7 @@ def test_a_wrong_device_is_refused(parity_dir, device):
 
 
 @pytest.mark.parametrize("name", ["dtype", "vae_dtype"])
-@pytest.mark.parametrize("value", ["half", "fp32", "int8", torch.int8, torch.float64, "", 32])
+@pytest.mark.parametrize("value", ["half", "f32", "int8", torch.int8, torch.float64, "", 32])
 def test_a_wrong_dtype_is_refused(parity_dir, name, value):
     """Stops: a typing error that ends in another dtype, or weights rounded to integers."""
     with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, float16"):

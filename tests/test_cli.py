@@ -101,6 +101,10 @@ def test_metadata_say_how_to_repeat(painted, parity_dir):
         "dtype": "float32",
         "vae_dtype": "float32",
         "cfg_weight": "2.0",
+        "solver": "euler",
+        "timestep_shift": "1.0",
+        "guidance_interval": "(0.0, 1.0)",
+        "guidance_rescale": "0.0",
         "num_inference_steps": "2",
         "upstream_rounding": "False",
     }

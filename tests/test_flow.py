@@ -12,12 +12,13 @@ from torch.testing import assert_close
 from janusflow_min.flow import (
     TIME_SCALE,
     classifier_free_guidance,
-    euler,
     flow_loss,
     interpolate,
+    rescale_guidance,
     sample_time,
-    time_grid,
 )
+from janusflow_min.sampling import guided_velocity
+from janusflow_min.solvers import SOLVERS, euler, time_grid
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -66,8 +67,7 @@ def test_a_constant_velocity_is_integrated_exactly(steps):
 def test_the_straight_line_is_transported_exactly(steps):
     """Stops: sampling that runs against training: the true velocity to one picture must lead to it."""
 
-    def velocity(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        t = (timestep / TIME_SCALE).view(-1, 1, 1, 1)
+    def velocity(z: torch.Tensor, t: float) -> torch.Tensor:
         return (DATA - z) / (1 - t)  # E[x - noise | z_t] where there is one x
 
     assert_close(euler(velocity, NOISE, time_grid(steps)), DATA, atol=1e-5, rtol=0)
@@ -88,25 +88,37 @@ def test_the_error_falls_with_the_first_power_of_the_step():
 def test_the_velocity_is_taken_at_the_step_s_start():
     """Stops: midpoints or ends in place of starts: dz/dt = t gives (n - 1) / 2n, in the limit 1/2."""
     start = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    end = euler(lambda z, t: (t / TIME_SCALE).view(1, 1, 1, 1), start, time_grid(10))
+    end = euler(lambda z, t: torch.full_like(z, t), start, time_grid(10))
     assert end.item() == pytest.approx(0.45, rel=1e-12)
+
+
+class Network:
+    """A sampler that notes the times it is told and answers with the same velocity."""
+
+    def __init__(self, v: torch.Tensor):
+        self.v, self.seen = v, []
+
+    def prefill(self, plan):
+        def velocity(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            assert timestep.shape == (len(z),) and timestep.dtype == z.dtype
+            self.seen.append(timestep[0].item())
+            return self.v
+
+        return velocity
+
+    def guided(self):
+        return guided_velocity(self, [[0, 1]] * len(self.v), 1.0)
 
 
 def test_the_times_that_the_network_is_told():
     """Stops: t in [0, 1], a last time of 1000, a shifted grid, or one time for all rows as a scalar."""
-    seen = []
-
-    def velocity(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        seen.append(timestep)
-        return torch.zeros_like(z)
-
-    euler(velocity, NOISE, time_grid(4))
-    assert [t.tolist() for t in seen] == [[0.0] * 2, [250.0] * 2, [500.0] * 2, [750.0] * 2]
-    assert all(t.dtype == torch.float32 for t in seen)
-    seen.clear()
-    euler(velocity, NOISE, time_grid(30))
-    assert len(seen) == 30
-    assert seen[29][0].item() == torch.tensor(29 / 30 * 1000.0).item()
+    network = Network(torch.zeros_like(NOISE))
+    euler(network.guided(), NOISE, time_grid(4))
+    assert network.seen == [0.0, 250.0, 500.0, 750.0]
+    network.seen.clear()
+    euler(network.guided(), NOISE, time_grid(30))
+    assert len(network.seen) == 30
+    assert network.seen[29] == torch.tensor(29 / 30 * 1000.0).item()
 
 
 def test_each_step_is_told():
@@ -128,16 +140,10 @@ def test_the_noise_is_left_as_it_was():
 def test_bfloat16_rounds_as_the_published_sampler():
     """Stops: a time of 29/30 computed in bfloat16, or kept in float32: 966.67 must become 968; and a step or sum
     rounded elsewhere than after each operation."""
-    seen = []
     v = draw(2, 4, 3, 3, seed=3).bfloat16()
-
-    def velocity(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        seen.append(timestep[0].item())
-        assert timestep.dtype == torch.bfloat16
-        return v
-
-    latents = []
-    euler(velocity, NOISE.bfloat16(), time_grid(30), lambda i, z: latents.append(z))
+    network, latents = Network(v), []
+    euler(network.guided(), NOISE.bfloat16(), time_grid(30), lambda i, z: latents.append(z))
+    seen = network.seen
     assert seen[29] == 968.0
     assert seen == [torch.tensor(i / 30 * 1000.0).bfloat16().item() for i in range(30)]
     z = NOISE.bfloat16()
@@ -154,6 +160,72 @@ def test_latents_stay_float32_under_a_bfloat16_network():
     end = euler(lambda z, t: v, NOISE, time_grid(30))
     assert end.dtype == torch.float32
     assert_close(end, NOISE + v.float(), atol=2e-6, rtol=0)
+
+
+# Other solvers and grids ------------------------------------------------------------------------------------------
+
+ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "ab2": 2}
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_order_of_each_solver(name, shift):
+    """Stops: a coefficient, a time or a state that is off, on equal steps or on shifted ones: the error of dz/dt =
+    -2tz, whose z_1 is z_0/e, and of dz/dt = cos(3t) falls by 2 to the power of the order where steps double."""
+    start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    problems = [
+        (lambda z, t: -2 * t * z, math.exp(-1)),
+        (lambda z, t: 0 * z + math.cos(3 * t), 1 + math.sin(3) / 3),
+    ]
+    for velocity, true in problems:
+        errors = [
+            abs(SOLVERS[name](velocity, start, time_grid(steps, shift=shift)).item() - true)
+            for steps in (200, 400)
+        ]
+        assert math.log2(errors[0] / errors[1]) == pytest.approx(ORDERS[name], abs=0.1)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_each_solver_counts_its_evaluations_and_tells_its_steps(name):
+    """Stops: work that nobody asked for, and progress that stands still."""
+    times, told = [], []
+
+    def velocity(z: torch.Tensor, t: float) -> torch.Tensor:
+        times.append(t)
+        return DATA - NOISE
+
+    end = SOLVERS[name](velocity, NOISE, time_grid(6), lambda i, z: told.append((i, z)))
+    assert len(times) == {"midpoint": 12, "heun": 12}.get(name, 6) and min(times) == 0 and max(times) <= 1
+    assert [i for i, _ in told] == list(range(6)) and told[-1][1] is end
+    assert_close(end, DATA, atol=2e-6, rtol=0)
+    assert SOLVERS[name](lambda z, t: NOISE, NOISE.bfloat16(), time_grid(2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("start", [0.0, 0.3])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 2.0, 3.0])
+def test_the_shifted_grid_is_diffusers(start, shift):
+    """Stops: a shift the other way round, or one that moves the ends."""
+    times = time_grid(10, start, shift)
+    assert len(times) == 11 and times[0] == start and times[-1] == 1.0 and times == sorted(times)
+    if shift == 1:
+        assert times == [start + (1 - start) * i / 10 for i in range(11)]
+    if start == 0:
+        diffusers = pytest.importorskip("diffusers")
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=[1 - i / 10 for i in range(10)])
+        assert_close(
+            1 - scheduler.sigmas.double(), torch.tensor(times, dtype=torch.float64), atol=1e-6, rtol=0
+        )
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_velocity():
+    """Stops: a spread over the batch, or the ratio upside down."""
+    cond, uncond = draw(2, 4, 3, 3, seed=5), draw(2, 4, 3, 3, seed=6)
+    cond[1] *= 3
+    v = classifier_free_guidance(cond, uncond, 5.0)
+    whole = rescale_guidance(v, cond, 1.0)
+    assert_close(whole.flatten(1).std(1), cond.flatten(1).std(1))
+    assert_close(rescale_guidance(v, cond, 0.3), 0.3 * whole + 0.7 * v)
 
 
 # Guidance -------------------------------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ from torch import Tensor
 
 import janusflow_min as jf
 from janusflow_min.fast.sampler import GraphSampler
-from janusflow_min.flow import classifier_free_guidance, euler, time_grid
+from janusflow_min.flow import classifier_free_guidance
 from janusflow_min.llama import Llama
 from janusflow_min.official import POOLING_HEAD, to_official
 from janusflow_min.pixels import to_uint8
 from janusflow_min.sampling import SampleFn, guided_velocity, sample
+from janusflow_min.solvers import euler, time_grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -252,9 +253,8 @@ def test_runs_of_the_sampler(path, prompt, weight, steps):
     """Stops, on the path that paints: a wrong time, step or guidance, unconditional rows that see the prompt or
     stand at other positions, keys left over from the step before, another scale of the latents before the VAE."""
     key, noise = run_key(prompt, weight, steps), path.noise(prompt)
-    start = torch.zeros(len(noise), dtype=path.dtype)
     for kind, alone in (("v_cond0", 1.0), ("v_uncond0", 0.0)):  # 0·v_cond + 1·v_uncond
-        path.check("velocity", path.velocity(prompt, alone)(noise, start), f"{key}.{kind}")
+        path.check("velocity", path.velocity(prompt, alone)(noise, 0.0), f"{key}.{kind}")
     latents = []
     euler(path.velocity(prompt, weight), noise, time_grid(steps), lambda i, z: latents.append(z))
     end = end_of_run(weight)

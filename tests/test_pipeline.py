@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import janusflow_min as jf
-from janusflow_min import loading, pipeline
-from janusflow_min.flow import euler
+from janusflow_min import devices, loading, pipeline
 from janusflow_min.pipeline import DEFAULT_QUESTION
 from janusflow_min.sampling import sample
+from janusflow_min.solvers import euler
 
 SHORT = "a cat"
 LONG = "A photo of a red circle and a blue square on a green background"
@@ -272,9 +272,9 @@ def test_defaults_are_the_published_demo_s(pipe, monkeypatch):
     weights, times = [], []
     guided = pipeline.guided_velocity
 
-    def note(sampler, prompts, weight):
-        weights.append((len(prompts), weight))
-        return guided(sampler, prompts, weight)
+    def note(sampler, prompts, weight, *others):
+        weights.append((len(prompts), weight, *others))
+        return guided(sampler, prompts, weight, *others)
 
     def solver(velocity, z, grid, on_step):
         times.append(grid)
@@ -282,7 +282,7 @@ def test_defaults_are_the_published_demo_s(pipe, monkeypatch):
 
     monkeypatch.setattr(pipeline, "guided_velocity", note)
     pipe.generate(SHORT, progress=False, solver=solver)
-    assert weights == [(5, 2.0)] and times == [[i / 30 for i in range(31)]]
+    assert weights == [(5, 2.0, None, (0.0, 1.0), 0.0)] and times == [[i / 30 for i in range(31)]]
     assert pipe.generate(SHORT, parallel_size=1, seed=1, progress=False).latents.equal(
         pipe.generate(SHORT, parallel_size=1, seed=1, progress=False, solver=euler).latents
     )
@@ -706,9 +706,9 @@ def test_auto_takes_the_best_device(monkeypatch, cuda, mps, chosen, dtype):
     """Stops: CUDA taken for granted, Apple's GPU forgotten, bfloat16 on a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    device = loading.pick_device("auto")
+    device = devices.pick_device("auto")
     assert device.type == chosen and device.index is None  # the current one, which torchrun sets
-    assert loading.pick_dtype("auto", device) == dtype
+    assert devices.pick_dtype("auto", device) == dtype
 
 
 def test_device_options(parity_dir):

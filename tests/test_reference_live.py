@@ -32,11 +32,11 @@ from PIL import Image
 
 from janusflow_min.checkpoint import load_model, save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
-from janusflow_min.flow import euler, time_grid
 from janusflow_min.model import JanusFlow
 from janusflow_min.official import INDEX
 from janusflow_min.processor import CLIP_MEAN, CLIP_STD, Processor
 from janusflow_min.sampling import PlainSampler, guided_velocity, sample
+from janusflow_min.solvers import euler, time_grid
 
 ROOT = os.environ.get("JANUS_ROOT")
 FILES = Path(__file__).parent / "fixtures" / "parity" / "tiny"
@@ -292,7 +292,6 @@ def paint(
     """Our side of `reference.paint`, through the pipeline's own velocity; several prompts make one batch."""
     each = len(noise) // len(prompts)
     z, steps = noise.to(model.dtype), []
-    start = torch.zeros(len(z), dtype=z.dtype)
 
     def velocity(weight: float):
         rows = [prompt for prompt in prompts for _ in range(each)]
@@ -300,8 +299,8 @@ def paint(
 
     euler(velocity(weight), z, time_grid(STEPS), lambda i, new: steps.append(new))
     return {  # guidance 1 is the conditional velocity alone, 0 the unconditional one
-        "v_cond": velocity(1.0)(z, start),
-        "v_uncond": velocity(0.0)(z, start),
+        "v_cond": velocity(1.0)(z, 0.0),
+        "v_uncond": velocity(0.0)(z, 0.0),
         "z": torch.stack(steps),
     }
 

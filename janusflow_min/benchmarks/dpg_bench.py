@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..options import SubsetOptions, option
 from . import report as reports
 from .bootstrap import ItemScore
 from .chat import ChatVQA, judge_settings
 from .judge_models import BlipVQA
 from .judges import NoAnswer, QuestionAnswerer, Records, bar
-from .options import SubsetOptions, option
 from .reading import UnreadableImage, json_lines, read_image, read_text
 from .report import Published
 from .runner import Coverage, Item, RunFolder, Settings, run, sha256

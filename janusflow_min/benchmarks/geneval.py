@@ -24,12 +24,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..files import read_json, sha256
+from ..options import SubsetOptions, option
 from . import judge_models
 from . import report as reports
 from .bootstrap import ItemScore
 from .detection import CLASSES, COLOURS, SAVED_ABOVE, Detection, SavedDetections, detection_record
 from .judges import ColourJudge, Detector, Records, bar, merge_ranks, rank_file
-from .options import SubsetOptions, option
 from .reading import UnreadableImage, json_lines, read_image, text_sha256
 from .report import Published
 from .runner import Coverage, Item, RankInfo, RunFolder, Settings, rank_device, run, shard, wait_for_ranks

@@ -220,7 +220,7 @@ def _transformers():
 
 def _place(kind: Any, source: str | Path, device: str):
     """The model, ready to judge, in fp32, and its device."""
-    from ..loading import pick_device
+    from ..devices import pick_device
 
     chosen = pick_device(device)
     model = kind.from_pretrained(source).float()

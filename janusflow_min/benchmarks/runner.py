@@ -38,7 +38,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..files import atomic_file, check_folder, read_json, sha256
-from .options import option
+from ..options import option
+from ..sampling_options import SamplingOptions
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ WRITERS = 4  # threads that compress PNG files while the next block is painted
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SamplingOptions):
     """How a run is generated. What changes pixels is in the manifest."""
 
     model: str = option('"tiny", a folder in the official layout, or a hub id', "tiny")
@@ -60,8 +61,6 @@ class Settings:
     device: str = option("auto is CUDA, then MPS, then CPU", "auto")
     dtype: str = option("auto is bfloat16 on CUDA, else float32", "auto")
     vae_dtype: str | None = option("float32 or bfloat16; without: as --dtype", None)
-    cfg_weight: float = option("classifier-free guidance; 1 is none", 2.0)
-    num_inference_steps: int = option("Euler steps of the flow", 30)
     seed: int = option("of the first image; the others' follow from their place", 0)
     batch_size: int = option("images generated at once; moves their last bits", 16)
     upstream_rounding: bool = option("round as the published code does", False)
@@ -227,14 +226,13 @@ def _public_name(source: str) -> str:
 
 def paint_settings(settings: Settings) -> dict[str, Any]:
     """What of `settings` changes pixels, "auto" resolved on this machine."""
-    from ..loading import pick_device, pick_dtype
+    from ..devices import pick_device, pick_dtype
 
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     usual = "float32" if _name(dtype) == "float16" else _name(dtype)
     return {
-        "cfg_weight": settings.cfg_weight,
-        "num_inference_steps": settings.num_inference_steps,
+        **settings.resolved(),
         "seed": settings.seed,
         "batch_size": settings.batch_size,
         "upstream_rounding": settings.upstream_rounding,
@@ -392,7 +390,7 @@ def rank_device(name: str, world: RankInfo) -> torch.device:
     """The device of that name; of several GPUs this rank's own, made the current one."""
     import torch
 
-    from ..loading import pick_device
+    from ..devices import pick_device
 
     device = pick_device(name)
     if device.type == "cuda" and device.index is None:
@@ -481,10 +479,9 @@ def paint(
             images = pipe.generate(
                 [item.prompt for item in block],
                 parallel_size=images_per_prompt,
-                cfg_weight=settings.cfg_weight,
-                num_inference_steps=settings.num_inference_steps,
                 seed=seeds,
                 progress=False,
+                **settings.resolved(),
             ).images
             for writing in pending:  # of the block before: no more than one waits in memory, errors are told
                 writing.result()
@@ -537,7 +534,8 @@ def run(
 
 def check_settings(settings: Settings) -> None:
     """ValueError for what would fail only once the model is loaded."""
-    for name in ("batch_size", "num_inference_steps", "threads", "limit"):
+    settings.resolved()
+    for name in ("batch_size", "threads", "limit"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -19,11 +19,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..options import departures, json_object, option
 from . import bootstrap
 from .bootstrap import ItemScore, Weights
 from .chat import OpenAIChat, Parse, Question, judge_all
 from .judges import Chat, Records
-from .options import departures, json_object, option
 from .reading import json_lines
 from .runner import RunFolder, is_whole
 

@@ -22,9 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..files import parse_json
+from ..options import option
 from . import report as reports
 from .bootstrap import ItemScore
-from .options import option
 from .reading import read_image
 from .runner import (
     Coverage,

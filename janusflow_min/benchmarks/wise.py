@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from ..files import parse_json
+from ..options import SubsetOptions, option
 from . import report as reports
 from .bootstrap import ItemScore
 from .chat import Question, image_part, judge_settings
 from .judges import Chat, Records, prompt_hash, strip_thinking
 from .official_prompts import check_placeholders, fill, read_prompts
-from .options import SubsetOptions, option
 from .reading import text_sha256
 from .report import Published
 from .runner import Coverage, Item, RunFolder, Settings, run, sha256

@@ -9,8 +9,8 @@ import json
 from typing import Any
 
 from .. import benchmarks
-from ..benchmarks.options import add_options, read_options
 from ..benchmarks.runner import RankInfo, Settings
+from ..options import add_options, read_options
 
 STAGES = {
     "generate": "generate the images that are missing; under torchrun each rank generates its share",

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .. import checks
 from ..files import printable
+from ..options import whole
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -51,37 +50,6 @@ def load_pipeline(args: argparse.Namespace, parts: str) -> Pipeline:
     if parts != "understanding":
         options |= dict(vae_path=args.vae, vae_dtype=args.vae_dtype)
     return load(args.model, **options)
-
-
-def whole(least: int = 1, most: int = checks.LARGEST) -> Callable[[str], int]:
-    """The type of an option that is a whole number from `least` to `most`."""
-
-    def parse(text: str) -> int:
-        digits = text.strip()
-        value = int(digits) if digits.lstrip("+-").isdecimal() and len(digits) < 20 else text
-        try:
-            return checks.whole("", value, least, most)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).strip()) from None
-
-    return parse
-
-
-def finite(
-    least: float = float("-inf"), most: float = float("inf"), above: bool = False
-) -> Callable[[str], float]:
-    """The type of an option that is a finite number from `least` to `most`; above: not `least` itself."""
-
-    def parse(text: str) -> float:
-        value: Any = text
-        with contextlib.suppress(ValueError):
-            value = float(text)
-        try:
-            return checks.number("", value, least, most, above)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).strip()) from None
-
-    return parse
 
 
 seed = whole(0)

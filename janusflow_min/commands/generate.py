@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, checks
-from ..checks import MAX_IMG_SIZE, MAX_STEPS
+from ..checks import MAX_IMG_SIZE
 from ..files import check_folder, expand
+from ..options import add_options, read_options, whole
+from ..sampling_options import SamplingOptions
 from .common import (
     Command,
     Option,
     dtype_name,
-    finite,
     load_pipeline,
     model_options,
     say,
     seed,
     since,
-    whole,
 )
 
 if TYPE_CHECKING:
@@ -58,8 +58,6 @@ def add_parser(command: Command, option: Option) -> None:
         new, "--batch-size", "N", f"images generated at once, at most {MAX_BATCH_SIZE}; fewer need less memory", 10,
         whole(1, MAX_BATCH_SIZE),
     )  # fmt: skip
-    option(new, "--cfg-weight", "W", "strength of the guidance; 1 is none", 2.0, finite())
-    option(new, "--num-inference-steps", "N", f"Euler steps, at most {MAX_STEPS:,}", 30, whole(1, MAX_STEPS))
     option(
         new, "--img-size", "PX", f"resize to PX x PX, at most {MAX_IMG_SIZE} (default: the model's size)", None,
         whole(1, MAX_IMG_SIZE),
@@ -72,6 +70,7 @@ def add_parser(command: Command, option: Option) -> None:
         None,
         seed,
     )
+    add_options(new, SamplingOptions)
     new.add_argument(
         "--sheet", action=argparse.BooleanOptionalAction, default=True, help="make a contact sheet"
     )
@@ -92,11 +91,11 @@ def generate(args: argparse.Namespace) -> int:
             f"makes at most {MAX_FILES:,}"
         )
     out = check_folder(args.out, "--out")
+    settings = read_options(SamplingOptions, args).resolved() | {"img_size": args.img_size}
     if args.img_size is not None:
         checks.image_bytes(min(args.batch_size, count), args.img_size, "--batch-size or --img-size")
     pipe = load_pipeline(args, "generation")
     start = time.perf_counter()
-    settings = {key: getattr(args, key) for key in ("cfg_weight", "num_inference_steps", "img_size")}
     # Not up to 2**63, the library's bound: a random seed should be short enough to type.
     first = secrets.randbelow(2**31) if args.seed is None else args.seed
     generate_files(
@@ -121,7 +120,7 @@ def generate_files(
     from ..contact_sheet import contact_sheet, save_png, sheet_side, slug, thumbnail
     from ..progress import progress_bar
 
-    settings = dict(cfg_weight=2.0, num_inference_steps=30, img_size=None) | settings
+    settings = SamplingOptions().resolved() | {"img_size": None} | settings
     pipe.check_prompts(list(prompts))  # the last prompt's error should not wait for the first's image
     jobs = [
         (i, i * parallel_size + k + first_seed) for i in range(len(prompts)) for k in range(parallel_size)
@@ -133,10 +132,9 @@ def generate_files(
         "janusflow_min": __version__,
         "dtype": dtype_name(pipe.model.dtype),
         "vae_dtype": dtype_name(pipe.vae.dtype if pipe.vae else None),
-        "cfg_weight": settings["cfg_weight"],
-        "num_inference_steps": settings["num_inference_steps"],
         "upstream_rounding": pipe.model.llm.upstream_rounding,
     }
+    common |= {key: value for key, value in settings.items() if key != "img_size" and value is not None}
     groups: list[tuple[str, list]] = [(prompt, []) for prompt in prompts]
     paths: list[Path] = []
     several = len(jobs) > batch_size

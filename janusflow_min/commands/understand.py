@@ -9,7 +9,8 @@ import sys
 
 from ..checks import MAX_NEW_TOKENS
 from ..files import printable
-from .common import Command, Option, finite, load_pipeline, model_options, say, seed, whole
+from ..options import finite, whole
+from .common import Command, Option, load_pipeline, model_options, say, seed
 
 
 def add_parser(command: Command, option: Option) -> None:

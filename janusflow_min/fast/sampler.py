@@ -28,11 +28,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..flow import Velocity
 from ..llama import Block, rotary_cos_sin
 from ..model import JanusFlow
 from ..processor import Batch
-from ..sampling import RowPlan, SampleFn, check_logits, cut_at_eos
+from ..sampling import RowPlan, RowsVelocity, SampleFn, check_logits, cut_at_eos
 from . import ops as plain_ops
 
 PROMPT_STEP, TEXT_STEP, CACHE_STEP = 128, 64, 256  # lengths are rounded up to multiples of these
@@ -134,7 +133,7 @@ class GraphSampler:
 
     # The Sampler's methods -----------------------------------------------------------------------
 
-    def prefill(self, plan: RowPlan) -> Velocity:
+    def prefill(self, plan: RowPlan) -> RowsVelocity:
         limit = self.model.config.llm.max_position_embeddings
         length = min(limit, _round_up(max(map(len, plan.prompts)), PROMPT_STEP))
         prompts = max(plan.images + 1, len(plan.prompts))

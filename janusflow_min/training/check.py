@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..checkpoint import read_config
+from ..devices import pick_device, pick_dtype
 from ..files import check_folder
 from ..hub import resolve, resolve_vae
-from ..loading import pick_device, pick_dtype
 from ..model import JanusFlow
 from ..pixels import open_image
 from ..processor import Processor, check_processor_matches

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..loading import pick_device
+from ..devices import pick_device
 from .config import Config
 
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoint import load_model
+from ..devices import pick_dtype
 from ..files import atomic_write
 from ..hub import resolve, resolve_vae
-from ..loading import pick_dtype
 from ..pipeline import Pipeline
 from ..progress import progress_bar
 from ..vae import load_vae

@@ -237,7 +237,7 @@ def test_the_number_of_threads_changes_no_byte(tmp_path, data):
 @pytest.mark.parametrize("name", ["batch_size", "num_inference_steps", "threads", "limit"])
 def test_numbers_are_checked_before_anything_is_made(tmp_path, items, settings, name):
     """Stops: a division by zero, or a run of nothing, once the weights are loaded."""
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be .*1.*, got 0"):
         runner.run("x", items, {}, tmp_path / "run", 2, replace(settings, **{name: 0}))
     assert not (tmp_path / "run").exists()
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...options import option
 from .. import report as reports
 from ..judges import Chat
-from ..options import option
 from ..report import Published
 from ..runner import Coverage, RankInfo, RunFolder, Settings, sha256
 from ..scoring import ChatOptions, ScoringRun

@@ -44,7 +44,7 @@ class DreamSim:
     name = "DreamSim ensemble"
 
     def __init__(self, cache: str | Path, device: str = "auto"):
-        from ...loading import pick_device
+        from ...devices import pick_device
 
         try:
             from dreamsim import dreamsim

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Options of a stage: fields of a dataclass, from which the command line makes its arguments.
+"""Options: fields of a dataclass, from which the command line makes its arguments, and the types of their values.
 
     @dataclass(frozen=True, kw_only=True)
     class ScoreOptions:
@@ -12,11 +12,14 @@ A field made otherwise is for Python callers alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from . import checks
 
 T = TypeVar("T")
 
@@ -46,6 +49,39 @@ class SubsetOptions:
     """Of the stages of a benchmark whose number of prompts is known."""
 
     subset: bool = option("accept another number of prompts than the benchmark's; no headline then", False)
+
+
+def whole(least: int = 1, most: int = checks.LARGEST) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        digits = text.strip()
+        value = int(digits) if digits.lstrip("+-").isdecimal() and len(digits) < 20 else text
+        try:
+            return checks.whole("", value, least, most)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).strip()) from None
+
+    parse.__name__ = "N"  # as --help shows it
+    return parse
+
+
+def finite(
+    least: float = float("-inf"), most: float = float("inf"), above: bool = False
+) -> Callable[[str], float]:
+    """The type of an option that is a finite number from `least` to `most`; above: not `least` itself."""
+
+    def parse(text: str) -> float:
+        value: Any = text
+        with contextlib.suppress(ValueError):
+            value = float(text)
+        try:
+            return checks.number("", value, least, most, above)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).strip()) from None
+
+    parse.__name__ = "X"
+    return parse
 
 
 def json_object(text: str) -> dict[str, Any]:
