@@ -25,7 +25,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..flow import Solver, euler
 from ..pipeline import MAX_BATCH
 from ..pixels import ImageSource
 from ..sampling import check_logits, sample
@@ -237,7 +236,7 @@ class Engine:
     def _generate(self, batch: list[tuple[ImageRequest, int]]) -> None:
         first, _ = batch[0]
         settings = dict(first.settings)
-        settings["solver"] = self._considerate(settings.get("solver", euler), [r.future for r, _ in batch])
+        settings["callback_on_step_end"] = self._considerate([r.future for r, _ in batch])
         prompts = [request.prompt for request, _ in batch]
         seeds = [request.seeds[k] for request, k in batch]
         self.counts["image_batches"] += 1
@@ -254,21 +253,16 @@ class Engine:
                 if len(request.images) == len(request.seeds):
                     resolve(request.future, request.images)
 
-    def _considerate(self, solver: Solver, futures: list[Future]) -> Solver:
-        """`solver`, but questions that wait get a slice after each step, and nothing goes on that nobody wants."""
+    def _considerate(self, futures: list[Future]) -> Callable[..., None]:
+        """A callback after each step: questions that wait get a slice, and nothing goes on that nobody wants."""
 
-        def solve(velocity: Any, z: Tensor, times: Sequence[float], on_step: Any = None) -> Tensor:
-            def after_step(step: int, z: Tensor) -> None:
-                if on_step is not None:
-                    on_step(step, z)
-                if all(future.done() for future in futures):
-                    raise Abandoned
-                if self.questions:
-                    self._answer_slice(lambda: True)
+        def after_step(*_: Any) -> None:
+            if all(future.done() for future in futures):
+                raise Abandoned
+            if self.questions:
+                self._answer_slice(lambda: True)
 
-            return solver(velocity, z, times, after_step)
-
-        return solve
+        return after_step
 
 
 def isolate(run: Callable[..., None], batch: list[Any], *arguments: Any) -> None:
