@@ -425,7 +425,8 @@ def test_the_queue_has_an_end(pipe):
 def test_who_hangs_up_frees_the_place(pipe, monkeypatch):
     """Stops: places and the model's time held for clients that have gone: while waiting, being answered, streamed,
     painted for, or in the midst of sending."""
-    with Running(pipe, max_queue=7) as server, endless(pipe, seconds=0.01):
+    monkeypatch.setattr("janusflow_min.serve.app.READ_SECONDS", 300.0)
+    with Running(pipe, max_queue=7) as server, endless(pipe, seconds=0.05):
         long = dict(max_tokens=900)
         sockets = [
             send_raw(server, *chat(**long)),
