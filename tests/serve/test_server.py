@@ -439,7 +439,7 @@ def test_who_hangs_up_frees_the_place(pipe, monkeypatch):
         reader = httpx.stream("POST", f"{server.url}/chat/completions", json=chat(**long, stream=True)[1])
         with reader as stream:
             next(stream.iter_lines())
-            assert server.server.in_hand == 6
+            wait_until(lambda: server.server.in_hand == 6)
         wait_until(lambda: server.server.in_hand == 5)
         for each in sockets:
             each.close()
@@ -457,7 +457,7 @@ def test_who_sends_too_slowly_is_not_waited_for(pipe, monkeypatch):
     monkeypatch.setattr("janusflow_min.serve.app.READ_SECONDS", 0.2)
     with Running(pipe) as server, send_raw(server, *chat(), whole=False) as slow:
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
-        assert server.server.in_hand == 0
+        wait_until(lambda: server.server.in_hand == 0)
 
 
 def test_who_reads_too_slowly_is_not_waited_for(pipe, monkeypatch):
