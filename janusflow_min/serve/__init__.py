@@ -16,7 +16,7 @@ class Limits:
     """What one request may ask for, and how many may be in hand."""
 
     max_queue: int = _limit(64, "requests that may wait or run; one more gets status 429 with Retry-After")
-    max_body: int = _limit(32 * 2**20, "bytes of a request, and of an image that is fetched")
+    max_body: int = _limit(16 * 2**20, "bytes of a request, and of an image that is fetched")
     max_image_pixels: int = _limit(20_000_000, "pixels of an image that is sent")
     max_tokens: int = _limit(4096, "tokens of an answer; the model's positions are a limit too")
     max_n: int = _limit(10, "images of a request")

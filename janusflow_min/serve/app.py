@@ -23,13 +23,13 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import prometheus_client as prometheus
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -51,6 +51,8 @@ from .protocol import (
 )
 
 READ_SECONDS, WRITE_SECONDS = 60, 60  # for a client to send its request, and to take a piece of the answer
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of request_seconds
+PREPARING = 8  # images of requests that are decoded or fetched at once, which bounds the memory
 DEFAULT_TOKENS = 512  # of an answer whose request names no maximum
 Json = dict[str, Any]
 
@@ -65,9 +67,10 @@ class Server:
         self.engine, self.name, self.limits, self.api_key = engine, name, limits, api_key
         self.hosts, self.log, self.created = hosts, log, int(time.time())
         self.in_hand, self.usual_seconds = 0, 1.0  # requests that wait or run; what one takes
+        self.threads = anyio.CapacityLimiter(PREPARING)
         self.registry = registry = prometheus.CollectorRegistry()
         self.seconds = prometheus.Histogram(
-            "janusflow_request_seconds", "Requests", ["route", "status"], registry=registry
+            "janusflow_request_seconds", "Requests", ["route", "status"], registry=registry, buckets=BUCKETS
         )
         prometheus.ProcessCollector(registry=registry)
         gauges: dict[str, Callable[[], float]]
@@ -80,12 +83,12 @@ class Server:
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             engine.start()
             yield
-            await run_in_threadpool(engine.stop)
+            await anyio.to_thread.run_sync(engine.stop)
 
         self.app = app = FastAPI(
             title="janusflow-min", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
         )
-        app.add_middleware(lambda inner: lambda *asgi: self.gate(inner, *asgi))
+        app.add_middleware(lambda app: partial(self.gate, app))
         app.add_exception_handler(HTTPException, on_http_exception)
         app.add_exception_handler(RequestValidationError, on_invalid)
         app.get("/health")(self.health)
@@ -178,19 +181,26 @@ class Server:
             raise ClientDisconnect
         raise Problem(408, f"the request did not arrive within {READ_SECONDS} s", "timeout")
 
+    async def prepared(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function` in a thread, of which there are few."""
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=self.threads)
+
     # What is there ------------------------------------------------------------------------------
 
-    def health(self) -> Response:
+    async def health(self) -> Response:
         alive = self.engine.is_alive
         return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
 
-    def metrics(self) -> Response:
+    async def metrics(self) -> Response:
         return Response(prometheus.generate_latest(self.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
-    def models(self) -> Json:
-        return {"object": "list", "data": [self.model(self.name)]}
+    async def models(self) -> Json:
+        return {"object": "list", "data": [self.check_model(self.name)]}
 
-    def model(self, model: str | None) -> Json:
+    async def model(self, model: str) -> Json:
+        return self.check_model(model)
+
+    def check_model(self, model: str | None) -> Json:
         if model not in (None, self.name):
             message = f"the model {model!r:.80} does not exist; {self.name!r} is served"
             raise Problem(404, message, "model_not_found", "model")
@@ -199,8 +209,8 @@ class Server:
     # Chat ---------------------------------------------------------------------------------------
 
     async def chat(self, body: ChatRequest) -> Response:
-        self.model(body.model)
-        question = await run_in_threadpool(self.question, body)
+        self.check_model(body.model)
+        question = await self.prepared(self.question, body)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -304,12 +314,12 @@ class Server:
         if "image" not in files or not {"image", "mask"} >= set(files):
             raise Problem(400, "an edit needs the file image, and may have the file mask", param="image")
         most = self.limits.max_image_pixels
-        image = await run_in_threadpool(read_image, files["image"], most)
-        mask = await run_in_threadpool(read_image, files["mask"], most, True) if "mask" in files else None
+        image = await self.prepared(read_image, files["image"], most)
+        mask = await self.prepared(read_image, files["mask"], most, True) if "mask" in files else None
         return await self.images(body, image, mask)
 
     async def images(self, body: ImageFields, source: Image.Image | None, mask: Image.Image | None) -> Json:
-        self.model(body.model)
+        self.check_model(body.model)
         limits, settings = self.limits, body.settings
         width, height = (0, 0) if body.size == "auto" else map(int, body.size.split("x"))
         if width != height or width > limits.max_size:
@@ -322,13 +332,13 @@ class Server:
         ):
             if asked > most:
                 raise Problem(400, f"{name} may be at most {most}", param=name)
-        await run_in_threadpool(self.engine.pipe.check_prompts, [body.prompt])
+        await self.prepared(self.engine.pipe.check_prompts, [body.prompt])
         first = fresh_seed() if body.seed is None else body.seed
         work = ImageRequest(body.prompt, [first + k for k in range(body.n)], settings, source, mask)
         self.engine.submit(work)
         made = await wrap_future(work.future)
         side = width or made[0].width
-        contents = [await run_in_threadpool(png, image, side) for image in made]
+        contents = [await self.prepared(png, image, side) for image in made]
         data = [
             {"b64_json": content, "seed": seed} for content, seed in zip(contents, work.seeds, strict=True)
         ]

@@ -239,4 +239,4 @@ def public_address(host: str, port: int) -> str:
         raise ValueError("the host of the image's URL is not known") from None
     if not all(ipaddress.ip_address(address.partition("%")[0]).is_global for address in found):
         raise ValueError("the host of the image's URL has no public address")
-    return min(found)
+    return min(found, key=lambda address: ":" in address)  # not every machine has IPv6
