@@ -37,11 +37,13 @@ from starlette.requests import ClientDisconnect
 from .. import __version__
 from ..pipeline import DEFAULT_QUESTION, fresh_seed
 from ..processor import SYSTEM_PROMPT
+from ..sampling_options import SamplingOptions
 from . import Limits
 from .engine import Engine, ImageRequest, Question
 from .protocol import (
     ChatRequest,
     EditFields,
+    GenerationFields,
     ImageFields,
     Message,
     Problem,
@@ -299,7 +301,8 @@ class Server:
 
     # Images -------------------------------------------------------------------------------------
 
-    async def generate(self, body: ImageFields) -> Json:
+    async def generate(self, body: GenerationFields) -> Json:
+        SamplingOptions(**body.settings).resolved()  # ValueError
         return await self.images(body, None, None)
 
     async def edit(self, request: Request) -> Json:
@@ -332,7 +335,11 @@ class Server:
         ):
             if asked > most:
                 raise Problem(400, f"{name} may be at most {most}", param=name)
-        await self.prepared(self.engine.pipe.check_prompts, [body.prompt])
+        prompts = [
+            body.prompt,
+            *(settings[key] for key in ("negative_prompt", "source_prompt") if key in settings),
+        ]
+        await self.prepared(self.engine.pipe.check_prompts, prompts)
         first = fresh_seed() if body.seed is None else body.seed
         work = ImageRequest(body.prompt, [first + k for k in range(body.n)], settings, source, mask)
         self.engine.submit(work)

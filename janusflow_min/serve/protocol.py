@@ -133,14 +133,21 @@ class ImageFields(Fields):
     seed: int | None = Field(None, ge=0, lt=2**62)
     cfg_weight: float | None = None
     num_inference_steps: int | None = Field(None, ge=1)
+    solver: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        own = set(type(self).model_fields) - set(ImageFields.model_fields) | {
-            "cfg_weight",
-            "num_inference_steps",
-        }
-        return self.model_dump(include=own, exclude_none=True)
+        """The library's own, as keyword arguments of `generate` or `edit`."""
+        openai = {"prompt", "model", "n", "size", "response_format", "output_format", "seed"}
+        return self.model_dump(include=set(type(self).model_fields) - openai, exclude_none=True)
+
+
+class GenerationFields(ImageFields):
+    preset: str | None = None
+    timestep_shift: float | None = None
+    guidance_interval: list[float] | None = None
+    guidance_rescale: float | None = None
+    negative_prompt: str | None = None
 
 
 class EditFields(ImageFields):

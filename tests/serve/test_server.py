@@ -188,7 +188,13 @@ def test_a_stream_arrives_while_the_answer_is_decoded(pipe, server, client):
 def test_images_are_generate_s(pipe, client):
     """Stops: prompts, seeds, steps, guidance or sizes that get lost on the way."""
     settings = dict(num_inference_steps=3, cfg_weight=3.0)
-    for size, side in (("auto", None), ("64x64", 64)):
+    rest = dict(solver="heun", timestep_shift=2.0, guidance_interval=[0.0, 0.5], guidance_rescale=0.5)
+    others = settings | rest | dict(negative_prompt="a blue ring")
+    for size, side, settings in (
+        ("auto", None, others),
+        ("auto", None, {"preset": "quick"}),
+        ("64x64", 64, settings),
+    ):
         got = client.images.generate(
             model="tiny", prompt="a photo of a red star", n=2, size=size, response_format="b64_json",
             extra_body={"seed": 7, **settings},
@@ -301,6 +307,13 @@ BAD = {
     "URLs for results": (paint(response_format="url"), 400, "response_format"),
     "steps": (paint(num_inference_steps=101), 400, "num_inference_steps"),
     "cfg_weight": (paint(cfg_weight="2"), 400, "cfg_weight"),
+    "solver": (paint(solver="rk45"), 400, "solver"),
+    "preset": (paint(preset="slow"), 400, "preset"),
+    "timestep_shift": (paint(timestep_shift=0), 400, "timestep_shift"),
+    "guidance_interval": (paint(guidance_interval=[0.5, 0.1]), 400, "guidance_interval"),
+    "guidance_interval of one": (paint(guidance_interval=[0.5]), 400, "guidance_interval"),
+    "guidance_rescale": (paint(guidance_rescale=2), 400, "guidance_rescale"),
+    "an empty negative prompt": (paint(negative_prompt=" "), 400, "prompt"),
     "an image's seed": (paint(seed=2**63), 400, "seed"),
 }  # fmt: skip
 
