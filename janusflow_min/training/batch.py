@@ -233,8 +233,8 @@ def load_steps(
     """Steps of this rank, prepared by as many processes as the configuration says.
 
     Workers are spawned, for a fork of a process that computed may hang; they send bytes through pipes (see
-    `MixedBatch.__reduce__`) and do not hear Ctrl-C, which the trainer acts on. Raises what `dataset[step]` raises;
-    RuntimeError where a worker dies or is too slow: see `explain_loader_error`. Closing it ends the workers.
+    `MixedBatch.__reduce__`) and outlast Ctrl-C and SIGTERM, which the trainer acts on. Raises what `dataset[step]`
+    raises; RuntimeError where a worker dies or is too slow: see `explain_loader_error`. Closing it ends the workers.
     """
     settings, options = dataset.config.loader, dict[str, Any]()
     if settings.workers:
@@ -244,7 +244,9 @@ def load_steps(
     loader = DataLoader(_Worker(dataset), batch_size=None, sampler=steps, **options)
     if settings.workers and hasattr(signal, "pthread_sigmask"):
         resource_tracker.ensure_running()  # it would let Ctrl-C through again
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        told_apart = hasattr(signal, "sigwaitinfo")  # not on macOS
+        blocked = [signal.SIGINT, signal.SIGTERM] if told_apart else [signal.SIGINT]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
             prepared = iter(loader)  # its processes inherit the mask
         except OSError as error:  # even a lock takes a few bytes of shared memory
@@ -261,15 +263,25 @@ def load_steps(
 
 
 def follow_parent(worker: int) -> None:
-    """End this worker when its parent is gone: it may be writing to a pipe that nobody reads any more."""
-    parent = multiprocessing.parent_process()
+    """End this worker when its parent is gone (it may be writing to a pipe that nobody reads any more) or ends it.
 
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+    SIGTERM from anyone else went to the whole process group, as clusters and containers send it: the parent then
+    finishes its step and saves, and needs this worker until it has.
+    """
+    parent: Any = multiprocessing.parent_process()
 
-    threading.Thread(target=wait, daemon=True).start()
+    def wait_for_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    def wait_for_signal() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=wait_for_signal, daemon=True).start()
 
 
 def explain_loader_error(error: RuntimeError, settings: LoaderConfig) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -248,6 +249,49 @@ def test_ctrl_c_while_workers_start_is_an_interruption(settings, tmp_path):
         _, told = process.communicate(timeout=120)
         assert process.returncode != 0 and told.strip().splitlines()[-1] == "KeyboardInterrupt", told
         assert "memory" not in told
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS does not say who sent a signal")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_to_every_process_saves_first(settings, tmp_path, ranks):
+    """Stops: a cluster's or a container's SIGTERM, which goes to data workers too, that ends a run without its last
+    checkpoint; workers that outlive it."""
+    config = settings(loader={"workers": 2}, steps=100_000, save_every=100_000, batch=4)
+    port = ["--master-port", str(20_000 + os.getpid() % 20_000)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port, "--no-python"]
+    process = start(tmp_path, config, *(launcher if ranks == 2 else []))
+    written = tmp_path / "run" / "metrics.jsonl"
+    while len(read_lines(written)) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    every = descendants(process.pid)
+    assert len(every) >= 3 * ranks
+    for pid in [
+        *every,
+        process.pid,
+    ]:  # children first: workers that die are noticed before the run hears of it
+        os.kill(pid, signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode != 0 and "KeyboardInterrupt" in told and "data worker" not in told, told
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name == f"step-{read_lines(written)[-1]['step']:08d}"
+    for _ in range(100):
+        left = [pid for pid in every if (Path("/proc") / str(pid)).exists()]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left, "processes are still there"
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process and theirs, deepest first, without those that ended."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(") ")[2].split()[:2]
+            parents[int(path.parent.name)] = None if state == "Z" else int(parent)
+    children = [child for child, parent in parents.items() if parent == pid]
+    return [each for child in children for each in [*descendants(child), child]]
 
 
 @pytest.mark.slow
