@@ -37,14 +37,10 @@ import torch
 from common import helper, save_random, tiny_config
 
 from janusflow_min.benchmarks import geneval
-from janusflow_min.benchmarks.runner import (
-    RankInfo,
-    RunFolder,
-    Settings,
-    load_pipe,
-    paint,
-    sha256,
-)
+from janusflow_min.benchmarks.ranks import RankInfo
+from janusflow_min.benchmarks.run_folder import RunFolder
+from janusflow_min.benchmarks.runner import Settings, generate_images, load_pipe
+from janusflow_min.files import sha256
 from janusflow_min.sampling import PlainSampler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,7 +263,7 @@ def ours(args: argparse.Namespace) -> None:
         compile=args.compile,
     )
     begin = time.time()
-    pipe = load_pipe(settings, world)
+    pipe = load_pipe(settings)
     result: dict[str, Any] = {"load": time.time() - begin, "starts": [], "ends": []}
     result["fast"] = not isinstance(pipe.sampler, PlainSampler)
     result["compile"] = args.compile
@@ -278,7 +274,8 @@ def ours(args: argparse.Namespace) -> None:
         if world.size > 1:
             torch.distributed.barrier()
         result["starts"].append(time.time())
-        paint(pipe, RunFolder(args.work / f"run-{args.name}-{i}"), items, IMAGES, settings, world)
+        folder = RunFolder(args.work / f"run-{args.name}-{i}")
+        generate_images(pipe, folder, items, IMAGES, settings, world)
         result["ends"].append(time.time())
     cuda = torch.cuda.is_available() and pipe.model.device.type == "cuda"
     result["memory"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from PIL import Image
 
@@ -76,7 +76,7 @@ class OpenAIChat:
         try:
             reply = self.client.chat.completions.create(
                 model=self.model,
-                messages=list(messages),
+                messages=cast(Any, list(messages)),
                 temperature=self.temperature,
                 max_tokens=self.max_tokens,
                 extra_body=dict(self.extra),

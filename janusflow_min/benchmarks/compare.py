@@ -9,8 +9,9 @@ from typing import Any
 
 from . import bootstrap
 from .bootstrap import DRAWS, ItemScore
+from .manifest import differences
 from .report import read_score
-from .runner import RunFolder, differences
+from .run_folder import RunFolder
 from .scoring import read_items
 
 SHOWN = 20  # flipped items that are named in each direction

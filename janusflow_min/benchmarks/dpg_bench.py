@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..files import sha256
 from ..options import SubsetOptions, option
 from . import report as reports
 from .bootstrap import ItemScore
@@ -31,7 +32,8 @@ from .judge_models import BlipVQA
 from .judges import NoAnswer, QuestionAnswerer, Records, bar
 from .reading import UnreadableImage, json_lines, read_image, read_text
 from .report import Published
-from .runner import Coverage, Item, RunFolder, Settings, run, sha256
+from .run_folder import RunFolder
+from .runner import Coverage, Item, Settings, run
 from .scoring import ChatOptions, ScoringRun
 from .scoring import ScoreOptions as CommonOptions
 

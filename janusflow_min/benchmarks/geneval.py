@@ -30,9 +30,11 @@ from . import report as reports
 from .bootstrap import ItemScore
 from .detection import CLASSES, COLOURS, SAVED_ABOVE, Detection, SavedDetections, detection_record
 from .judges import ColourJudge, Detector, Records, bar, merge_ranks, rank_file
+from .ranks import RankInfo, rank_device, shard, wait_for_ranks
 from .reading import UnreadableImage, json_lines, read_image, text_sha256
 from .report import Published
-from .runner import Coverage, Item, RankInfo, RunFolder, Settings, rank_device, run, shard, wait_for_ranks
+from .run_folder import RunFolder
+from .runner import Coverage, Item, Settings, run
 from .scoring import ScoreOptions as CommonOptions
 from .scoring import ScoringRun
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..files import sha256
 from .detection import CLASSES, COLOURS, Detection
 from .judges import prompt_hash
-from .runner import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,18 +54,18 @@ class Mask2FormerDetector:
         pixels, size = prepare_for_mmdet(image, self.short, self.long)
         with torch.inference_mode():
             out = self.model(pixel_values=pixels.to(self.device, self.model.dtype))
-        scores, labels, boxes, masks = instances(
+        found = instances(
             out.class_queries_logits[0].float(),
             out.masks_queries_logits[0].float(),
-            tuple(pixels.shape[-2:]),
+            (pixels.shape[-2], pixels.shape[-1]),
             size,
             (image.height, image.width),
             self.best,
         )
-        scores, labels, boxes, masks = (x.cpu().numpy() for x in (scores, labels, boxes, masks))
+        rows = zip(*(x.cpu().numpy() for x in found), strict=True)
         return [
-            Detection(CLASSES[labels[i]], tuple(float(v) for v in boxes[i]), float(scores[i]), masks[i])
-            for i in range(len(scores))
+            Detection(CLASSES[label], (float(x1), float(y1), float(x2), float(y2)), float(score), mask)
+            for score, label, (x1, y1, x2, y2), mask in rows
         ]
 
 
@@ -167,8 +167,8 @@ def _clip_pixels(image: Image.Image, side: int, square: bool = False) -> Tensor:
     import torch
 
     image = image.convert("RGB")
-    size = (side, side) if square else tuple(int(side * v / min(image.size)) for v in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (int(side * v / min(image.size)) for v in image.size)
+    image = image.resize((side, side) if square else (width, height), Image.Resampling.BICUBIC)
     left, top = (round((v - side) / 2) for v in image.size)
     pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
     pixels = (pixels - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..files import read_json
 from .gallery import gallery
-from .runner import RunFolder
+from .run_folder import RunFolder
 from .scoring import read_items
 
 MAX_NOTE = 300  # characters of a note in the Markdown
@@ -99,42 +99,23 @@ def plot(path: Path, score: Mapping[str, Any], title: str, published: Sequence[P
     """Bars of this run, with intervals, and of the published rows. ImportError without matplotlib (extra `bench`)."""
     from matplotlib.figure import Figure
 
-    groups = list(score["scores"])
-    rows = [("this run", {group: score["scores"][group]["value"] for group in groups})]
-    rows += [(row.name, row.scores) for row in published]
-    rows = [(name, values) for name, values in rows if any(values.get(group) is not None for group in groups)]
+    own = dict(score["scores"])
     if score["headline"] is not None or any(row.overall is not None for row in published):
-        groups = [*groups, "overall"]
-        totals = {row.name: row.overall for row in published}
-        totals["this run"] = score["headline"]["value"] if score["headline"] else None
-        rows = [(name, dict(values) | {"overall": totals[name]}) for name, values in rows]
+        own["overall"] = score["headline"] or {"value": None, "interval": None}
+    rows = [("this run", {group: entry["value"] for group, entry in own.items()})]
+    rows += [(row.name, {**row.scores, "overall": row.overall}) for row in published]
+    rows = [row for row in rows if any(row[1].get(group) is not None for group in score["scores"])]
+    groups, width = list(own), 0.8 / max(1, len(rows))
     figure = Figure(figsize=(max(6.0, 1.3 * len(groups) + 2), 4.0), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / max(1, len(rows))
     for i, (name, values) in enumerate(rows):
-        heights = [values.get(group) or 0.0 for group in groups]
         places = [k + (i - (len(rows) - 1) / 2) * width for k in range(len(groups))]
-        found = (
-            {group: entry["interval"] for group, entry in score["scores"].items()}
-            if name == "this run"
-            else {}
-        )
-        errors = [
-            (0.0, 0.0)
-            if found.get(group) is None
-            else (max(0.0, h - found[group][0]), max(0.0, found[group][1] - h))
-            for group, h in zip(groups, heights, strict=True)
-        ]
-        bars = axes.bar(
-            places,
-            heights,
-            width,
-            label=name,
-            yerr=list(zip(*errors, strict=True)) if found else None,
-            capsize=2,
-        )
+        bars = axes.bar(places, [values.get(group) or 0.0 for group in groups], width, label=name)
         labels = ["" if values.get(group) is None else f"{values[group]:.3g}" for group in groups]
         axes.bar_label(bars, labels, fontsize=7)
+        for x, entry in zip(places, own.values(), strict=True):
+            if name == "this run" and entry["interval"] is not None:
+                axes.vlines(x, *entry["interval"], color="black", linewidth=1)
     axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
     axes.set_ylim(0, score["scale"] * 1.05)
     axes.set_title(f"{title}, {summary(score)}", fontsize=10)

@@ -25,7 +25,7 @@ from .bootstrap import ItemScore, Weights
 from .chat import OpenAIChat, Parse, Question, judge_all
 from .judges import Chat, Records
 from .reading import json_lines
-from .runner import RunFolder, is_whole
+from .run_folder import RunFolder, is_whole
 
 SAMPLED = 50  # questions whose size is measured for a dry run
 

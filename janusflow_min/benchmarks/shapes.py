@@ -9,6 +9,7 @@ number and seed, so batches and order change nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -25,23 +26,10 @@ from ..files import parse_json
 from ..options import option
 from . import report as reports
 from .bootstrap import ItemScore
+from .ranks import RankInfo, shard
 from .reading import read_image
-from .runner import (
-    Coverage,
-    Item,
-    RankInfo,
-    RunFolder,
-    Settings,
-    blocks,
-    check_settings,
-    checkpoint_identity,
-    cpu_threads,
-    load_pipe,
-    paint,
-    paint_settings,
-    shard,
-    write_manifest,
-)
+from .run_folder import RunFolder
+from .runner import Coverage, Item, Settings, blocks, generate_images, load_pipe, open_run
 from .scoring import ScoreOptions as CommonOptions
 from .scoring import ScoringRun
 
@@ -104,30 +92,17 @@ def questions(cases: int, seed: int = 0) -> list[tuple[QA, Image.Image]]:
 def generate(settings: Settings, out: str | Path, options: GenerateOptions = GenerateOptions()) -> Coverage:
     """Generate `out`/images/NNNNN.png and answer into `out`/answers/NNNNN.json, a block of questions each."""
     cases, draw_seed = options.cases, options.draw_seed
-    world, folder = RankInfo.from_environment(), RunFolder(out)
     if cases < 1:
         raise ValueError(f"cases must be at least 1, got {cases}")
-    check_settings(settings)
     captioned, asked = prompts(cases, draw_seed), questions(cases, draw_seed)
     drawn = json.dumps([captioned, [(qa.kind, qa.question, qa.answer) for qa, _ in asked]])
-    write_manifest(
-        folder,
-        "shapes",
-        {"drawn": hashlib.sha256(drawn.encode()).hexdigest()},
-        paint_settings(settings) | {"images_per_prompt": 1, "cases": cases, "draw_seed": draw_seed},
-        checkpoint_identity(settings),
-    )
+    inputs = {"drawn": hashlib.sha256(drawn.encode()).hexdigest()}
+    choices = {"images_per_prompt": 1, "cases": cases, "draw_seed": draw_seed}
     items = [Item(i, prompt, (f"{i:05d}.png",)) for i, (_, prompt) in enumerate(captioned)]
-    pipes: list = []
-
-    def pipe():
-        if not pipes:
-            pipes.append(load_pipe(settings, world, "all"))
-        return pipes[0]
-
-    with cpu_threads(settings.threads):
-        found = paint(pipe, folder, items, 1, settings, world)
-        _answer(pipe, folder, asked, settings, world)
+    pipe = functools.cache(lambda: load_pipe(settings, "all"))
+    with open_run("shapes", inputs, out, settings, choices) as folder:
+        found = generate_images(pipe, folder, items, 1, settings)
+        _answer(pipe, folder, asked, settings, RankInfo.from_environment())
     return found
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import parse_json
+from ..files import parse_json, sha256
 from ..options import SubsetOptions, option
 from . import report as reports
 from .bootstrap import ItemScore
@@ -30,7 +30,8 @@ from .judges import Chat, Records, prompt_hash, strip_thinking
 from .official_prompts import check_placeholders, fill, read_prompts
 from .reading import text_sha256
 from .report import Published
-from .runner import Coverage, Item, RunFolder, Settings, run, sha256
+from .run_folder import RunFolder
+from .runner import Coverage, Item, Settings, run
 from .scoring import ChatOptions, ScoringRun
 from .scoring import ScoreOptions as CommonOptions
 

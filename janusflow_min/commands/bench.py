@@ -9,7 +9,8 @@ import json
 from typing import Any
 
 from .. import benchmarks
-from ..benchmarks.runner import RankInfo, Settings
+from ..benchmarks.ranks import RankInfo
+from ..benchmarks.runner import Settings
 from ..options import add_options, read_options
 
 STAGES = {

@@ -385,7 +385,7 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
     assert list(results[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
     assert json.loads(results[0]["details"]) == {"cat": [[0, 0, 8, 8, 0.97]]}
     assert json.loads(results[0]["metadata"]) == CAT
-    # Again: what was detected is kept; a new picture and a changed one are not.
+    # Again: what was detected is kept; a new image and a changed one are not.
     Image.new("RGB", (8, 8), (255, 0, 0)).save(images / "00002/samples/00001.png")
     Image.new("RGB", (8, 8), (255, 9, 0)).save(images / "00000/samples/00001.png")
     score = score_of(tmp_path / "run", detector=detector, clip=FakeColours("red"), **options)

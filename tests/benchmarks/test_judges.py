@@ -292,7 +292,7 @@ def test_answers_are_kept_as_they_come_and_not_asked_again(tmp_path):
         f.write('{"key": "e", "sha')  # an interruption in the middle of a line
     chat = Scripted({})
     records = Records(path, "key", identity)
-    changed = [Question("a", "another picture", lambda: ["a"])]
+    changed = [Question("a", "another image", lambda: ["a"])]
     assert not judge_all(chat, questions("a", "b"), number, records, progress=False)
     assert chat.asked == ["b"]
     assert not judge_all(chat, changed, number, records, progress=False)
@@ -302,7 +302,7 @@ def test_answers_are_kept_as_they_come_and_not_asked_again(tmp_path):
     assert [line["key"] for line in lines] == ["a", "b", "a"]
     assert lines[-1] == {
         "key": "a",
-        "sha256": "another picture",
+        "sha256": "another image",
         "judge": "scripted",
         "answer": "1",
         "value": 1,

@@ -20,7 +20,11 @@ from PIL import Image
 import janusflow_min as jf
 from janusflow_min import cli
 from janusflow_min.benchmarks import runner
-from janusflow_min.benchmarks.runner import Item, RankInfo, RunFolder, Settings
+from janusflow_min.benchmarks.manifest import write_manifest
+from janusflow_min.benchmarks.ranks import RankInfo, shard
+from janusflow_min.benchmarks.run_folder import RunFolder, is_whole
+from janusflow_min.benchmarks.runner import Item, Settings
+from janusflow_min.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 THINGS = ("cat", "dog", "vase", "kite", "bus", "clock", "cup")
@@ -74,18 +78,18 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_seeds_depend_on_the_item_alone():
-    """Stops: seeds that repeat between prompts, or that follow the order of painting."""
+    """Stops: seeds that repeat between prompts, or that follow the order of generation."""
     seeds = [runner.image_seed(100, i, 4, k) for i in range(5) for k in range(4)]
     assert seeds == list(range(100, 120))
 
 
 def test_shards_are_a_partition_that_keeps_places():
     items = list(range(11))
-    shards = [runner.shard(items, rank, 3) for rank in range(3)]
+    shards = [shard(items, rank, 3) for rank in range(3)]
     assert shards[1] == [1, 4, 7, 10]
-    assert sorted(item for shard in shards for item in shard) == items
+    assert sorted(item for own in shards for item in own) == items
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
-        runner.shard(items, 3, 3)
+        shard(items, 3, 3)
 
 
 def test_world_is_torchruns():
@@ -101,7 +105,7 @@ def test_world_is_torchruns():
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
-    """Stops: half a picture under its final name after an interruption."""
+    """Stops: half an image under its final name after an interruption."""
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), folder.writing("images/1.png") as temporary:
         temporary.write_bytes(b"half")
@@ -137,47 +141,50 @@ def test_a_run_may_be_named_in_any_way(tmp_path, monkeypatch, capsys, out):
     assert len(list((root / "images").iterdir())) == 6
 
 
-# Painting -----------------------------------------------------------------------
+# Generation -----------------------------------------------------------------------
 
 
 def test_shards_together_equal_the_single_run(tmp_path, pipe, items, settings):
-    """Stops: another rank count, another picture."""
+    """Stops: another rank count, another image."""
     one = RunFolder(tmp_path / "one")
-    assert runner.paint(pipe, one, items, 2, settings, RankInfo()).complete
+    assert runner.generate_images(pipe, one, items, 2, settings, RankInfo()).complete
     for size in (2, 3):
         many = RunFolder(tmp_path / str(size))
-        found = [runner.paint(pipe, many, items, 2, settings, RankInfo(rank, size)) for rank in range(size)]
+        found = [
+            runner.generate_images(pipe, many, items, 2, settings, RankInfo(rank, size))
+            for rank in range(size)
+        ]
         assert not found[0].complete and found[-1].complete
         assert tree(many.root) == tree(one.root)
-    # And each is what the pipeline paints from the seed alone, up to the last bit of a batch.
+    # And each is what the pipeline generates from the seed alone, up to the last bit of a batch.
     alone = pipe.generate(items[3].prompt, 1, seed=5 + 3 * 2 + 1, num_inference_steps=2, progress=False)
-    with Image.open(one.images / "00003/samples/00001.png") as painted:
-        pairs = zip(painted.tobytes(), alone.images[0].tobytes(), strict=True)
+    with Image.open(one.images / "00003/samples/00001.png") as generated:
+        pairs = zip(generated.tobytes(), alone.images[0].tobytes(), strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 1
 
 
-def test_holes_are_filled_with_the_same_pictures_and_the_rest_is_left_alone(
+def test_holes_are_filled_with_the_same_images_and_the_rest_is_left_alone(
     tmp_path, pipe, items, settings, monkeypatch
 ):
-    """Stops: resuming that paints a hole in another batch, or that overwrites what is there."""
+    """Stops: resuming that fills a hole in another batch, or that overwrites what is there."""
     folder = RunFolder(tmp_path)
-    runner.paint(pipe, folder, items, 2, settings, RankInfo())
+    runner.generate_images(pipe, folder, items, 2, settings, RankInfo())
     whole = tree(tmp_path)
     (folder.images / "00002/samples/00001.png").unlink()
     (folder.images / "00006/metadata.jsonl").unlink()
     kept = folder.images / "00000/samples/00000.png"
     Image.new("RGB", (3, 3)).save(kept)
     mine = kept.read_bytes()
-    painted = []
+    counts = []
     generate = jf.Pipeline.generate
 
     def spy(self, prompts, **options):
-        painted.append(len(prompts))
+        counts.append(len(prompts))
         return generate(self, prompts, **options)
 
     monkeypatch.setattr(jf.Pipeline, "generate", spy)
-    runner.paint(pipe, folder, items, 2, settings, RankInfo())
-    assert painted == [2, 1]  # the two blocks with holes, whole
+    runner.generate_images(pipe, folder, items, 2, settings, RankInfo())
+    assert counts == [2, 1]  # the two blocks with holes, whole
     assert kept.read_bytes() == mine
     assert tree(tmp_path) | {"images/00000/samples/00000.png": b""} == whole | {
         "images/00000/samples/00000.png": b""
@@ -186,13 +193,13 @@ def test_holes_are_filled_with_the_same_pictures_and_the_rest_is_left_alone(
     def fail():
         raise AssertionError("nothing is missing, so nothing is loaded")
 
-    assert runner.paint(fail, folder, items, 2, settings, RankInfo()).complete
+    assert runner.generate_images(fail, folder, items, 2, settings, RankInfo()).complete
 
 
 def test_broken_images_are_missing_ones(tmp_path, pipe, items, settings):
     """Stops: an empty or a cut image, of a full disk for instance, that counts as generated for ever."""
     folder = RunFolder(tmp_path)
-    runner.paint(pipe, folder, items, 2, settings, RankInfo())
+    runner.generate_images(pipe, folder, items, 2, settings, RankInfo())
     whole = tree(folder.images)
     for i, cut in enumerate((0, 1, 7, 8, 11, 19, 60, -1)):
         path = folder.images / f"{i // 2:05d}/samples/{i % 2:05d}.png"
@@ -201,15 +208,15 @@ def test_broken_images_are_missing_ones(tmp_path, pipe, items, settings):
     (folder.images / "00005/metadata.jsonl").write_text("")
     found = runner.coverage(items, folder.images)
     assert (found.present, found.expected) == (5, 14)
-    assert runner.paint(pipe, folder, items, 2, settings, RankInfo()).complete
+    assert runner.generate_images(pipe, folder, items, 2, settings, RankInfo()).complete
     assert tree(folder.images) == whole
     other = tmp_path / "another.png"
     Image.new("RGB", (4, 4)).save(other, "JPEG")  # of other people's tools; readable all the same
-    assert runner.is_whole(other) and not runner.is_whole(tmp_path) and not runner.is_whole(tmp_path / "none")
+    assert is_whole(other) and not is_whole(tmp_path) and not is_whole(tmp_path / "none")
 
 
 def test_the_number_of_threads_changes_no_byte(tmp_path, data):
-    """Stops: torchrun, which sets one thread, painting other images than one process that takes them all; and a
+    """Stops: torchrun, which sets one thread, generating other images than one process that takes them all; and a
     caller whose own number is changed."""
     before = torch.get_num_threads()
     settings = Settings(device="cpu", num_inference_steps=4, progress=False)
@@ -255,20 +262,20 @@ def test_a_rank_that_dies_leaves_whole_files(tmp_path, pipe, items, settings, mo
 
     monkeypatch.setattr(jf.Pipeline, "generate", dies)
     with pytest.raises(RuntimeError):
-        runner.paint(pipe, folder, items, 2, settings, RankInfo(0, 2))
+        runner.generate_images(pipe, folder, items, 2, settings, RankInfo(0, 2))
     monkeypatch.setattr(jf.Pipeline, "generate", generate)
-    found = runner.paint(pipe, folder, items, 2, settings, RankInfo(1, 2))
+    found = runner.generate_images(pipe, folder, items, 2, settings, RankInfo(1, 2))
     assert 0 < len(found.missing) < found.expected
     assert "of 14 files are there; missing: 00004/samples/00000.png" in str(found)
     for path in folder.images.rglob("*.png"):
         Image.open(path).load()
-    assert runner.paint(pipe, folder, items, 2, settings, RankInfo(0, 2)).complete
-    runner.paint(pipe, RunFolder(tmp_path / "one"), items, 2, settings, RankInfo())
+    assert runner.generate_images(pipe, folder, items, 2, settings, RankInfo(0, 2)).complete
+    runner.generate_images(pipe, RunFolder(tmp_path / "one"), items, 2, settings, RankInfo())
     assert tree(folder.root) == tree(tmp_path / "one")
 
 
 def test_no_temporary_file_ever_lies_among_the_images(tmp_path, pipe, items, settings, monkeypatch):
-    """Stops: a scorer that lists its folder while painting goes on, and scores half a picture."""
+    """Stops: a scorer that lists its folder while generation goes on, and scores half an image."""
     seen, replace = set(), os.replace
 
     def watch(source, target):
@@ -277,23 +284,23 @@ def test_no_temporary_file_ever_lies_among_the_images(tmp_path, pipe, items, set
         return replace(source, target)
 
     monkeypatch.setattr(os, "replace", watch)
-    runner.paint(pipe, RunFolder(tmp_path), items, 2, settings, RankInfo())
+    runner.generate_images(pipe, RunFolder(tmp_path), items, 2, settings, RankInfo())
     assert seen <= {"metadata.jsonl", "00000.png", "00001.png"}
     assert not (tmp_path / ".work").exists()
 
 
-def test_a_limit_paints_the_first_prompts_as_the_whole_run_would(tmp_path, pipe, items, settings):
+def test_a_limit_generates_the_first_prompts_as_the_whole_run_would(tmp_path, pipe, items, settings):
     part, one = RunFolder(tmp_path / "part"), RunFolder(tmp_path / "one")
-    found = runner.paint(pipe, part, items, 2, replace(settings, limit=3), RankInfo())
+    found = runner.generate_images(pipe, part, items, 2, replace(settings, limit=3), RankInfo())
     assert (found.present, found.expected) == (6, 14)
-    runner.paint(pipe, one, items, 2, settings, RankInfo())
+    runner.generate_images(pipe, one, items, 2, settings, RankInfo())
     assert tree(part.images).items() <= tree(one.images).items()
 
 
-def test_a_prompt_that_cannot_be_painted_is_told_before_anything_is(tmp_path, pipe, items, settings):
+def test_a_prompt_that_cannot_be_generated_is_told_before_anything_is(tmp_path, pipe, items, settings):
     bad = Item(7, "a photo of <|User|>", ("a.png", "b.png"))
     with pytest.raises(ValueError):
-        runner.paint(pipe, RunFolder(tmp_path), [*items, bad], 2, settings, RankInfo())
+        runner.generate_images(pipe, RunFolder(tmp_path), [*items, bad], 2, settings, RankInfo())
     assert not (tmp_path / "images").exists()
 
 
@@ -301,7 +308,7 @@ def test_a_prompt_that_cannot_be_painted_is_told_before_anything_is(tmp_path, pi
 
 
 def test_another_setting_is_refused_by_name(tmp_path, data, parity_dir, capsys):
-    """Stops: one folder with pictures of two settings, prompts or checkpoints."""
+    """Stops: one folder with images of two settings, prompts or checkpoints."""
     run = ["bench", "geneval", "generate", "--data", str(data), "--subset", "--out", str(tmp_path / "run")]
     run += ["--model", str(parity_dir), "--device", "cpu", "--num-inference-steps", "1", "--quiet"]
     run += ["--limit", "1", "--images-per-prompt", "1"]
@@ -309,7 +316,7 @@ def test_another_setting_is_refused_by_name(tmp_path, data, parity_dir, capsys):
     assert "1 of 7 files are there" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["settings"]["num_inference_steps"] == 1 and manifest["settings"]["seed"] == 0
-    assert manifest["inputs_sha256"] == {"evaluation_metadata.jsonl": runner.sha256(data)}
+    assert manifest["inputs_sha256"] == {"evaluation_metadata.jsonl": sha256(data)}
     assert len(manifest["checkpoint"]["model_sha256"]) == 64
     assert str(tmp_path) not in json.dumps(manifest)
     assert cli.main([*run, "--cfg-weight", "3"]) == 2
@@ -324,14 +331,14 @@ def test_another_setting_is_refused_by_name(tmp_path, data, parity_dir, capsys):
 
 def test_other_versions_are_told_but_not_refused(tmp_path, settings):
     folder, told = RunFolder(tmp_path), []
-    made = runner.write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, told.append)
-    assert runner.write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, told.append) == made and not told
+    made = write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, "a rule", told.append)
+    assert write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, "a rule", told.append) == made and not told
     folder.write_json(folder.manifest, made | {"versions": made["versions"] | {"torch": "1.0"}})
-    runner.write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, told.append)
+    write_manifest(folder, "x", {}, {"a": (1, 2)}, {}, "a rule", told.append)
     assert 'versions.torch: "1.0" there' in told[0]
     folder.manifest.write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
-        runner.write_manifest(folder, "x", {}, {}, {})
+        write_manifest(folder, "x", {}, {}, {}, "a rule")
 
 
 # Processes -----------------------------------------------------------------------
@@ -377,7 +384,7 @@ def test_a_killed_process_leaves_whole_files_and_a_rerun_fills_the_holes(tmp_pat
     assert not (run / ".work").exists()
 
 
-def test_torchrun_paints_what_one_process_paints(tmp_path, data, parity_dir):
+def test_torchrun_generates_what_one_process_generates(tmp_path, data, parity_dir):
     """Stops: a command that works alone only. Both ranks write into one folder."""
     pytest.importorskip("torch.distributed.run")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

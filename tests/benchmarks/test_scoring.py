@@ -19,7 +19,7 @@ from janusflow_min.benchmarks.chat import Question
 from janusflow_min.benchmarks.compare import compare, markdown
 from janusflow_min.benchmarks.gallery import gallery
 from janusflow_min.benchmarks.report import summary, write_report
-from janusflow_min.benchmarks.runner import RunFolder
+from janusflow_min.benchmarks.run_folder import RunFolder
 from janusflow_min.benchmarks.scoring import ChatOptions, ScoreOptions, ScoringRun, read_items
 from janusflow_min.options import add_options, departures, json_object, option, read_options
 

@@ -107,7 +107,7 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_images_are_named_by_their_id_and_seeded_by_it(tmp_path, parity_dir):
-    """Stops: a subset that paints an id with another seed than the whole set does."""
+    """Stops: a subset that generates an id with another seed than the whole set does."""
     data = write_set(tmp_path / "data", ids={3, 905})
     command = ["bench", "wise", "generate", "--data", str(data), "--subset", "--out", str(tmp_path / "a")]
     command += ["--model", str(parity_dir), "--device", "cpu", "--num-inference-steps", "1", "--quiet"]

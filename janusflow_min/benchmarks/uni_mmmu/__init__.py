@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...files import sha256
 from ...options import option
 from .. import report as reports
 from ..judges import Chat
+from ..ranks import RankInfo
 from ..report import Published
-from ..runner import Coverage, RankInfo, RunFolder, Settings, sha256
+from ..run_folder import RunFolder
+from ..runner import Coverage, Settings
 from ..scoring import ChatOptions, ScoringRun
 from .readers import RELEASED, SOURCES, Case, data_folder, read, tasks_of
 from .rules import COLUMNS, table
@@ -96,24 +99,16 @@ OPTIONS = {"generate": GenerateOptions, "score": ScoreOptions}
 
 def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> Coverage:
     """Answer and generate what is missing into `out`/TASK/CASE/; `settings.limit` counts for each task."""
-    from ..runner import (
-        check_settings,
-        checkpoint_identity,
-        cpu_threads,
-        load_pipe,
-        paint_settings,
-        write_manifest,
-    )
+    from ..runner import load_pipe, open_run
     from .generation import MODES, SEED_RULE, is_done, run_tasks, write_summaries
     from .prompts import model_wording, prompts_hash
 
     mode, max_new_tokens = options.uni_mode, options.max_new_tokens
     if mode not in MODES:
         raise ValueError(f"uni_mode must be one of {', '.join(MODES)}, got {mode!r}")
-    check_settings(settings)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    folder, world = RunFolder(out), RankInfo.from_environment()
+    world = RankInfo.from_environment()
     texts = model_wording(options.prompts)
     cases = _cases(options, mode)
     choices = {
@@ -122,17 +117,9 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> C
         "prompts_sha256": prompts_hash(texts),
         "own_wording": options.prompts is None,
     }
-    write_manifest(
-        folder,
-        "uni_mmmu",
-        _hashes(options.data),
-        paint_settings(settings) | choices,
-        checkpoint_identity(settings),
-        seed_rule=SEED_RULE,
-    )
-    with cpu_threads(settings.threads):
+    with open_run("uni_mmmu", _hashes(options.data), out, settings, choices, SEED_RULE) as folder:
         run_tasks(
-            lambda: load_pipe(settings, world, "all"),
+            lambda: load_pipe(settings, "all"),
             folder,
             cases,
             mode,

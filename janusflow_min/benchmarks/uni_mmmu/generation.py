@@ -29,8 +29,10 @@ from PIL import Image
 
 from ...files import read_json
 from ..official_prompts import fill
+from ..ranks import RankInfo, shard
 from ..reading import read_image, read_text
-from ..runner import RankInfo, RunFolder, Settings, blocks, is_whole, shard
+from ..run_folder import RunFolder, is_whole
+from ..runner import Settings, blocks
 from .readers import TASKS, Case
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
+from ...files import sha256
 from ..chat import Question
 from ..judges import Chat, Records
 from ..reading import read_image
-from ..runner import RunFolder, sha256
+from ..run_folder import RunFolder
 from . import rules
 from .prompts import prompts_hash
 

@@ -24,7 +24,7 @@ from ...files import read_json
 from ..bootstrap import ItemScore
 from ..official_prompts import fill
 from ..reading import read_image
-from ..runner import RunFolder
+from ..run_folder import RunFolder
 from . import boards, rules
 from .generation import is_done
 from .judging import Job, Judging

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from invented_uni import FAST, SQUARE, generate_in, plain, write
 
-from janusflow_min.benchmarks.runner import RankInfo, Settings
+from janusflow_min.benchmarks.ranks import RankInfo
+from janusflow_min.benchmarks.runner import Settings
 from janusflow_min.benchmarks.uni_mmmu import generation, prompts, readers
 
 
