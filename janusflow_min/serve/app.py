@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import uuid
-from asyncio import FIRST_COMPLETED, Queue, Task, create_task, get_running_loop, wait, wrap_future
+from asyncio import FIRST_COMPLETED, Queue, Task, create_task, gather, get_running_loop, wait, wrap_future
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -38,19 +38,9 @@ from .. import __version__
 from ..pipeline import DEFAULT_QUESTION, fresh_seed
 from ..processor import SYSTEM_PROMPT
 from ..sampling_options import SamplingOptions
-from . import Limits
+from . import Limits, protocol
 from .engine import Engine, ImageRequest, Question
-from .protocol import (
-    ChatRequest,
-    EditFields,
-    GenerationFields,
-    ImageFields,
-    Message,
-    Problem,
-    decode_data_url,
-    fetch,
-    read_image,
-)
+from .protocol import ChatRequest, EditFields, GenerationFields, ImageFields, Message, Problem
 
 READ_SECONDS, WRITE_SECONDS = 60, 60  # for a client to send its request, and to take a piece of the answer
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of request_seconds
@@ -87,9 +77,10 @@ class Server:
             yield
             await anyio.to_thread.run_sync(engine.stop)
 
-        self.app = app = FastAPI(
+        app = FastAPI(
             title="janusflow-min", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
         )
+        self.app = app
         app.add_middleware(lambda app: partial(self.gate, app))
         app.add_exception_handler(HTTPException, on_http_exception)
         app.add_exception_handler(RequestValidationError, on_invalid)
@@ -146,7 +137,8 @@ class Server:
             at = traceback.extract_tb(error.__traceback__)[-1]
             self.log(f"{type(error).__name__} at {at.filename}:{at.lineno}")
             if not status:
-                await Problem(500, "an error inside the server").response(scope, receive, counted_send)
+                with suppress(ClientDisconnect):
+                    await Problem(500, "an error inside the server").response(scope, receive, counted_send)
         finally:
             self.in_hand -= holds
             seconds, status = time.perf_counter() - begin, status if over else 499
@@ -261,8 +253,12 @@ class Server:
             raise ValueError("a message of the assistant holds text alone")
         for url in message.urls:
             remote = url[:5].lower() != "data:"
-            data = fetch(url, self.hosts, self.limits.max_body) if remote else decode_data_url(url)
-            image = read_image(data, self.limits.max_image_pixels)
+            data = (
+                protocol.fetch(url, self.hosts, self.limits.max_body)
+                if remote
+                else protocol.decode_data_url(url)
+            )
+            image = protocol.read_image(data, self.limits.max_image_pixels)
             squares.append(processor.image_processor.pad(image))  # small from here on
         processor.tokenizer.reject_special_tokens(message.text)
         text = message.text if message.text.strip() or not squares else DEFAULT_QUESTION
@@ -317,8 +313,10 @@ class Server:
         if "image" not in files or not {"image", "mask"} >= set(files):
             raise Problem(400, "an edit needs the file image, and may have the file mask", param="image")
         most = self.limits.max_image_pixels
-        image = await self.prepared(read_image, files["image"], most)
-        mask = await self.prepared(read_image, files["mask"], most, True) if "mask" in files else None
+        image = await self.prepared(protocol.read_image, files["image"], most)
+        mask = (
+            await self.prepared(protocol.read_image, files["mask"], most, True) if "mask" in files else None
+        )
         return await self.images(body, image, mask)
 
     async def images(self, body: ImageFields, source: Image.Image | None, mask: Image.Image | None) -> Json:
@@ -370,7 +368,7 @@ async def until_gone(app: Any, scope: Json, body: bytes, receive: Any, send: Any
         await wait({task, watch}, return_when=FIRST_COMPLETED)
         if not task.done():
             task.cancel()
-            await wait({task})
+            await gather(task, return_exceptions=True)
             raise ClientDisconnect
         await task
     finally:

@@ -115,6 +115,9 @@ class Engine:
 
     def __init__(self, pipe: Pipeline, max_batch: int = MAX_BATCH):
         self.pipe, self.max_batch = pipe, max_batch
+        self.round_rows = (
+            pipe.model.device.type == "cuda"
+        )  # to a power of two: graphs belong to a number of rows
         self.questions: deque[Question] = deque()
         self.images: deque[ImageRequest] = deque()
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -172,7 +175,9 @@ class Engine:
     def _decode(self, running: list[Question], others_wait: Callable[[], bool]) -> None:
         processor, limit = self.pipe.processor, self.pipe.model.config.llm.max_position_embeddings
         tokenizer, eos_id = processor.tokenizer, processor.tokenizer.eos_id
-        batch = processor.collate([(q.ids + q.tokens, "", list(q.images)) for q in running])
+        rows = [(q.ids + q.tokens, "", q.images) for q in running]
+        spare = (1 << (len(rows) - 1).bit_length()) - len(rows) if self.round_rows else 0
+        batch = processor.collate(rows + rows[:1] * spare)
         for row, question in enumerate(running):
             if question.tokens:  # whatever they are, they stand for no image
                 batch.images_seq_mask[row, -len(question.tokens) :] = False
@@ -200,10 +205,9 @@ class Engine:
                     resolve(question.future, error)
             reading, decoding = times[0] - begin, times[-1] - times[0]
             paused = len(times) >= SLICE and decoding >= 2 * reading and others_wait()
-            ended = [paused or question.future.done() for question in running]
-            return torch.tensor([eos_id if end else i for end, i in zip(ended, ids, strict=True)]).to(
-                logits.device
-            )
+            ended = [paused or question.future.done() for question in running] + [True] * spare
+            ids = [eos_id if end else token for end, token in zip(ended, ids, strict=True)]
+            return torch.tensor(ids, device=logits.device)
 
         self.counts["question_batches"] += 1
         self.counts["question_rows"] += len(running)

@@ -134,6 +134,7 @@ class ImageFields(Fields):
     cfg_weight: float | None = None
     num_inference_steps: int | None = Field(None, ge=1)
     solver: str | None = None
+    timestep_shift: float | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -144,7 +145,6 @@ class ImageFields(Fields):
 
 class GenerationFields(ImageFields):
     preset: str | None = None
-    timestep_shift: float | None = None
     guidance_interval: list[float] | None = None
     guidance_rescale: float | None = None
     negative_prompt: str | None = None

@@ -207,6 +207,72 @@ def test_images_are_generate_s(pipe, client):
         assert got.size == f"{image.width}x{image.width}"
 
 
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def half_transparent(size: tuple[int, int]) -> Image.Image:
+    """A mask of OpenAI's form: the left half, transparent, may change."""
+    mask = Image.new("RGBA", size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+def test_edits_are_edit_s(pipe, client, star):
+    """Stops: an edit of another image, of what the mask protects, or with other settings than were asked for."""
+    if not hasattr(pipe, "edit"):
+        pytest.skip("this pipeline does not edit")
+    settings = dict(
+        strength=0.6, num_inference_steps=4, source_prompt="a photo of a red star", method="flowedit"
+    )
+    white = Image.new("L", star.size, 0)
+    white.paste(255, (0, 0, star.width // 2, star.height))
+    for mask, theirs in ((None, openai.NOT_GIVEN), (white, png(half_transparent(star.size)))):
+        got = client.images.edit(
+            model="tiny", image=("a.png", png(star)), mask=theirs, prompt="a photo of a blue star", n=2,
+            extra_body={"seed": 3, **settings},
+        )  # fmt: skip
+        prompts = ["a photo of a blue star"] * 2
+        alone = pipe.edit([star] * 2, prompts, mask=mask, seed=3, progress=False, **settings)
+        for data, image, seed in zip(got.data, alone, (3, 4), strict=True):
+            read = np.asarray(Image.open(io.BytesIO(base64.b64decode(data.b64_json))), int)
+            assert np.abs(read - np.asarray(image, int)).max() <= 1 and data.seed == seed
+            if mask is not None:
+                right = np.asarray(star)[:, star.width // 2 :]
+                assert np.array_equal(read[:, star.width // 2 :], right)
+        assert np.abs(read - np.asarray(star, int)).max() > 20
+
+
+@pytest.mark.parametrize(
+    "files, fields, words",
+    [
+        ({}, {"prompt": "a"}, "image"),
+        ({"image": b"no image"}, {"prompt": "a"}, "image"),
+        ({"image": None}, {}, "prompt"),
+        ({"image": None}, {"prompt": "a", "strength": "much"}, "strength"),
+        ({"image": None}, {"prompt": "a", "strength": "2", "source_prompt": "b"}, "strength"),
+        ({"image": None}, {"prompt": "a", "method": "magic"}, "method"),
+        ({"image": None}, {"prompt": "a", "n": "11"}, "at most 10"),
+        ({"image": None}, {"prompt": "a", "preset": "quick"}, "preset"),
+        ({"image": None, "mask": "opaque"}, {"prompt": "a"}, "alpha"),
+        ({"image": None, "mask": "small"}, {"prompt": "a", "source_prompt": "b"}, "mask"),
+        ({"image": "large"}, {"prompt": "a"}, "6000x6000"),
+        ({"image": None, "image2": b""}, {"prompt": "a"}, "image"),
+    ],
+)
+def test_bad_edits(pipe, server, star, files, fields, words):
+    """Stops: bad edits that are tried, or that end the engine."""
+    if not hasattr(pipe, "edit"):
+        pytest.skip("this pipeline does not edit")
+    contents = {None: png(star), "opaque": png(star), "small": png(half_transparent((9, 9)))}
+    contents["large"] = png(Image.new("1", (6000, 6000)))
+    sent = {key: ("a.png", contents.get(value, value)) for key, value in files.items()}
+    done = httpx.post(f"{server.url}/images/edits", files=sent or {"other": b"a"}, data=fields, timeout=60)
+    assert done.status_code == 400 and words in done.json()["error"]["message"], done.json()
+
+
 def test_curl(server, star, tmp_path):
     """Stops: a server that only the openai package can use."""
     if shutil.which("curl") is None:
