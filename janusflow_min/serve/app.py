@@ -304,14 +304,14 @@ class Server:
     async def edit(self, request: Request) -> Json:
         async with request.form(max_files=2) as form:
             fields = {key: value for key, value in form.items() if isinstance(value, str)}
-            uploads = [(key, file) for key, file in form.items() if isinstance(file, UploadFile)]
+            uploads = [(key, file) for key, file in form.multi_items() if isinstance(file, UploadFile)]
             files = {key.removesuffix("[]"): await file.read() for key, file in uploads}
+        if len(files) < len(uploads) or not {"image"} <= set(files) <= {"image", "mask"}:
+            raise Problem(400, "an edit needs one file image, and may have one file mask", param="image")
         try:
             body = EditFields.model_validate(fields, strict=False)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from None
-        if "image" not in files or not {"image", "mask"} >= set(files):
-            raise Problem(400, "an edit needs the file image, and may have the file mask", param="image")
         most = self.limits.max_image_pixels
         image = await self.prepared(protocol.read_image, files["image"], most)
         mask = (

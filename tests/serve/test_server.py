@@ -260,6 +260,7 @@ def test_edits_are_edit_s(pipe, client, star):
         ({"image": None, "mask": "small"}, {"prompt": "a", "source_prompt": "b"}, "mask"),
         ({"image": "large"}, {"prompt": "a"}, "6000x6000"),
         ({"image": None, "image2": b""}, {"prompt": "a"}, "image"),
+        ({"image[] 1": None, "image[] 2": None}, {"prompt": "a"}, "one file image"),
     ],
 )
 def test_bad_edits(pipe, server, star, files, fields, words):
@@ -268,7 +269,7 @@ def test_bad_edits(pipe, server, star, files, fields, words):
         pytest.skip("this pipeline does not edit")
     contents = {None: png(star), "opaque": png(star), "small": png(half_transparent((9, 9)))}
     contents["large"] = png(Image.new("1", (6000, 6000)))
-    sent = {key: ("a.png", contents.get(value, value)) for key, value in files.items()}
+    sent = [(key.split()[0], ("a.png", contents.get(value, value))) for key, value in files.items()]
     done = httpx.post(f"{server.url}/images/edits", files=sent or {"other": b"a"}, data=fields, timeout=60)
     assert done.status_code == 400 and words in done.json()["error"]["message"], done.json()
 
