@@ -299,9 +299,13 @@ class Server:
 
     async def generate(self, body: GenerationFields) -> Json:
         SamplingOptions(**body.settings).resolved()  # ValueError
-        return await self.images(body, None, None)
+        return await self.images(body)
 
     async def edit(self, request: Request) -> Json:
+        # A browser asks this server before it sends another page's JSON, but not before it sends its form.
+        origin = request.headers.get("origin", "")
+        if origin and origin.partition("://")[2] != request.headers.get("host"):
+            raise Problem(403, "forms of other web pages are refused")
         async with request.form(max_files=2) as form:
             fields = {key: value for key, value in form.items() if isinstance(value, str)}
             uploads = [(key, file) for key, file in form.multi_items() if isinstance(file, UploadFile)]
@@ -312,41 +316,35 @@ class Server:
             body = EditFields.model_validate(fields, strict=False)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from None
-        most = self.limits.max_image_pixels
-        image = await self.prepared(protocol.read_image, files["image"], most)
-        mask = (
-            await self.prepared(protocol.read_image, files["mask"], most, True) if "mask" in files else None
-        )
+        most, read = self.limits.max_image_pixels, protocol.read_image
+        image = await self.prepared(read, files["image"], most)
+        mask = await self.prepared(read, files["mask"], most, True) if "mask" in files else None
         return await self.images(body, image, mask)
 
-    async def images(self, body: ImageFields, source: Image.Image | None, mask: Image.Image | None) -> Json:
+    async def images(
+        self, body: ImageFields, source: Image.Image | None = None, mask: Image.Image | None = None
+    ) -> Json:
         self.check_model(body.model)
         limits, settings = self.limits, body.settings
         width, height = (0, 0) if body.size == "auto" else map(int, body.size.split("x"))
-        if width != height or width > limits.max_size:
-            raise Problem(
-                400, f"size must be square and at most {limits.max_size}x{limits.max_size}", param="size"
-            )
-        for name, asked, most in (
-            ("n", body.n, limits.max_n),
-            ("num_inference_steps", body.num_inference_steps or 0, limits.max_steps),
-        ):
-            if asked > most:
+        if width != height:
+            raise Problem(400, "size must be square", param="size")
+        asked = {"n": (body.n, limits.max_n), "size": (width, limits.max_size)}
+        asked["num_inference_steps"] = (body.num_inference_steps or 0, limits.max_steps)
+        for name, (value, most) in asked.items():
+            if value > most:
                 raise Problem(400, f"{name} may be at most {most}", param=name)
-        prompts = [
-            body.prompt,
-            *(settings[key] for key in ("negative_prompt", "source_prompt") if key in settings),
-        ]
+        prompts = [body.prompt]
+        prompts += [settings[key] for key in ("negative_prompt", "source_prompt") if key in settings]
         await self.prepared(self.engine.pipe.check_prompts, prompts)
         first = fresh_seed() if body.seed is None else body.seed
         work = ImageRequest(body.prompt, [first + k for k in range(body.n)], settings, source, mask)
         self.engine.submit(work)
         made = await wrap_future(work.future)
         side = width or made[0].width
-        contents = [await self.prepared(png, image, side) for image in made]
-        data = [
-            {"b64_json": content, "seed": seed} for content, seed in zip(contents, work.seeds, strict=True)
-        ]
+        data = []
+        for image, seed in zip(made, work.seeds, strict=True):
+            data.append({"b64_json": await self.prepared(png, image, side), "seed": seed})
         return {"created": int(time.time()), "data": data, "output_format": "png", "size": f"{side}x{side}"}
 
 

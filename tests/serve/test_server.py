@@ -274,6 +274,16 @@ def test_bad_edits(pipe, server, star, files, fields, words):
     assert done.status_code == 400 and words in done.json()["error"]["message"], done.json()
 
 
+def test_forms_of_other_pages_are_refused(pipe, server, star):
+    """Stops: a web page that has its visitors' own server edit images, which needs no permission of the browser."""
+    if not hasattr(pipe, "edit"):
+        pytest.skip("this pipeline does not edit")
+    sent = dict(files={"image": png(star)}, data={"prompt": " "})
+    for origin, status in (("https://elsewhere.example", 403), ("null", 403), (server.root, 400)):
+        done = httpx.post(f"{server.url}/images/edits", headers={"Origin": origin}, **sent)
+        assert done.status_code == status
+
+
 def test_curl(server, star, tmp_path):
     """Stops: a server that only the openai package can use."""
     if shutil.which("curl") is None:
