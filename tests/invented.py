@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from janusflow_min.benchmarks.wise import DATASETS
+from janusflow_min.benchmarks.wise_sets import DATASETS
 
 DPG_COLUMNS = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad"]
 DPG_COLUMNS += ["category_detailed", "tuple", "question_natural_language"]

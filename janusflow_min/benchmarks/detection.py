@@ -82,11 +82,14 @@ class SavedDetections(Mapping[str, list[Detection]]):
     def __init__(self, path: str | Path, faintest: float = math.inf):
         self.path, self.faintest = Path(path), faintest
         self.lines: dict[str, tuple[int, int]] = {}  # file name -> (number of the line, where it starts)
+        self.seen: dict[str, str] = {}  # file name -> sha256 of the image, of lines that have it
         with open(self.path, "rb") as f:
             number, start = 1, 0
             for line in f:
                 if line.strip():
-                    self.lines[self._record(line, number)["filename"]] = (number, start)
+                    record = self._record(line, number)
+                    self.lines[record["filename"]] = (number, start)
+                    self.seen[record["filename"]] = str(record.get("sha256", ""))
                 number, start = number + 1, start + len(line)
 
     def __getitem__(self, name: str) -> list[Detection]:

@@ -2,10 +2,8 @@
 """GenEval: are the objects there, in the number, colour and place that the prompt names?
 
 Reads `evaluation_metadata.jsonl`, writes the tree that the official scorer reads, and scores such a tree by the
-official rules from an instance segmenter's detections and a CLIP colour classifier. Formats and rules follow
-djghosh13/geneval (`evaluation/evaluate_images.py`, `summary_scores.py`). The rules are pure Python: their only
-input are `Detection`s, and a saved file of them does as well as a detector. They compute in float32, as the official
-scorer does on mmdet's boxes, so edges and ties fall alike.
+official rules (`geneval_rules`) from an instance segmenter's detections, or a saved file of them, and a CLIP colour
+classifier. Formats follow djghosh13/geneval.
 """
 
 from __future__ import annotations
@@ -14,13 +12,12 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from ..files import read_json, sha256
@@ -29,6 +26,7 @@ from . import judge_models
 from . import report as reports
 from .bootstrap import ItemScore
 from .detection import CLASSES, COLOURS, SAVED_ABOVE, Detection, SavedDetections, detection_record
+from .geneval_rules import RELATIONS, TAGS, Rules, aggregate, judge, keep, view
 from .judges import ColourJudge, Detector, Records, bar, merge_ranks, rank_file
 from .ranks import RankInfo, rank_device, shard, wait_for_ranks
 from .reading import UnreadableImage, json_lines, read_image, text_sha256
@@ -36,19 +34,10 @@ from .report import Published
 from .run_folder import RunFolder
 from .runner import Coverage, Item, Settings, run
 from .scoring import ScoreOptions as CommonOptions
-from .scoring import ScoringRun
+from .scoring import ScoringRun, means
 
 TITLE = "GenEval"
 SUMMARY = "objects, counts, colours, positions: 553 prompts, 4 images each"
-TAGS = {  # lines of each in the published file
-    "single_object": 80,
-    "two_object": 99,
-    "counting": 80,
-    "colors": 94,
-    "position": 100,
-    "color_attr": 100,
-}
-RELATIONS = ("left of", "right of", "above", "below")
 DATA_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # of the published file
 IMAGES_PER_PROMPT = 4
 PUBLISHED = (
@@ -75,21 +64,6 @@ class DataOptions(SubsetOptions):
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(DataOptions):
     images_per_prompt: int = option("images of each prompt", IMAGES_PER_PROMPT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """The official scorer's options and their defaults."""
-
-    threshold: float = option("a detection's score must be above it", 0.3, rule=True)
-    counting_threshold: float = option("the same for counting prompts", 0.9, rule=True)
-    max_objects: int = option("best detections kept of a class", 16, rule=True)
-    max_overlap: float = option(
-        "IoU from which a fainter box of the class is dropped; 1 keeps all", 1.0, rule=True
-    )
-    position_threshold: float = option("share of the sizes by which objects must be apart", 0.1, rule=True)
-    bgcolor: str = option("colour around an object for CLIP, or original", "#999", rule=True)
-    crop: bool = option("show CLIP the object's box alone", True, rule=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +131,8 @@ def _check_line(line: Any, place: str) -> None:
     for key in ("tag", "prompt", "include"):
         need(key in line, f"the field {key!r} is missing; there are {', '.join(line) or 'none'}")
     need(line["tag"] in TAGS, f"tag must be one of {', '.join(TAGS)}, got {line['tag']!r}")
-    need(
-        isinstance(line["prompt"], str) and line["prompt"].strip() != "",
-        "prompt must be a text that is not empty",
-    )
+    text = line["prompt"]
+    need(isinstance(text, str) and text.strip() != "", "prompt must be a text that is not empty")
     for name in ("include", "exclude"):
         clauses = line.get(name, [])
         need(isinstance(clauses, list), f"{name} must be a list, got {clauses!r}")
@@ -168,27 +140,18 @@ def _check_line(line: Any, place: str) -> None:
         for i, clause in enumerate(clauses):
             where = f"{name}[{i}]"
             need(isinstance(clause, dict), f"{where} must be an object, got {clause!r}")
-            label, count = clause.get("class"), clause.get("count")
+            label, count, colour = clause.get("class"), clause.get("count"), clause.get("color", COLOURS[0])
             need(label in CLASSES, f"{where}.class must be one of the 80 object names, got {label!r}")
-            whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-            need(whole, f"{where}.count must be a whole number of at least 1, got {count!r}")
-            colour, position = clause.get("color"), clause.get("position")
-            need(
-                "color" not in clause or colour in COLOURS,
-                f"{where}.color must be one of {', '.join(COLOURS)}, got {colour!r}",
-            )
-            fits = "position" not in clause or (
-                isinstance(position, list)
-                and len(position) == 2
-                and position[0] in RELATIONS
-                and isinstance(position[1], int)
-                and 0 <= position[1] < i
-            )
-            need(
-                fits,
-                f"{where}.position must be [one of {', '.join(RELATIONS)}, index of an earlier clause], got "
-                f"{position!r}",
-            )
+            fits = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+            need(fits, f"{where}.count must be a whole number of at least 1, got {count!r}")
+            need(colour in COLOURS, f"{where}.color must be one of {', '.join(COLOURS)}, got {colour!r}")
+            if "position" in clause:
+                match clause["position"]:
+                    case [relation, int(other)] if relation in RELATIONS and 0 <= other < i:
+                        pass
+                    case wrong:
+                        expected = f"[one of {', '.join(RELATIONS)}, index of an earlier clause]"
+                        need(False, f"{where}.position must be {expected}, got {wrong!r}")
 
 
 def items(prompts: Sequence[Prompt], images_per_prompt: int) -> list[Item]:
@@ -208,133 +171,6 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> C
     count = options.images_per_prompt
     whole = items(read(options.data, options.subset), count)
     return run("geneval", whole, {"evaluation_metadata.jsonl": sha256(options.data)}, out, count, settings)
-
-
-# Rules -----------------------------------------------------------------------
-
-
-def keep(detections: Sequence[Detection], tag: str, rules: Rules = Rules()) -> dict[str, list[Detection]]:
-    """The detections that count, best first, by class in the order of CLASSES."""
-    limit = rules.counting_threshold if tag == "counting" else rules.threshold
-    kept = {}
-    for label in CLASSES:
-        own = [d for d in detections if d.label == label]
-        rows = np.array([[*d.box, d.score] for d in own], np.float32).reshape(-1, 5)
-        order = np.argsort(rows[:, 4])[::-1]  # of equal scores the later one first
-        best = order[rows[order, 4] > limit][: rules.max_objects].tolist()
-        if rules.max_overlap != 1:
-            best = suppress(rows, best, rules.max_overlap)
-        if best:
-            kept[label] = [own[i] for i in best]
-    return kept
-
-
-def suppress(boxes: np.ndarray, order: Sequence[int], limit: float) -> list[int]:
-    """Greedy non-maximum suppression of one class: of `order`, best first, those whose IoU with every better one that
-    stays is below `limit`."""
-    kept: list[int] = []
-    for candidate in order:
-        if all(iou(boxes[better], boxes[candidate]) < limit for better in kept):
-            kept.append(candidate)
-    return kept
-
-
-def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of boxes whose last pixel is part of them."""
-
-    def area(x1: float, y1: float, x2: float, y2: float) -> float:
-        return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
-
-    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    union = area(*a[:4]) + area(*b[:4]) - both
-    return both / union if union else 0.0
-
-
-def relations(a: Sequence[float], b: Sequence[float], threshold: float = 0.1) -> set[str]:
-    """Where box `a` lies as seen from box `b`: none, one or two of RELATIONS."""
-    boxes = np.array([a[:4], b[:4]], np.float32)
-    centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, np.abs(boxes[:, 2:] - boxes[:, :2])
-    offset = centres[0] - centres[1]
-    apart = np.maximum(np.abs(offset) - threshold * (sizes[0] + sizes[1]), 0) * np.sign(offset)
-    if np.all(np.abs(apart) < 1e-3):
-        return set()
-    x, y = apart / np.linalg.norm(offset)  # by the length before the sizes were taken off
-    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {name for name, true in holds.items() if true}
-
-
-def judge(
-    metadata: Mapping[str, Any],
-    objects: Mapping[str, Sequence[Detection]],
-    colours: Callable[[str, Sequence[Detection]], Sequence[str]],
-    position_threshold: float = 0.1,
-) -> tuple[bool, str]:
-    """(correct, reasons, one a line) of one image.
-
-    objects: by class, best first, as `keep` gives them. colours: (class, detections) -> the colour of each; asked
-    only where a clause names one.
-    """
-    reasons: list[str] = []
-    groups: list[Sequence[Detection] | None] = []
-    for clause in metadata["include"]:
-        label, count = clause["class"], clause["count"]
-        found = list(objects.get(label, ()))[:count]
-        wrong = ""
-        if len(found) < count:
-            wrong = f"expected {label}>={count}, found {len(found)}"
-        elif "color" in clause:
-            seen = list(colours(label, found))
-            if seen.count(clause["color"]) < count:
-                names = ", ".join(f"{n} {name}" for name, n in Counter(seen).items())
-                wrong = f"expected {clause['color']} {label}>={count}, found {seen.count(clause['color'])} ({names})"
-        if not wrong and "position" in clause:
-            wrong = _misplaced(clause, found, groups, metadata["include"], position_threshold)
-        if wrong:
-            reasons.append(wrong)
-        groups.append(None if wrong else found)
-    for clause in metadata.get("exclude", ()):
-        there = len(objects.get(clause["class"], ()))
-        if there >= clause["count"]:
-            reasons.append(f"expected {clause['class']}<{clause['count']}, found {there}")
-    return not reasons, "\n".join(reasons)
-
-
-def _misplaced(clause, found, groups, include, threshold: float) -> str:
-    relation, index = clause["position"]
-    target = groups[index]
-    name = include[index]["class"]
-    if target is None:
-        return f"no target {name} for {clause['class']} to be {relation}"
-    for thing in found:
-        for other in target:
-            seen = relations(thing.box, other.box, threshold)
-            if relation not in seen:
-                told = " and ".join(sorted(seen)) or "in no relation to it"
-                return f"expected {clause['class']} {relation} {name}, found it {told}"
-    return ""
-
-
-def aggregate(results: Sequence[Mapping[str, Any]], official_compat: bool = False) -> dict[str, Any]:
-    """Accuracy by tag over images, their unweighted mean, and what the official summary prints beside it.
-
-    results: records with tag, correct and metadata. A tag without an image is None, and so is the mean then;
-    official_compat: the mean is over the other tags.
-    """
-    tags = {tag: [bool(r["correct"]) for r in results if r["tag"] == tag] for tag in TAGS}
-    means = {tag: float(np.mean(values)) if values else None for tag, values in tags.items()}
-    prompts: dict[str, bool] = {}
-    for r in results:
-        prompts[r["metadata"]] = prompts.get(r["metadata"], False) or bool(r["correct"])
-    there = [mean for mean in means.values() if mean is not None]
-    whole = len(there) == len(TAGS) or (official_compat and there)
-    return {
-        "tags": means,
-        "overall": float(np.mean(there)) if whole else None,
-        "images": len(results),
-        "prompts": len(prompts),
-        "correct_images": float(np.mean([bool(r["correct"]) for r in results])) if results else None,
-        "correct_prompts": float(np.mean(list(prompts.values()))) if prompts else None,
-    }
 
 
 # Scoring -----------------------------------------------------------------------
@@ -369,7 +205,7 @@ def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
             except UnreadableImage as error:
                 scoring.failures[name] = str(error)
     scoring.folder.write_text("results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
-    summary = aggregate(results, compat)
+    items, summary = _items(scoring.images, results), aggregate(results, compat)
     if results:
         scoring.notes.append(
             f"{summary['correct_images']:.2%} of the images, {summary['correct_prompts']:.2%} of the prompts correct"
@@ -381,14 +217,11 @@ def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
     return scoring.write(
         headline=(title, summary["overall"]),
         scale=1.0,
-        scores={
-            tag: (mean, sum(r["tag"] == tag for r in results), of[tag] * per_prompt)
-            for tag, mean in summary["tags"].items()
-        },
+        scores=means(items, {tag: of[tag] * per_prompt for tag in TAGS}),
         n_expected=len(prompts) * per_prompt,
         n_scored=len(results),
         judge={"detector": detector, "colours": colours.name},
-        items=_items(scoring.images, results),
+        items=items,
         totals={title: dict.fromkeys(TAGS, 1 / len(TAGS))},
         options={"images_per_prompt": per_prompt, "official_compat": compat},
     )
@@ -470,6 +303,11 @@ def _detections(
             raise ValueError(
                 f"{options.detections} lacks {len(absent)} images of {scoring.images}, {absent[0]} for one"
             )
+        changed = (n for n in names if saved.seen.get(n, "") not in ("", sha256(scoring.images / n)))
+        if (name := next(changed, None)) is not None:
+            raise ValueError(
+                f"{scoring.images / name} is not the image that {options.detections} is about: detect again"
+            )
         return saved, f"saved detections, sha256 {sha256(options.detections)}"
     detector: Any = options.detector
     world = RankInfo.from_environment()
@@ -481,9 +319,7 @@ def _detections(
         )
     path = scoring.folder.root / "detections.jsonl"
     _detect(scoring, options, detector, faintest, names, path, world)
-    if (
-        world.size > 1 and world.rank == 0
-    ):  # with the others' shares, and to name the images that nobody could read
+    if world.size > 1 and world.rank == 0:  # with the others' shares, and to name what nobody could read
         _detect(scoring, options, detector, faintest, names, path, RankInfo())
     return SavedDetections(path, faintest) if path.is_file() else {}, detector.name
 
@@ -582,21 +418,3 @@ def _result(
         "metadata": json.dumps(prompt.metadata),
         "details": json.dumps(boxes),
     }
-
-
-def view(image: Image.Image, found: Detection, bgcolor: str = "#999", crop: bool = True) -> Image.Image:
-    """What the colour judge sees of an object: everything else covered by `bgcolor`, cut to its box."""
-    if found.mask is not None:
-        if found.mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"a mask must have the image's size {image.height} x {image.width}, got {found.mask.shape}"
-            )
-        if bgcolor != "original":
-            empty = Image.new("RGB", image.size, bgcolor)
-            image = Image.composite(image, empty, Image.fromarray(found.mask.astype(np.uint8) * 255))
-    if crop:
-        x1, y1, x2, y2 = (round(v) for v in found.box)
-        image = image.crop((x1, y1, x2, y2))
-        if 0 in image.size:
-            raise ValueError(f"no pixel lies in the box {found.box} of {found.label}")
-    return image

@@ -200,6 +200,18 @@ class ScoringRun:
         return result
 
 
+def means(
+    items: Sequence[ItemScore], expected: Mapping[str, int]
+) -> dict[str, tuple[float | None, int, int]]:
+    """The `scores` of `ScoringRun.write` for the groups of `expected`: mean over the items' parts, scored, expected."""
+    found = {}
+    for group, of in expected.items():
+        parts = [item.parts[group] for item in items if group in item.parts]
+        n = sum(count for _, count in parts)
+        found[group] = (sum(total for total, _ in parts) / n if n else None, n, of)
+    return found
+
+
 def check_inputs(
     manifest: Mapping[str, Any] | None, benchmark: str, inputs: Mapping[str, str], root: Path
 ) -> None:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from .reading import read_image
 from .run_folder import RunFolder
 from .runner import Coverage, Item, Settings, blocks, generate_images, load_pipe, open_run
 from .scoring import ScoreOptions as CommonOptions
-from .scoring import ScoringRun
+from .scoring import ScoringRun, means
 
 if TYPE_CHECKING:
     from ..shapes.captions import QA
@@ -140,63 +140,29 @@ def _answer(
 
 def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, Any]:
     """Judge images and answers; writes item_scores.jsonl and score.json into `run`. ValueError below a given share."""
-    from ..shapes import captions, judge
-
-    folder = RunFolder(run)
-    manifest = folder.read_manifest()
+    manifest = RunFolder(run).read_manifest()
     scoring = ScoringRun("shapes", run, options, manifest["inputs_sha256"], published=True)
-    settings = manifest["settings"]
-    drawn = settings["cases"], settings["draw_seed"]
-    captioned, asked = prompts(*drawn), questions(*drawn)
-    images = [f"{i:05d}.png" for i in range(len(captioned[: options.limit]))]
-    there = scoring.whole(images, "NNNNN.png")
-    size = settings["batch_size"]
-    answered: dict[int, list[str]] = {}  # place of a block's first question -> the block's answers
-    for k, block in enumerate(blocks(asked, 1, size)):
-        try:
-            answers = read_answers(folder.root / "answers" / f"{k:05d}.json", len(block))
-        except ValueError as error:
-            scoring.failures[f"answers {k * size} to {k * size + len(block) - 1}"] = str(error)
-        else:
-            answered |= {} if answers is None else {k * size: answers}
+    about = {key: manifest["settings"][key] for key in ("cases", "draw_seed")}
+    captioned, asked = prompts(*about.values()), questions(*about.values())
+    there = scoring.whole([f"{i:05d}.png" for i in range(len(captioned[: options.limit]))], "NNNNN.png")
+    answers = _read_blocks(scoring, len(asked), manifest["settings"]["batch_size"])
     if options.dry_run:
-        count = sum(map(len, answered.values()))
-        return {
-            "benchmark": "shapes",
-            "dry_run": f"{len(there):,} images and {count:,} answers, judged by rules",
-        }
-    items = []
-    for name in tqdm(there, desc="Judging", disable=not options.progress):
-        family, prompt = captioned[int(Path(name).stem)]
-        path = scoring.images / name
-        right, reason = judge.check(read_image(path).convert("RGB"), prompt)
-        parts = {group: (float(right), 1) for group in (family, "images")}
-        items.append(ItemScore(name, parts, prompt, [str(path)], reason))
-    for start, texts in answered.items():
-        for place, ((qa, _), text) in enumerate(zip(asked[start:], texts, strict=False), start):
-            if options.limit is not None and place >= options.limit:
-                break
-            right = captions.answer_is_right(qa.kind, qa.answer, text)
-            parts = {group: (float(right), 1) for group in (f"answer: {qa.kind}", "answers")}
-            reason = f"expected {qa.answer!r}, got {text.strip()!r}"
-            items.append(ItemScore(f"question {place:05d}", parts, qa.question, (), reason))
-
-    def share(group: str) -> tuple[float | None, int, int]:
-        values = [item.parts[group][0] for item in items if group in item.parts]
-        return sum(values) / len(values) if values else None, len(values), settings["cases"]
-
+        what = f"{len(there):,} images and {len(answers):,} answers, judged by rules"
+        return {"benchmark": "shapes", "dry_run": what}
+    items = _judge_images(scoring, captioned, there, options.progress)
+    items += _judge_answers(asked[: options.limit], answers)
     groups = dict.fromkeys([*(family for family, _ in captioned), *(f"answer: {qa.kind}" for qa, _ in asked)])
-    shares = {"images": share("images"), "answers": share("answers")}
+    shares = means(items, dict.fromkeys(("images", "answers"), about["cases"]))
     result = scoring.write(
         headline=("images right", shares["images"][0]),
         scale=1.0,
-        scores={group: share(group) for group in groups},
+        scores=means(items, dict.fromkeys(groups, about["cases"])),
         n_expected=len(captioned) + len(asked),
         n_scored=len(items),
         judge={"rules": "of this package"},
         items=items,
         totals={"images right": {"images": 1.0}, "answers right": {"answers": 1.0}},
-        options={"cases": settings["cases"], "draw_seed": settings["draw_seed"]},
+        options=about,
         others={"answers right": shares["answers"][0]},
     )
     for name, least in (("images", options.at_least), ("answers", options.answers_at_least)):
@@ -207,6 +173,47 @@ def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, 
                 + ("" if result["complete"] else f"; {reports.summary(result)}")
             )
     return result
+
+
+def _read_blocks(scoring: ScoringRun, count: int, batch_size: int) -> dict[int, str]:
+    """Place of a question -> its answer, of all blocks that are there; a damaged one becomes a failure."""
+    found: dict[int, str] = {}
+    for k, places in enumerate(blocks(range(count), 1, batch_size)):
+        try:
+            answers = read_answers(scoring.folder.root / "answers" / f"{k:05d}.json", len(places))
+        except ValueError as error:
+            scoring.failures[f"answers {places[0]} to {places[-1]}"] = str(error)
+        else:
+            found |= zip(places, answers or (), strict=False)
+    return found
+
+
+def _judge_images(
+    scoring: ScoringRun, captioned: Sequence[tuple[str, str]], names: Sequence[str], progress: bool
+) -> list[ItemScore]:
+    from ..shapes import judge
+
+    items = []
+    for name in tqdm(names, desc="Judging", disable=not progress):
+        family, prompt = captioned[int(Path(name).stem)]
+        path = scoring.images / name
+        right, reason = judge.check(read_image(path).convert("RGB"), prompt)
+        parts = {group: (float(right), 1) for group in (family, "images")}
+        items.append(ItemScore(name, parts, prompt, [str(path)], reason))
+    return items
+
+
+def _judge_answers(asked: Sequence[tuple[QA, Image.Image]], answers: Mapping[int, str]) -> list[ItemScore]:
+    from ..shapes import captions
+
+    items = []
+    for place, (qa, _) in enumerate(asked):
+        if (text := answers.get(place)) is not None:
+            right = captions.answer_is_right(qa.kind, qa.answer, text)
+            parts = {group: (float(right), 1) for group in (f"answer: {qa.kind}", "answers")}
+            reason = f"expected {qa.answer!r}, got {text.strip()!r}"
+            items.append(ItemScore(f"question {place:05d}", parts, qa.question, (), reason))
+    return items
 
 
 def report(run: str | Path) -> list[Path]:

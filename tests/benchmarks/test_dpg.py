@@ -12,8 +12,8 @@ from chat_server import ChatServer
 from PIL import Image
 
 from janusflow_min import cli
-from janusflow_min.benchmarks import dpg_bench
-from janusflow_min.benchmarks.dpg_bench import Question
+from janusflow_min.benchmarks import dpg_bench, dpg_rules
+from janusflow_min.benchmarks.dpg_rules import Question
 from janusflow_min.benchmarks.judges import NoAnswer
 
 COLUMNS = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad"]
@@ -149,21 +149,21 @@ def questions_of(*parents: tuple[int, ...], l1: str = "entity") -> list[Question
 def test_failures_cascade_in_order_and_in_place():
     questions = questions_of((), (1,), (), (3,))
     raw = {1: 0, 2: 1, 3: 1, 4: 1}
-    assert dpg_bench.propagate(questions, raw) == {1: 0, 2: 0, 3: 1, 4: 1}
-    assert dpg_bench.item_score(questions, [raw]) == [0.5]
+    assert dpg_rules.propagate(questions, raw) == {1: 0, 2: 0, 3: 1, 4: 1}
+    assert dpg_rules.item_score(questions, [raw]) == [0.5]
     assert raw[2] == 1  # the raw answers stay
     chain = questions_of((), (1,), (2,))
-    assert dpg_bench.propagate(chain, {1: 0, 2: 1, 3: 1}) == {1: 0, 2: 0, 3: 0}
+    assert dpg_rules.propagate(chain, {1: 0, 2: 1, 3: 1}) == {1: 0, 2: 0, 3: 0}
     backwards = questions_of((2,), (3,), ())  # a parent after its child: not seen in time
-    assert dpg_bench.propagate(backwards, {1: 1, 2: 1, 3: 0}) == {1: 1, 2: 0, 3: 0}
+    assert dpg_rules.propagate(backwards, {1: 1, 2: 1, 3: 0}) == {1: 1, 2: 0, 3: 0}
 
 
 def test_categories_pool_all_tiles_or_as_the_official_scorer_the_last():
     questions = {"a": questions_of((), (1,), (), (3,))}
     raw = {"a": [{1: 1, 2: 1, 3: 1, 4: 1}, {1: 0, 2: 1, 3: 1, 4: 1}]}
-    assert dpg_bench.categories(questions, raw, "l1") == {"entity": (100 * 6 / 8, 8)}
-    assert dpg_bench.categories(questions, raw, "l1", official_compat=True) == {"entity": (75.0, 4)}
-    assert list(dpg_bench.categories(questions, raw, "l2")) == ["entity - whole"]
+    assert dpg_rules.categories(questions, raw, "l1") == {"entity": (100 * 6 / 8, 8)}
+    assert dpg_rules.categories(questions, raw, "l1", official_compat=True) == {"entity": (75.0, 4)}
+    assert list(dpg_rules.categories(questions, raw, "l2")) == ["entity - whole"]
 
 
 def test_the_official_scorer_loses_its_first_row(tmp_path):
@@ -172,8 +172,8 @@ def test_the_official_scorer_loses_its_first_row(tmp_path):
     official = dpg_bench.read_questions(path, official_compat=True)
     assert [q.id for q in official["first"]] == [2, 3, 4]
     raw = {"first": [{1: 1, 2: 1, 3: 1, 4: 1}], "second": [{1: 0}]}
-    assert dpg_bench.headline(dpg_bench.read_questions(path), raw) == 50.0
-    assert dpg_bench.headline(official, raw, official_compat=True) == 0.0
+    assert dpg_rules.headline(dpg_bench.read_questions(path), raw) == 50.0
+    assert dpg_rules.headline(official, raw, official_compat=True) == 0.0
 
 
 def test_one_bad_row_costs_one_item(tmp_path):
@@ -182,26 +182,26 @@ def test_one_bad_row_costs_one_item(tmp_path):
     dangling = [KETTLE[0], (2, "9", "entity - whole (x)", "Is it?")]
     twice = [(1, "0", "entity - whole (x)", "Is it?"), *KETTLE]
     rows = dpg_bench.read_rows(write_csv(tmp_path / "q.csv", {"a": KETTLE, "b": dangling, "c": twice}))
-    questions = dpg_bench.group(rows)
+    questions = dpg_rules.group(rows)
     assert [q.text for q in questions["c"]] == [text for _, _, _, text in KETTLE]
     raw = {"a": [{1: 1, 2: 1, 3: 1, 4: 0}], "b": [{1: 1, 2: 1}], "c": [{1: 1, 2: 1, 3: 0, 4: 1}]}
-    assert dpg_bench.headline(questions, raw) == pytest.approx(100 * (3 / 4 + 2 / 4) / 2)
-    assert dpg_bench.categories(questions, raw, "l1")["entity"] == (75.0, 4)
-    assert dpg_bench.headline(questions, raw | {"d": [{1: 1}]}) == pytest.approx(62.5)
-    told = dpg_bench.remarks(rows, dict.fromkeys("abcd", "a prompt"))
+    assert dpg_rules.headline(questions, raw) == pytest.approx(100 * (3 / 4 + 2 / 4) / 2)
+    assert dpg_rules.categories(questions, raw, "l1")["entity"] == (75.0, 4)
+    assert dpg_rules.headline(questions, raw | {"d": [{1: 1}]}) == pytest.approx(62.5)
+    told = dpg_rules.remarks(rows, dict.fromkeys("abcd", "a prompt"))
     assert [text.split(" ")[0] for text in told] == ["1", "1", "1"]
     assert "c 1" in told[0] and told[1].endswith("mean: b") and told[2].endswith("left out: d")
     # The official scorer looks the missing parent up only where no parent before it has failed.
-    last = {"x": [dpg_bench.Question(1, (), "e", "e", "?"), dpg_bench.Question(2, (1, 9), "e", "e", "?")]}
-    assert dpg_bench.headline(last, {"x": [{1: 0, 2: 1}]}, official_compat=True) == 0.0
-    assert dpg_bench.headline(last, {"x": [{1: 1, 2: 1}]}, official_compat=True) is None
-    assert dpg_bench.headline(last, {"x": [{1: 0, 2: 1}]}) is None
+    last = {"x": [dpg_rules.Question(1, (), "e", "e", "?"), dpg_rules.Question(2, (1, 9), "e", "e", "?")]}
+    assert dpg_rules.headline(last, {"x": [{1: 0, 2: 1}]}, official_compat=True) == 0.0
+    assert dpg_rules.headline(last, {"x": [{1: 1, 2: 1}]}, official_compat=True) is None
+    assert dpg_rules.headline(last, {"x": [{1: 0, 2: 1}]}) is None
 
 
 def test_answers_are_yes_by_their_first_word_or_exactly():
-    assert all(dpg_bench.is_yes(text) for text in ("yes", "Yes.", " YES, it is", "**yes**"))
-    assert not any(dpg_bench.is_yes(text) for text in ("", "no", "yesterday", "it is, yes"))
-    assert dpg_bench.is_yes("yes", official_compat=True) and not dpg_bench.is_yes("Yes", official_compat=True)
+    assert all(dpg_rules.is_yes(text) for text in ("yes", "Yes.", " YES, it is", "**yes**"))
+    assert not any(dpg_rules.is_yes(text) for text in ("", "no", "yesterday", "it is, yes"))
+    assert dpg_rules.is_yes("yes", official_compat=True) and not dpg_rules.is_yes("Yes", official_compat=True)
 
 
 # Scoring -----------------------------------------------------------------------

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from janusflow_min import cli
-from janusflow_min.benchmarks import detection, geneval
-from janusflow_min.benchmarks.geneval import CLASSES, COLOURS, TAGS, Detection, Rules, judge, keep, relations
+from janusflow_min.benchmarks import detection, geneval, geneval_rules
+from janusflow_min.benchmarks.detection import CLASSES, COLOURS, Detection
+from janusflow_min.benchmarks.geneval_rules import TAGS, Rules, judge, keep, relations
 from janusflow_min.benchmarks.reading import text_sha256
 
 KITES = {
@@ -174,7 +175,7 @@ def test_suppression_counts_pixels_inclusively_and_is_off_by_default():
         seen("cat", 0.8, (5, 0, 14, 9)),
         seen("cat", 0.7, (30, 0, 39, 9)),
     ]
-    assert geneval.iou(boxes[0].box, boxes[1].box) == pytest.approx(50 / 150)
+    assert geneval_rules.iou(boxes[0].box, boxes[1].box) == pytest.approx(50 / 150)
     assert len(keep(boxes, "colors")["cat"]) == 3
     assert [d.score for d in keep(boxes, "colors", Rules(max_overlap=1 / 3))["cat"]] == [0.9, 0.7]
     assert len(keep(boxes, "colors", Rules(max_overlap=0.34))["cat"]) == 3
@@ -224,10 +225,10 @@ def test_positions_are_checked_against_every_matched_object():
 def test_the_overall_is_the_mean_of_tags_not_of_images():
     results = [{"tag": "single_object", "correct": True, "metadata": "a"}] * 9
     results += [{"tag": tag, "correct": False, "metadata": tag} for tag in list(TAGS)[1:]]
-    summary = geneval.aggregate(results)
+    summary = geneval_rules.aggregate(results)
     assert summary["overall"] == pytest.approx(1 / 6) and summary["correct_images"] == pytest.approx(9 / 14)
     assert summary["correct_prompts"] == pytest.approx(1 / 6) and summary["prompts"] == 6
-    assert geneval.aggregate(results[:9])["overall"] is None  # a tag without images: no overall
+    assert geneval_rules.aggregate(results[:9])["overall"] is None  # a tag without images: no overall
 
 
 # What the colour judge sees, and saved detections -----------------------------------------------------------
@@ -237,13 +238,15 @@ def test_the_colour_judge_sees_the_object_alone():
     image = Image.new("RGB", (6, 4), "red")
     mask = np.zeros((4, 6), bool)
     mask[1:3, 2:4] = True
-    cut = geneval.view(image, seen("cat", box=(1.0, 0.6, 5.0, 4.0), mask=mask))
+    cut = geneval_rules.view(image, seen("cat", box=(1.0, 0.6, 5.0, 4.0), mask=mask))
     assert cut.size == (4, 3)
     assert cut.getpixel((1, 0)) == (255, 0, 0) and cut.getpixel((0, 0)) == (153, 153, 153)
-    assert geneval.view(image, seen("cat", mask=mask), "original", crop=False).tobytes() == image.tobytes()
-    assert geneval.view(image, seen("cat", box=(0, 0, 2, 2))).getpixel((1, 1)) == (255, 0, 0)  # no mask
+    assert (
+        geneval_rules.view(image, seen("cat", mask=mask), "original", crop=False).tobytes() == image.tobytes()
+    )
+    assert geneval_rules.view(image, seen("cat", box=(0, 0, 2, 2))).getpixel((1, 1)) == (255, 0, 0)  # no mask
     with pytest.raises(ValueError, match="image's size 4 x 6"):
-        geneval.view(image, seen("cat", mask=mask.T))
+        geneval_rules.view(image, seen("cat", mask=mask.T))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 2)])

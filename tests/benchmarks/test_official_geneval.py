@@ -23,9 +23,9 @@ import torch
 from official import functions, official_file
 from PIL import Image, ImageOps
 
-from janusflow_min.benchmarks import geneval
+from janusflow_min.benchmarks import geneval, geneval_rules
 from janusflow_min.benchmarks.detection import CLASSES, COLOURS, Detection, detection_record
-from janusflow_min.benchmarks.geneval import RELATIONS, TAGS
+from janusflow_min.benchmarks.geneval_rules import RELATIONS, TAGS
 
 pytestmark = pytest.mark.official
 
@@ -213,7 +213,7 @@ def test_trees_end_in_the_same_numbers(variable, path, tmp_path):
         tags = dict(re.findall(r"^(\w+)\s+= (\S+) \(", printed, re.MULTILINE))
         there = {tag: entry["value"] for tag, entry in score["scores"].items() if entry["value"] is not None}
         assert {tag: float(value) for tag, value in tags.items()} == there
-        mine = geneval.aggregate(ours, official_compat=True)
+        mine = geneval_rules.aggregate(ours, official_compat=True)
         for key, text in (
             ("overall", r"Overall score \(avg. over tasks\): (\S+)"),
             ("images", r"Total images: (\S+)"),
@@ -240,8 +240,8 @@ def test_relations_and_overlaps_are_alike():
             if kind == 2:  # a and b of one size, side by side
                 b[:4] = a[:4] + np.float32(rng.choice([0, 1, 2, 2.5, 10]))
             expected = theirs["relative_position"]((a, None), (b, None))
-            assert geneval.relations(a[:4].tolist(), b[:4].tolist(), threshold) == expected
-            assert geneval.iou(a, b) == theirs["compute_iou"](a, b)
+            assert geneval_rules.relations(a[:4].tolist(), b[:4].tolist(), threshold) == expected
+            assert geneval_rules.iou(a, b) == theirs["compute_iou"](a, b)
             met.add(frozenset(expected))
     assert len(met) == 9
 

@@ -15,9 +15,9 @@ import pytest
 from official import functions, official_file
 from PIL import Image
 
-from janusflow_min.benchmarks import wise
+from janusflow_min.benchmarks import wise, wise_sets
 from janusflow_min.benchmarks.judges import NoAnswer
-from janusflow_min.benchmarks.wise import DATASETS, WORDING
+from janusflow_min.benchmarks.wise_sets import DATASETS, WORDING
 
 pytestmark = pytest.mark.official
 
@@ -207,7 +207,7 @@ def test_whole_runs_end_in_the_same_numbers(dataset, whole, tmp_path):
         return
     summary = printed.split("Overall Evaluation Summary")[1]
     means = [float(number) for number in re.findall(r"Average (?:binary )?WiScore: (\S+)", summary)]
-    assert means == [ours["scores"][name]["value"] for name in wise.CATEGORIES]
+    assert means == [ours["scores"][name]["value"] for name in wise_sets.CATEGORIES]
     overall = float(re.search(r"Overall WiScore: (\S+)", summary)[1])
     values = {name: entry["value"] for name, entry in ours["scores"].items()}
     assert wise.overall(values, dataset) == overall

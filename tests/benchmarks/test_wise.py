@@ -13,9 +13,9 @@ from chat_server import ChatServer
 from PIL import Image
 
 from janusflow_min import cli
-from janusflow_min.benchmarks import wise
+from janusflow_min.benchmarks import wise, wise_sets
 from janusflow_min.benchmarks.reading import text_sha256
-from janusflow_min.benchmarks.wise import CATEGORIES, DATASETS
+from janusflow_min.benchmarks.wise_sets import CATEGORIES, DATASETS
 
 GRADES = "Consistency: {}\nRealism: {}\nAesthetic Quality: {}"
 
@@ -170,7 +170,7 @@ def test_overall():
 )
 def test_legacy_answers(text, grades):
     assert wise.parse_legacy(text) == (
-        None if grades is None else dict(zip(wise.GRADES, grades, strict=True))
+        None if grades is None else dict(zip(wise_sets.GRADES, grades, strict=True))
     )
 
 
