@@ -399,6 +399,10 @@ def test_a_part_is_scored_without_a_headline_and_goes_on(tmp_path):
         tmp_path / "other", detections=tmp_path / "run/detections.jsonl", clip=FakeColours("red"), **options
     )
     assert saved["scores"] == score["scores"]
+    # But not for other images of the same names and sizes.
+    Image.new("RGB", (8, 8), (255, 8, 0)).save(images / "00000/samples/00001.png")
+    with pytest.raises(ValueError, match=r"00001\.png is not the image that .*detections\.jsonl is about"):
+        score_of(tmp_path / "other", detections=tmp_path / "run/detections.jsonl", **options)
     detector.name = "another"
     with pytest.raises(ValueError, match="of another judge"):
         score_of(tmp_path / "run", detector=detector, clip=FakeColours(), **options)
