@@ -9,11 +9,12 @@ Legend: B rows of a micro-batch, T tokens, N image tokens, C h w latent, S image
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from typing import Any
@@ -241,25 +242,35 @@ def load_steps(
         options = dict(multiprocessing_context="spawn", worker_init_fn=follow_parent)
         options |= dict(prefetch_factor=2, timeout=settings.timeout)
     options |= dict(num_workers=settings.workers, pin_memory=pin_memory)
+    # With a generator of its own the loader leaves torch's alone.
+    options["generator"] = torch.Generator("cpu")
     loader = DataLoader(_Worker(dataset), batch_size=None, sampler=steps, **options)
-    if settings.workers and hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # it would let Ctrl-C through again
-        told_apart = hasattr(signal, "sigwaitinfo")  # not on macOS
-        blocked = [signal.SIGINT, signal.SIGTERM] if told_apart else [signal.SIGINT]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    with torch.device("cpu"), signals_blocked() if settings.workers else contextlib.nullcontext():
         try:
-            prepared = iter(loader)  # its processes inherit the mask
+            prepared = iter(loader)
         except OSError as error:  # even a lock takes a few bytes of shared memory
             reason = f"the data workers cannot start ({error})"
             raise OSError(f"{reason}: is /dev/shm full? loader.workers = 0 does without") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    else:
-        prepared = iter(loader)
     for data in prepared:
         if data.error is not None:
             raise data.error
         yield data
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes started here inherit that Ctrl-C and SIGTERM do not reach them (see `follow_parent`)."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # it would let Ctrl-C through again
+    told_apart = hasattr(signal, "sigwaitinfo")  # not on macOS
+    blocked = [signal.SIGINT, signal.SIGTERM] if told_apart else [signal.SIGINT]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def follow_parent(worker: int) -> None:
