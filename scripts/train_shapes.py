@@ -9,9 +9,9 @@ Stages, each skipped when its result lies in --work already: `tokenizer` (a byte
 sentences), `data` (scenes, captions, conversations, as integers), `vae`, `latents`, `model` (resumes from its
 newest checkpoint, optimizer included), `export` (the official layout, bfloat16).
 
-The objective is the trainer's own, `JanusFlowLoss`, the paper's: flow matching with logit-normal time and 10 %
-prompt dropping, cross-entropy on answers, alignment to SigLIP's features. Everything, SigLIP too, starts from
-random weights; the paper starts from pre-trained ones.
+Each step is the trainer's own, `TrainStep`, with the paper's objective: flow matching with logit-normal time and
+10 % prompt dropping, cross-entropy on answers, alignment to SigLIP's features. Everything, SigLIP too, starts
+from random weights; the paper starts from pre-trained ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,16 +35,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from janusflow_min.checkpoint import load_model, save_model
-from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
+from janusflow_min.checkpoint import load_model, read_config, save_model
 from janusflow_min.files import atomic_directory, atomic_file
 from janusflow_min.flow import sample_time
+from janusflow_min.hub import TINY
+from janusflow_min.loading import pick_dtype
 from janusflow_min.model import JanusFlow
 from janusflow_min.processor import SYSTEM_PROMPT, Processor
 from janusflow_min.shapes import captions, scenes
-from janusflow_min.training.config import ObjectiveConfig
-from janusflow_min.training.losses import IGNORE, AlignmentHead, JanusFlowLoss, MixedBatch
+from janusflow_min.training.config import Config, ObjectiveConfig, OptimizerConfig, SourceConfig
+from janusflow_min.training.losses import IGNORE, MixedBatch
+from janusflow_min.training.metrics import means
+from janusflow_min.training.optimizer import Schedule
 from janusflow_min.training.sample import conversation_example
+from janusflow_min.training.step import TrainStep
 from janusflow_min.vae import VAE
 
 
@@ -72,13 +78,7 @@ class Recipe:
     vae_seconds: float = 150.0
     vae_batch: int = 96
     vae_lr: float = 1.5e-3
-    # model
-    hidden_size: int = 256
-    intermediate_size: int = 512
-    layers: int = 6
-    siglip_width: int = 128
-    siglip_layers: int = 4
-    uvit_channels: int = 80
+    # model: of the sizes of the one that ships
     batch: int = 256  # images with prompts a step
     conversation_batch: int = 64
     lr: float = 1.5e-3
@@ -94,26 +94,18 @@ class Recipe:
     alignment_layer: int = 2  # of 6; the paper: 6 of 24
     log_every: int = 100  # steps
 
-    def config(self, vocab_size: int) -> JanusFlowConfig:
-        width, channels = self.hidden_size, self.uvit_channels
-        return JanusFlowConfig(
-            llm=LlamaConfig(
-                vocab_size=vocab_size,
-                hidden_size=width,
-                intermediate_size=self.intermediate_size,
-                num_hidden_layers=self.layers,
-                num_attention_heads=width // 64,
-                max_position_embeddings=1024,
+    def settings(self) -> Config:
+        """Of the trainer."""
+        return Config(
+            data=(SourceConfig("generation", manifest="drawn by this script"),),
+            seed=self.seed,
+            batch=self.batch,
+            objective=ObjectiveConfig(
+                alignment_layer=self.alignment_layer,
+                alignment_weight=self.alignment_weight,
+                answer_weight=self.answer_weight,
             ),
-            siglip=SiglipConfig(
-                image_size=scenes.SIZE,
-                patch_size=16,
-                width=self.siglip_width,
-                layers=self.siglip_layers,
-                heads=self.siglip_width // 32,
-            ),
-            uvit_encoder=UViTConfig(4, channels, channels, hidden_size=width),
-            uvit_decoder=UViTConfig(channels, 4, channels, hidden_size=width),
+            optimizer=OptimizerConfig(lr=self.lr, ema_decay=self.ema_decay),
         )
 
 
@@ -131,6 +123,12 @@ SMOKE = dict(
 # Not cuDNN's kernel, which torch would choose on Hopper: with it every gradient was NaN after 1,900 steps of one run;
 # without it none was in the 20,000 that made the default.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+SMALL_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 SPECIAL = (
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",
@@ -146,7 +144,7 @@ SPECIAL = (
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE that knows the world's words whole, and the small files of the official layout."""
+    """A byte-level BPE that knows the world's words whole, beside the shipped model's small files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -158,42 +156,10 @@ def make_tokenizer(folder: Path) -> None:
     )
     template = f"{SYSTEM_PROMPT}\n\nUser: .\n\nAssistant: .User: .\n\n"
     tokenizer.train_from_iterator([template] * 100 + captions.corpus(), trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    bos, eos = SPECIAL[:2]
-    small = {
-        "tokenizer_config.json": {
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "bos_token": bos,
-            "eos_token": eos,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 1024,
-            "tokenizer_class": "LlamaTokenizerFast",
-        },
-        "special_tokens_map.json": {"bos_token": bos, "eos_token": eos, "pad_token": SPECIAL[2]},
-        "preprocessor_config.json": {
-            "image_processor_type": "VLMImageProcessor",
-            "processor_class": "VLChatProcessor",
-            "image_size": scenes.SIZE,
-            "min_size": 14,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-        },
-        "processor_config.json": {
-            "processor_class": "VLChatProcessor",
-            "num_image_tokens": (scenes.SIZE // 16) ** 2,
-            "sft_format": "deepseek",
-            "add_special_token": False,
-            "mask_prompt": True,
-            "ignore_id": IGNORE,
-            "image_tag": SPECIAL[3],
-        },
-    }
-    for name, content in small.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_directory(folder) as temporary:
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        for name in SMALL_FILES:
+            shutil.copyfile(TINY / name, temporary / name)
 
 
 def vocab_size(folder: Path) -> int:
@@ -355,189 +321,160 @@ def init_weights(model: JanusFlow, generator: torch.Generator | None = None, std
     return model
 
 
-def train_model(
-    recipe: Recipe,
-    work: Path,
-    device: torch.device,
-    compiled: bool,
-    graph: bool,
-    init: Path | None,
-    finish_at: float | None,
-) -> None:
-    """Train until the schedule's time is used up; a checkpoint every minute and at the end, resumed from."""
-    vae = load_frozen_vae(work / "vae", device)
-    generation = load_arrays(work / "generation.npz", device)
-    conversation = load_arrays(work / "conversation.npz", device)
-    latents = encode_all(vae, generation["packed"])
-    config = recipe.config(vocab_size(work / "tokenizer"))
-    model = init_weights(JanusFlow(config), torch.Generator().manual_seed(recipe.seed)).to(device)
-    torch.manual_seed(recipe.seed)
-    head = AlignmentHead(config.llm.hidden_size, config.siglip.width).to(device)
-    modules = torch.nn.ModuleList([model, head])
-    names, params = zip(*modules.named_parameters(), strict=True)
-    average = [p.detach().clone() for p in params]
-    # Learning rate and the average's weight as tensors, because a captured graph reads them at every step.
-    rate, blend = torch.zeros((), device=device), torch.zeros((), device=device)
-    optimizer = torch.optim.AdamW(
-        params, rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
-    )
-    pad = Processor.from_folder(work / "tokenizer", config.llm.vocab_size).tokenizer.pad_id
-    image_ids = torch.tensor(image_token_ids(work / "tokenizer"), device=device)
-    generator = torch.Generator(device).manual_seed(recipe.seed)
-    step, elapsed = 0, 0.0
-    checkpoint = work / "training.pt"
-    if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        modules.load_state_dict(saved["modules"])
-        optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["lr"] = rate
-        average = [p.to(device) for p in saved["average"]]
-        generator.set_state(saved["generator"].cpu())
-        step, elapsed = saved["step"], saved["elapsed"]
-    elif init is not None:
-        model.load_state_dict(load_model(init, device, torch.float32, progress=False).state_dict())
-        average = [p.detach().clone() for p in params]
+class ModelTraining:
+    """The trainer's own step (`TrainStep`) over data that lie on the device, by a schedule in time instead of steps."""
 
-    settings = ObjectiveConfig(
-        alignment_layer=recipe.alignment_layer,
-        alignment_weight=recipe.alignment_weight,
-        answer_weight=recipe.answer_weight,
-    )
-    objective = JanusFlowLoss(model, head, settings)
-    count = model.num_image_tokens
+    def __init__(self, recipe: Recipe, work: Path, device: torch.device, compiled: bool, init: Path | None):
+        """Continues from `work`/training.pt where there is one, else starts from `init` or from random weights."""
+        self.recipe, self.work, self.checkpoint = recipe, work, work / "training.pt"
+        self.generation = load_arrays(work / "generation.npz", device)
+        self.conversation = load_arrays(work / "conversation.npz", device)
+        self.latents = encode_all(load_frozen_vae(work / "vae", device), self.generation["packed"])
+        size = vocab_size(work / "tokenizer")
+        tokenizer = Processor.from_folder(work / "tokenizer", size).tokenizer
+        self.pad = tokenizer.pad_id
+        # Ids whose embeddings an image replaces.
+        self.image_ids = torch.tensor([tokenizer.image_start_id, tokenizer.image_id], device=device)
+        shipped = read_config(TINY)
+        model = JanusFlow(replace(shipped, llm=replace(shipped.llm, vocab_size=size)))
+        if init is None:
+            init_weights(model, torch.Generator().manual_seed(recipe.seed))
+        else:
+            model.load_state_dict(load_model(init, "cpu", torch.float32, progress=False).state_dict())
+        self.model = model.to(device)
+        dtype = pick_dtype("auto", device)
+        self.train_step = TrainStep(recipe.settings(), self.model, device, dtype)
+        self.optimizer, self.dtype, self.device = self.train_step.optimizer, dtype, device
+        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.schedule = Schedule(*torch.zeros(4, device=device))  # a captured graph reads it at every step
+        self.skipped = torch.zeros((), device=device)
+        self.step, self.elapsed = 0, 0.0
+        if self.checkpoint.is_file():
+            saved = torch.load(self.checkpoint, map_location=device, weights_only=True)
+            for name, tensors in self.optimizer.state().items():
+                for key, tensor in tensors.items():
+                    tensor.copy_(saved["optimizer"][name][key])
+            self.optimizer.load()
+            self.generator.set_state(saved["generator"].cpu())
+            self.step, self.elapsed = saved["step"], saved["elapsed"]
+        if compiled:
+            self.train_step.loss.compile(fullgraph=True)
+            self.batches = torch.compile(self.batches, fullgraph=True)
 
-    def losses(packed, z, ids, t, noise, drop, packed_und, ids_und, labels_und):
-        pairs = objective(generation_batch(ids, pad, drop, count, t, noise, z, scenes.render(packed)))
-        places = (ids_und[..., None] == image_ids).any(-1)
-        talks = objective(conversation_batch(ids_und, labels_und, places, scenes.render(packed_und)))
-        answers = talks.terms["answers"]
-        return (
-            pairs.total / len(ids) + talks.total,
-            pairs.terms["flow"].values,
-            pairs.terms["alignment"].values,
-            (answers.values * answers.weights).sum(),
-        )
+    def draw(self) -> tuple[Tensor, ...]:
+        """A step's data, drawn on the device: a copy from the host would wait for the whole queue of kernels."""
+        recipe, device, generator = self.recipe, self.device, self.generator
 
-    if compiled:
-        losses = torch.compile(losses)
-
-    def draw_batch():
-        # All on the device: a copy from the host would wait for the whole queue of kernels.
         def below(n: int, count: int) -> Tensor:
             return torch.randint(n, (count,), generator=generator, device=device)
 
-        rows, which = below(len(latents), recipe.batch), below(recipe.captions_per_scene, recipe.batch)
-        talks = below(len(conversation["ids"]), recipe.conversation_batch)
-        z = latents[rows].float()
+        rows = below(len(self.latents), recipe.batch)
+        which = below(recipe.captions_per_scene, recipe.batch)
+        talks = below(len(self.conversation["ids"]), recipe.conversation_batch)
+        latents = self.latents[rows].float()
         return (
-            generation["packed"][rows],
-            z,
-            generation["ids"][rows, which].long(),
+            self.generation["packed"][rows],
+            latents,
+            self.generation["ids"][rows, which].long(),
             sample_time(recipe.batch, recipe.logit_mean, recipe.logit_std, generator, device),
-            torch.randn(z.shape, generator=generator, device=device),
+            torch.randn(latents.shape, generator=generator, device=device),
             torch.rand(recipe.batch, generator=generator, device=device) < recipe.prompt_dropout,
-            conversation["packed"][talks],
-            conversation["ids"][talks].long(),
-            conversation["labels"][talks].long(),
+            self.conversation["packed"][talks],
+            self.conversation["ids"][talks].long(),
+            self.conversation["labels"][talks].long(),
         )
 
-    skipped = torch.zeros((), device=device)
+    def batches(self, packed, latents, ids, t, noise, drop, packed_und, ids_und, labels) -> list[MixedBatch]:
+        """The two micro-batches of a step; conversations together weigh as much as all images."""
+        count, pixels = self.model.num_image_tokens, scenes.render(packed)
+        places = (ids_und[..., None] == self.image_ids).any(-1)
+        return [
+            generation_batch(ids, self.pad, drop, count, t, noise, latents, pixels),
+            conversation_batch(ids_und, labels, places, scenes.render(packed_und), self.recipe.batch),
+        ]
 
-    def train_step() -> tuple[Tensor, ...]:
-        batch = draw_batch()
-        with (
-            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False),
-            sdpa_kernel(ATTENTION),
-        ):
-            loss, flow, alignment, answers = losses(*batch)
-        loss.backward()
-        norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
-        norm = norms.norm()
-        torch.nn.utils.clip_grads_with_norm_(params, 1.0, norm)
-        bad = (~torch.isfinite(norm)).float()
-        skipped.add_(bad)
-        optimizer.found_inf = bad  # makes the fused optimizer skip the step
-        optimizer.step()
-        with torch.no_grad():
-            change = torch._foreach_sub(params, average)
-            torch._foreach_mul_(change, blend)
-            torch._foreach_add_(average, change)
-        return flow.detach(), alignment.detach(), answers.detach(), batch[3], norms
+    def update(self) -> dict[str, Tensor]:
+        """One step, all on the device. Returns its metrics, (sum, count) each."""
+        with sdpa_kernel(ATTENTION):
+            batches = self.batches(*self.draw())
+            metrics, _ = self.train_step.step(self.step, batches, schedule=self.schedule)
+        self.skipped.add_(~metrics["norm"][0].isfinite())
+        return metrics
 
-    def set_rates() -> None:
-        rate.fill_(learning_rate(recipe, step, elapsed))
-        blend.fill_(1 - min(recipe.ema_decay, (1 + step) / (10 + step)))
+    def set_schedule(self) -> None:
+        factor = learning_rate(self.recipe, self.step, self.elapsed) / self.recipe.lr
+        numbers = self.optimizer.schedule(self.step)._replace(factor=factor)
+        for tensor, number in zip(self.schedule, numbers, strict=True):
+            tensor.fill_(number)
 
-    replay = None
-    if graph:  # the whole step as one CUDA graph: launching its kernels one by one takes longer than they run
+    def capture(self) -> Callable[[], dict[str, Tensor]]:
+        """The whole step as one CUDA graph: launching its kernels one by one takes longer than they run. The first
+        three steps are made one by one, on a stream of their own."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                set_rates()
-                optimizer.zero_grad(set_to_none=True)
-                train_step()
-                step += 1
+                self.set_schedule()
+                self.update()
+                self.step += 1
         torch.cuda.synchronize()
-        optimizer.zero_grad(set_to_none=True)
-        captured = torch.cuda.CUDAGraph()
-        captured.register_generator_state(generator)
-        with torch.cuda.graph(captured):
-            result = train_step()
-        replay = captured.replay
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            metrics = self.update()
 
-    def save():
-        state = {
-            "modules": modules.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "average": average,
-            "generator": generator.get_state(),
-            "step": step,
-            "elapsed": elapsed,
+        def replay() -> dict[str, Tensor]:
+            graph.replay()
+            return metrics
+
+        return replay
+
+    def run(self, graph: bool) -> None:
+        """Train until the schedule's time is used up; a checkpoint and an export every minute and at the end."""
+        update, seconds = self.capture() if graph else self.update, self.recipe.seconds
+        bar = tqdm(total=round(seconds), initial=round(self.elapsed), desc="Model", unit="s")
+        last, saved_at = time.monotonic(), self.elapsed
+        with (self.work / "training.jsonl").open("a") as log:
+            while self.elapsed < seconds:
+                self.set_schedule()
+                metrics = update()
+                self.step += 1
+                if self.step % self.recipe.log_every:
+                    continue
+                row = self.numbers(metrics)
+                print(json.dumps(row), file=log, flush=True)
+                self.elapsed += time.monotonic() - last
+                bar.set_postfix(flow=f"{row['flow']:.4f}", answers=f"{row['answers']:.3f}", step=self.step)
+                bar.update(round(self.elapsed) - bar.n)
+                if self.elapsed - saved_at > 60:
+                    self.save()
+                    saved_at = self.elapsed
+                last = time.monotonic()
+        self.save()
+
+    def numbers(self, metrics: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """A line of the log; waits for the GPU."""
+        found = means({name: pair.tolist() for name, pair in metrics.items()})
+        common = {"step": self.step, "seconds": round(self.elapsed, 1), "skipped": int(self.skipped)}
+        return {**common, "lr": self.recipe.lr * float(self.schedule.factor), **found}
+
+    def save(self) -> None:
+        """The checkpoint, and the averaged weights in the official layout, bfloat16, with tokenizer and VAE."""
+        state = {"optimizer": self.optimizer.state(), "generator": self.generator.get_state()}
+        with atomic_file(self.checkpoint) as temporary:
+            torch.save(state | {"step": self.step, "elapsed": self.elapsed}, temporary)
+        average = {
+            name.removeprefix("model."): tensor.to("cpu", torch.bfloat16)
+            for name, tensor in self.optimizer.average.items()
+            if name.startswith("model.")
         }
-        with atomic_file(checkpoint) as temporary:
-            torch.save(state, temporary)
-
-    if finish_at is not None:
-        recipe = replace(recipe, seconds=max(1.0, finish_at - time.monotonic()))
-    log = open(work / "training.jsonl", "a")  # noqa: SIM115
-    bar = tqdm(total=round(recipe.seconds), initial=round(elapsed), desc="Model", unit="s")
-    last, saved_at = time.monotonic(), elapsed
-    while elapsed < recipe.seconds:
-        set_rates()
-        if replay is not None:
-            replay()
-        else:
-            optimizer.zero_grad(set_to_none=True)
-            result = train_step()
-        step += 1
-        if step % recipe.log_every == 0:
-            flow, alignment, answers, t, norms = result
-            row = {
-                "step": step,
-                "seconds": round(elapsed, 1),
-                "flow": flow.mean().item(),  # waits for the GPU
-                "alignment": alignment.mean().item(),
-                "answers": answers.item(),
-                "norm": norms.norm().item(),
-                "bad": [names[i] for i in (~torch.isfinite(norms)).nonzero()[:3, 0].tolist()],
-                "skipped": int(skipped),
-                "lr": rate.item(),
-            }
-            for low in (0.0, 0.25, 0.5, 0.75):
-                here = (t >= low) & (t < low + 0.25)
-                row[f"flow_{low:.2f}"] = (flow * here).sum().item() / max(1, int(here.sum()))
-            print(json.dumps(row), file=log, flush=True)
-            elapsed += time.monotonic() - last
-            bar.set_postfix(flow=f"{row['flow']:.4f}", answers=f"{row['answers']:.3f}", step=step)
-            bar.update(round(elapsed) - bar.n)
-            if elapsed - saved_at > 60:
-                save()
-                export(recipe, work, model, params, average)
-                saved_at = elapsed
-            last = time.monotonic()
-    save()
-    export(recipe, work, model, params, average)
+        clean = JanusFlow(self.model.config).to(torch.bfloat16)
+        clean.load_state_dict(average, strict=True)
+        with atomic_directory(self.work / "tiny", overwrite=True) as folder:
+            save_model(clean, folder)
+            shutil.copytree(self.work / "tokenizer", folder, dirs_exist_ok=True)
+            shutil.copytree(self.work / "vae", folder / "vae")
+            (folder / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
 
 
 def generation_batch(
@@ -565,8 +502,10 @@ def generation_batch(
     )
 
 
-def conversation_batch(ids: Tensor, labels: Tensor, places: Tensor, pixels: Tensor) -> MixedBatch:
-    """Conversations (B, T) whose labels weigh the same, together 1; those of weight 0 keep the shape fixed."""
+def conversation_batch(
+    ids: Tensor, labels: Tensor, places: Tensor, pixels: Tensor, weight: float
+) -> MixedBatch:
+    """Conversations (B, T) whose labels weigh the same, together `weight`; those of weight 0 keep the shape fixed."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     before = (positions + ids.shape[1] * torch.arange(len(ids), device=ids.device)[:, None])[:, :-1]
     wanted = labels[:, 1:] != IGNORE
@@ -575,86 +514,40 @@ def conversation_batch(ids: Tensor, labels: Tensor, places: Tensor, pixels: Tens
         position_ids=positions,
         label_index=before.flatten(),
         labels=labels[:, 1:].clamp(min=0).flatten(),
-        label_weight=(wanted / wanted.sum()).flatten(),
+        label_weight=(weight * wanted / wanted.sum()).flatten(),
         und_pixels=pixels,
         und_places=places,
     )
-
-
-def image_token_ids(folder: Path) -> list[int]:
-    """Ids whose embeddings an image replaces: begin-of-image and the image's own."""
-    tokenizer = Processor.from_folder(folder, vocab_size(folder)).tokenizer
-    return [tokenizer.image_start_id, tokenizer.image_id]
-
-
-@torch.no_grad()
-def export(recipe: Recipe, work: Path, model: JanusFlow, params: list, average: list) -> None:
-    """The averaged weights in the official layout, bfloat16, with tokenizer and VAE: `work/tiny`."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    state = {
-        names[id(p)]: a.to("cpu", torch.bfloat16)
-        for p, a in zip(params, average, strict=True)
-        if id(p) in names
-    }
-    clean = JanusFlow(model.config).to(torch.bfloat16)
-    clean.load_state_dict(state, strict=True)
-    with atomic_directory(work / "tiny", overwrite=True) as folder:
-        save_model(clean, folder)
-        for path in (work / "tokenizer").iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        (folder / "vae").mkdir()
-        for path in (work / "vae").iterdir():
-            (folder / "vae" / path.name).write_bytes(path.read_bytes())
-        (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/tiny"), help="folder for every stage's result"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=Recipe.seconds, help="training time of the model")
-    parser.add_argument("--stop-after", choices=("tokenizer", "data", "vae"), help="end after this stage")
-    parser.add_argument(
-        "--only-vae", action="store_true", help="the VAE alone (beside a run that makes the data)"
-    )
-    parser.add_argument(
-        "--init", type=Path, help="checkpoint folder to start the model from, instead of random weights"
-    )
-    parser.add_argument("--finish-within", type=float, help="seconds from now; overrides --seconds")
+    add = parser.add_argument
+    add("--work", type=Path, default=Path("runs/tiny"), help="folder for every stage's result")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seconds", type=float, help="training time of the model, instead of the recipe's")
+    add("--init", type=Path, help="checkpoint folder to start the model from, instead of random weights")
     flag = argparse.BooleanOptionalAction
-    parser.add_argument("--compile", action=flag, default=None, help="torch.compile; default: on a GPU")
-    parser.add_argument("--graph", action=flag, default=None, help="one CUDA graph a step; default: on a GPU")
-    parser.add_argument("--scenes", type=int, help="scenes to draw in all, instead of the recipe's")
-    parser.add_argument("--smoke", action="store_true", help="a miniature of everything, to see that it runs")
-    args, began = parser.parse_args(), time.monotonic()
-    recipe = replace(Recipe(), seconds=args.seconds)
-    if args.smoke:
-        recipe = replace(recipe, **SMOKE)
-    if args.scenes is not None:
-        recipe = replace(recipe, generation_scenes=args.scenes, conversations=args.scenes)
+    add("--compile", action=flag, default=None, help="torch.compile; default: on a GPU")
+    add("--graph", action=flag, default=None, help="one CUDA graph a step; default: on a GPU")
+    add("--smoke", action="store_true", help="a miniature of everything, to see that it runs")
+    args = parser.parse_args()
+    recipe = replace(Recipe(), **(SMOKE if args.smoke else {}))
+    recipe = replace(recipe, seconds=args.seconds or recipe.seconds)
     work, device = args.work, torch.device(args.device)
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
-    if not (work / "vae").is_dir() and (args.only_vae or args.stop_after not in ("tokenizer", "data")):
+    if not (work / "vae").is_dir():
         train_vae(recipe, work / "vae", device)
-    if args.only_vae:
-        return
     if not (work / "tokenizer").is_dir():
         make_tokenizer(work / "tokenizer")
-    if args.stop_after == "tokenizer":
-        return
     for kind, count in (("generation", recipe.generation_scenes), ("conversation", recipe.conversations)):
         if not (work / f"{kind}.npz").is_file():
             make_data(recipe, work / "tokenizer", work / f"{kind}.npz", kind, count)
-    if args.stop_after in ("data", "vae"):
-        return
     compiled, graph = (device.type == "cuda" if f is None else f for f in (args.compile, args.graph))
-    finish_at = None if args.finish_within is None else began + args.finish_within
-    train_model(recipe, work, device, compiled, graph, args.init, finish_at)
+    ModelTraining(recipe, work, device, compiled, args.init).run(graph)
 
 
 if __name__ == "__main__":

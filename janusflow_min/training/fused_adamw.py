@@ -25,7 +25,7 @@ COLUMNS = tl.constexpr(7)  # of the table: elements, then where master, gradient
 
 @triton.jit
 def _update(
-    table, rates, chunks, numbers, factor, correct1, correct2, blend, share1, share2, eps,
+    table, rates, chunks, numbers, share1, share2, eps,
     GRAD: tl.constexpr, AVERAGE: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Line by line `optimizer.update`. GRAD and WEIGHT are types, the latter None where the master computes."""
@@ -38,7 +38,8 @@ def _update(
     inside = i < elements
     master_at = _part(row + 1, tl.float32, ALIGNED) + i
     m_at, v_at = _part(row + 3, tl.float32, ALIGNED) + i, _part(row + 4, tl.float32, ALIGNED) + i
-    scale, good = tl.load(numbers), tl.load(numbers + 1)
+    scale, good, factor = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    correct_m, correct_v, blend = tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5)
     master, m, v = tl.load(master_at, inside), tl.load(m_at, inside), tl.load(v_at, inside)
     g = tl.load(_part(row + 2, GRAD, ALIGNED) + i, inside).to(tl.float32) * scale
     g = tl.where(good > 0, g, 0.0)
@@ -46,7 +47,7 @@ def _update(
     v = tl.where(good > 0, v + (g * g - v) * share2, v)
     rate = tl.load(rates + 2 * which) * factor * good
     master *= 1 - rate * tl.load(rates + 2 * which + 1)
-    master -= rate * (m / correct1) / (tl.sqrt_rn(v / correct2) + eps)
+    master -= rate * (m / correct_m) / (tl.sqrt_rn(v / correct_v) + eps)
     tl.store(m_at, m, inside)
     tl.store(v_at, v, inside)
     tl.store(master_at, master, inside)
@@ -70,19 +71,22 @@ def update_all(
     tensors: Sequence[Sequence[Any]],
     rates: Sequence[tuple[float, float]],
     numbers: Tensor,
-    factor: float,
-    corrections: tuple[float, float],
-    blend: float,
+    schedule: Sequence[Any],
     betas: tuple[float, ...],
     eps: float,
 ) -> None:
     """One step of every tensor, in place.
 
     tensors: for each master, gradient, m, v, average and weight (None where there is none), contiguous, on one
-    device; rates: learning rate and weight decay of each; the rest as in `optimizer.update`.
+    device; rates: learning rate and weight decay of each; the rest as in `optimizer.update`. A CUDA graph can capture
+    it after a step with the same tensors, for then nothing is copied from the host.
     """
     device = numbers.device
-    scalars = [float(x) for x in (factor, *corrections, blend, 1 - betas[0], 1 - betas[1], eps)]
+    if isinstance(schedule[0], Tensor):
+        numbers = torch.cat([numbers, torch.stack([*schedule])])
+    else:
+        numbers = torch.cat([numbers, to_device(np.array(schedule, np.float32), device)])
+    scalars = [float(x) for x in (1 - betas[0], 1 - betas[1], eps)]
     groups: dict[tuple, list[int]] = {}
     rows = [[parts[0].numel(), *(0 if x is None else x.data_ptr() for x in parts)] for parts in tensors]
     for k, (row, parts) in enumerate(zip(rows, tensors, strict=True)):
@@ -93,10 +97,9 @@ def update_all(
         chunks = chunks_of(tuple(rows[k][0] for k in members), device)
         if not len(chunks):
             continue
-        table = to_device(np.array([rows[k] for k in members], np.int64), device)
         _update[(len(chunks),)](
-            table,
-            to_device(np.array([rates[k] for k in members], np.float32), device),
+            table_of(tuple(tuple(rows[k]) for k in members), np.int64, device),
+            table_of(tuple(rates[k] for k in members), np.float32, device),
             chunks,
             numbers,
             *scalars,
@@ -107,6 +110,11 @@ def update_all(
             BLOCK=BLOCK,
             num_warps=8,
         )
+
+
+@lru_cache(maxsize=16)
+def table_of(rows: tuple[tuple[float, ...], ...], dtype: type, device: torch.device) -> Tensor:
+    return to_device(np.array(rows, dtype), device)
 
 
 @lru_cache(maxsize=16)

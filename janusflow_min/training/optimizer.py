@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +20,29 @@ from torch.distributed.tensor import DTensor
 from .config import OptimizerConfig
 
 
+class Schedule(NamedTuple):
+    """What changes from step to step: numbers, or () tensors on the device, which a captured CUDA graph reads anew at
+    each replay."""
+
+    factor: Any  # of the learning rates
+    correct_m: Any  # 1 - beta^k
+    correct_v: Any
+    blend: Any  # share of the new weights in the average
+
+
 def update(
     tensors: Sequence[Any],
     rate: float,
     decay: float,
     numbers: Tensor,
-    factor: float,
-    corrections: tuple[float, float],
-    blend: float,
+    schedule: Schedule,
     betas: tuple[float, ...],
     eps: float,
 ) -> None:
     """One tensor's step, in place.
 
     tensors: master, gradient, m, v, average (None where there is none), weight (None where the master itself computes);
-    numbers (2,): factor of the gradient, and 1 where it is finite; factor: of the learning rate; corrections:
-    1 - beta^k; blend: share of the new weight in the average.
+    numbers (2,): factor of the gradient, and 1 where it is finite.
     """
     master, grad, m, v, average, weight = tensors
     scale, good = numbers
@@ -43,10 +50,11 @@ def update(
     m.copy_(torch.where(good > 0, torch.lerp(m, g, 1 - betas[0]), m))
     v.copy_(torch.where(good > 0, torch.lerp(v, g * g, 1 - betas[1]), v))
     if decay:
-        master *= 1 - rate * factor * good * decay
-    master -= rate * factor * good * (m / corrections[0]) / ((v / corrections[1]).sqrt() + eps)
+        master *= 1 - rate * schedule.factor * good * decay
+    step = (m / schedule.correct_m) / ((v / schedule.correct_v).sqrt() + eps)
+    master -= rate * schedule.factor * good * step
     if average is not None:
-        average.lerp_(master, blend * good)
+        average.lerp_(master, schedule.blend * good)
     if weight is not None:
         weight.copy_(master)
 
@@ -77,7 +85,8 @@ class AdamW:
         self.m = {name: torch.zeros_like(p) for name, p in self.master.items()}
         self.v = {name: torch.zeros_like(p) for name, p in self.master.items()}
         self.average = {n: p.clone() for n, p in self.master.items()} if config.ema_decay else {}
-        self.sums: dict[str, Tensor] = {}  # fp32 gradients of earlier micro-batches
+        self.sums: dict[str, Tensor] = {}  # fp32 gradients of earlier micro-batches, in the buffers
+        self.buffers: dict[str, Tensor] = {}  # the same memory in every step, as a captured graph needs it
         self.kernel = kernel
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -107,8 +116,12 @@ class AdamW:
         """Before another micro-batch: add the gradients to the sums, in fp32."""
         for name, p in self.params.items():
             if p.grad is not None:
-                added = self.sums[name].add_(p.grad) if name in self.sums else p.grad.float()
-                self.sums[name] = added
+                if name in self.sums:
+                    self.sums[name].add_(p.grad)
+                else:
+                    if name not in self.buffers:
+                        self.buffers[name] = torch.empty_like(p, dtype=torch.float32)
+                    self.sums[name] = self.buffers[name].copy_(p.grad)
                 p.grad = None
 
     @torch.no_grad()
@@ -119,23 +132,22 @@ class AdamW:
             return self.sums
         return {name: p.grad for name, p in self.params.items() if p.grad is not None}
 
+    def schedule(self, index: int) -> Schedule:
+        """Of step `index`, counted from 0."""
+        c, k = self.config, index + 1
+        blend = 1 - min(c.ema_decay, (1 + index) / (10 + index))  # soon forgets where it started
+        return Schedule(rate_factor(c, index, self.total), 1 - c.betas[0] ** k, 1 - c.betas[1] ** k, blend)
+
     @torch.no_grad()
-    def step(self, index: int, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Apply step `index`, counted from 0. Returns the gradient's norm (), before clipping."""
+    def step(self, schedule: Schedule, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Apply one step. Returns the gradient's norm (), before clipping."""
         c = self.config
         names = list(gradients)
         norm = self.norm([gradients[name] for name in names])
         numbers = torch.stack(
             [(c.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.isfinite(norm).float()]
         )
-        common: dict[str, Any] = {
-            "numbers": numbers,
-            "factor": rate_factor(c, index, self.total),
-            "corrections": (1 - c.betas[0] ** (index + 1), 1 - c.betas[1] ** (index + 1)),
-            "blend": 1 - min(c.ema_decay, (1 + index) / (10 + index)),  # soon forgets where it started
-            "betas": c.betas,
-            "eps": c.eps,
-        }
+        common: dict[str, Any] = dict(numbers=numbers, schedule=schedule, betas=c.betas, eps=c.eps)
         tensors: list[list[Any]] = []
         for name in names:
             weight = self.params[name] if self.params[name].dtype != torch.float32 else None

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..model import JanusFlow
 from .config import Config
 from .losses import MixedBatch
-from .optimizer import AdamW
+from .optimizer import AdamW, Schedule
 from .prepare import prepare_blocks, shard, trainable
 
 KIND_PARTS = {  # field of a batch: what it alone makes use of
@@ -62,8 +62,11 @@ class TrainStep:
         batches: Sequence[MixedBatch],
         prepare: Callable[[int, MixedBatch], MixedBatch] = lambda i, batch: batch,
         stop_requested: bool = False,
+        schedule: Schedule | None = None,
     ) -> tuple[dict[str, Tensor], bool]:
-        """Make step `index` from its micro-batches; `prepare` completes each one when its turn comes.
+        """Make step `index` from its micro-batches; `prepare` completes each one when its turn comes. With a `schedule`
+        of tensors, which takes the place of the configuration's, a CUDA graph can capture a step of several
+        micro-batches of fixed shapes, after two that are not captured.
 
         Returns the metrics as name: (sum, count), (2,) each and still on the device, and whether any rank was asked
         to stop.
@@ -86,7 +89,7 @@ class TrainStep:
         gradients = optimizer.gradients()
         if self.parallel == "replicate":
             gradients = self.sum_over_ranks(gradients)
-        norm = optimizer.step(index, gradients)
+        norm = optimizer.step(schedule or optimizer.schedule(index), gradients)
         if self.world > 1:
             reduce_metrics(metrics)
         return metrics | {"norm": torch.stack([norm, torch.ones_like(norm)])}, stop_requested

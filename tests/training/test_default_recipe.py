@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from plain_losses import generation_loss, understanding_loss
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.hub import TINY
+from janusflow_min.model import JanusFlow
 from janusflow_min.processor import Processor
 from janusflow_min.shapes import scenes
 from janusflow_min.training.config import ObjectiveConfig
 from janusflow_min.training.losses import AlignmentHead, JanusFlowLoss
+from janusflow_min.training.optimizer import Schedule
+from janusflow_min.training.step import TrainStep
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +40,12 @@ def test_the_default_learns_by_the_trainer_s_objective(script):
     model = load_model(TINY, progress=False).requires_grad_(True)
     torch.manual_seed(0)
     head = AlignmentHead(256, 128)
-    pad = Processor.from_folder(TINY, model.config.llm.vocab_size).tokenizer.pad_id
-    ids = torch.from_numpy(pairs["ids"])[:, 0].long()
+    tokenizer = Processor.from_folder(TINY, model.config.llm.vocab_size).tokenizer
+    ids, pad = torch.from_numpy(pairs["ids"])[:, 0].long(), tokenizer.pad_id
     images = scenes.render(torch.from_numpy(pairs["packed"]))
     asked, labels = (torch.from_numpy(talks[key]).long() for key in ("ids", "labels"))
     about = scenes.render(torch.from_numpy(talks["packed"]))
-    places = (asked[..., None] == torch.tensor(script.image_token_ids(TINY))).any(-1)
+    places = (asked == tokenizer.image_start_id) | (asked == tokenizer.image_id)
     g = torch.Generator().manual_seed(1)
     t, drop = torch.rand(4, generator=g), torch.tensor([False, True, False, True])
     latents, noise = (torch.randn(4, *model.latent_shape, generator=g) for _ in range(2))
@@ -55,8 +60,8 @@ def test_the_default_learns_by_the_trainer_s_objective(script):
     def losses() -> torch.Tensor:
         count = model.num_image_tokens
         first = objective(script.generation_batch(ids, pad, drop, count, t, noise, latents, images))
-        second = objective(script.conversation_batch(asked, labels, places, about))
-        return first.total / len(ids) + second.total
+        second = objective(script.conversation_batch(asked, labels, places, about, weight=len(ids)))
+        return (first.total + second.total) / len(ids)
 
     parameters = [*model.parameters(), *head.parameters()]
     expected = torch.autograd.grad(wanted, parameters, allow_unused=True)
@@ -69,3 +74,57 @@ def test_the_default_learns_by_the_trainer_s_objective(script):
     torch.testing.assert_close(
         torch.compile(losses, backend="eager", fullgraph=True)(), wanted, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.fixture
+def training(script, tmp_path):
+    """The model's training over a few scenes, on the CPU."""
+    recipe = script.replace(script.Recipe(), **script.SMOKE)
+    shutil.copytree(TINY, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("vae", "*.safetensors"))
+    shutil.copytree(TINY / "vae", tmp_path / "vae")
+    for kind, count in (("generation", 20), ("conversation", 5)):
+        chunk = script.make_chunk((kind, 0, count, recipe, TINY))
+        np.savez(tmp_path / f"{kind}.npz", **chunk)
+    return lambda **options: script.ModelTraining(
+        recipe, tmp_path, torch.device("cpu"), **{"compiled": False, "init": None, **options}
+    )
+
+
+def test_the_default_is_trained_by_the_trainer_s_step(training, tmp_path):
+    """Stops: a default trained by a second trainer; a checkpoint that another step goes on from; an export that does
+    not open."""
+    whole = training(init=TINY)
+    lines = []
+    for i in range(4):
+        whole.set_schedule()
+        metrics = whole.update()
+        whole.step += 1
+        lines.append(whole.numbers(metrics))
+        if i == 1:
+            whole.save()
+    again = training()
+    assert again.step == 2
+    for line in lines[2:]:
+        again.set_schedule()
+        metrics = again.update()
+        again.step += 1
+        assert again.numbers(metrics) == line
+    for name, tensor in whole.optimizer.master.items():
+        assert torch.equal(tensor, again.optimizer.master[name]), name
+    assert load_model(tmp_path / "tiny", progress=False).config == whole.model.config
+
+
+def test_a_step_can_be_captured_in_a_graph(training):
+    """Stops: a training step that waits for the GPU or keeps its sums elsewhere each time, which no CUDA graph can
+    hold. Meta tensors stand for the GPU's: asking one for its value is an error."""
+    setup, meta = training(init=TINY), torch.device("meta")
+    batches = [batch.to(meta) for batch in setup.batches(*setup.draw())]
+    step = TrainStep(setup.recipe.settings(), JanusFlow(setup.model.config).to(meta), meta, torch.bfloat16)
+    schedule, places = Schedule(*torch.zeros(4, device=meta)), []
+    for i in range(3):
+        metrics, _ = step.step(i, batches, schedule=schedule)
+        places.append({name: id(buffer) for name, buffer in step.optimizer.buffers.items()})
+    with pytest.raises(RuntimeError, match="meta"):
+        metrics["loss"].tolist()
+    assert metrics.keys() >= {"loss", "flow", "answers", "norm"}
+    assert places[0] and places[0] == places[1] == places[2]

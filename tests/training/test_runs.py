@@ -24,7 +24,7 @@ import janusflow_min as jf
 from janusflow_min.training import checkpoints
 from janusflow_min.training.config import Config, OptimizerConfig
 from janusflow_min.training.metrics import CLOCK, Report, read_lines
-from janusflow_min.training.optimizer import AdamW, rate_factor
+from janusflow_min.training.optimizer import AdamW, Schedule, rate_factor
 from janusflow_min.training.rows import seeded_generator
 from janusflow_min.training.sample import SampleBuilder
 from janusflow_min.training.settings import read
@@ -412,8 +412,11 @@ def test_a_cache_changes_nothing(settings, tmp_path, monkeypatch):
 # Optimizer -----------------------------------------------------------------------
 
 
-def check_adamw(dtype: torch.dtype, kernel: bool = False, device: str = "cpu") -> None:
-    """Ten steps as torch's AdamW makes them over fp32 copies; one gradient that is not finite between them."""
+def check_adamw(
+    dtype: torch.dtype, kernel: bool = False, device: str = "cpu", on_device: bool = False
+) -> None:
+    """Ten steps as torch's AdamW makes them over fp32 copies; one gradient that is not finite between them. on_device:
+    the schedule as a captured graph reads it."""
     config = read(
         OptimizerConfig,
         {"lr": 1e-2, "warmup": 0, "ema_decay": 0.9, "max_grad_norm": 0.5, "weight_decay": 0.1},
@@ -437,7 +440,10 @@ def check_adamw(dtype: torch.dtype, kernel: bool = False, device: str = "cpu") -
             p.grad, q.grad = odd.copy_(grad), grad.float()
         norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
         other.step()
-        found = mine.step(i, mine.gradients())
+        schedule = mine.schedule(i)
+        if on_device:
+            schedule = Schedule(*torch.tensor(schedule, device=device))
+        found = mine.step(schedule, mine.gradients())
         assert float(found) == pytest.approx(float(norm), rel=1e-5)
         average = [
             a.lerp(q.detach(), 1 - min(0.9, (1 + i) / (10 + i))) for a, q in zip(average, theirs, strict=True)
@@ -445,30 +451,34 @@ def check_adamw(dtype: torch.dtype, kernel: bool = False, device: str = "cpu") -
         if i == 4:
             for p in ours.values():
                 p.grad = torch.full_like(p, torch.nan)
-            assert not mine.step(i, mine.gradients()).isfinite()
+            assert not mine.step(mine.schedule(i), mine.gradients()).isfinite()
     for name, q, a in zip(ours, theirs, average, strict=True):
         torch.testing.assert_close(mine.master[name], q.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(mine.average[name], a, rtol=1e-5, atol=1e-6)
         assert torch.equal(ours[name].detach(), mine.master[name].to(dtype))
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adamw_is_torchs(dtype):
+def test_adamw_is_torchs(dtype, on_device):
     """Stops: another bias correction, epsilon or clipping than AdamW's; an average that lags by a step; small steps
     that bf16 weights round away; NaN that spreads."""
-    check_adamw(dtype)
+    check_adamw(dtype, on_device=on_device)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])  # interpreted bfloat16 is not rounded
 def test_adamw_in_one_launch_is_torchs_interpreted(interpret, dtype):
     """Stops: a kernel that updates another tensor's part or beyond a tensor's end, found without a GPU."""
-    interpret(f"import torch, test_runs; test_runs.check_adamw(torch.{dtype}, kernel=True)")
+    check = "import torch, test_runs; test_runs.check_adamw"
+    interpret(f"{check}(torch.{dtype}, kernel=True)")
+    interpret(f"{check}(torch.{dtype}, kernel=True, on_device=True)")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_in_one_launch_is_torchs(dtype):
     check_adamw(dtype, kernel=True, device="cuda")
+    check_adamw(dtype, kernel=True, device="cuda", on_device=True)
 
 
 def test_schedules(settings):
