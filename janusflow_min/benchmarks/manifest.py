@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import sha256
+from ..sampling_options import SamplingOptions
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -46,13 +47,17 @@ def write_manifest(
     if not folder.manifest.exists():
         folder.write_json(folder.manifest, new)
     old = folder.read_manifest()
-    other = [line for line in differences(old, new) if not line.startswith("versions.")]
+    # A run from before there was an option of sampling has its default.
+    usual = json.loads(json.dumps(SamplingOptions().resolved()))
+    defaults = {name: value for name, value in usual.items() if name in new["settings"]}
+    then = old | {"settings": defaults | old["settings"]}
+    other = [line for line in differences(then, new) if not line.startswith("versions.")]
     if other:
         raise ValueError(
             f"{folder.root} was made with other settings; take another --out, or these: {'; '.join(other)}"
         )
     if old.get("versions") != new["versions"]:
-        told = "; ".join(differences(old, new))
+        told = "; ".join(differences(then, new))
         log(f"{folder.root} was begun elsewhere, so last bits may differ between its images: {told}")
     return old
 

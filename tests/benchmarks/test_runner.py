@@ -293,6 +293,7 @@ def test_a_limit_generates_the_first_prompts_as_the_whole_run_would(tmp_path, pi
     part, one = RunFolder(tmp_path / "part"), RunFolder(tmp_path / "one")
     found = runner.generate_images(pipe, part, items, 2, replace(settings, limit=3), RankInfo())
     assert (found.present, found.expected) == (6, 14)
+    assert not part.work.exists()
     runner.generate_images(pipe, one, items, 2, settings, RankInfo())
     assert tree(part.images).items() <= tree(one.images).items()
 
@@ -327,6 +328,21 @@ def test_another_setting_is_refused_by_name(tmp_path, data, parity_dir, capsys):
     assert "inputs_sha256.evaluation_metadata.jsonl" in capsys.readouterr().err
     assert cli.main([*run[:-4], "--model", "tiny"]) == 2
     assert "checkpoint.model_sha256" in capsys.readouterr().err
+
+
+def test_options_of_sampling_are_recorded_and_older_runs_go_on(tmp_path, items, settings, pipe, monkeypatch):
+    """Stops: an option of sampling that bench does not take or record; and a run from before it that is refused."""
+    monkeypatch.setattr(runner, "load_pipe", lambda settings: pipe)
+    arguments = (items, {}, tmp_path, 2)
+    assert runner.run("x", *arguments, settings).complete
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for name in ("solver", "timestep_shift", "guidance_interval", "guidance_rescale", "negative_prompt"):
+        assert name in manifest["settings"]
+        del manifest["settings"][name]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert runner.run("x", *arguments, settings).complete
+    with pytest.raises(ValueError, match=r'settings\.solver: "euler" there, "ab2" now'):
+        runner.run("x", *arguments, replace(settings, solver="ab2"))
 
 
 def test_other_versions_are_told_but_not_refused(tmp_path, settings):
