@@ -13,23 +13,20 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from ..files import read_json, sha256
 from ..options import SubsetOptions, option
-from . import judge_models
 from . import report as reports
 from .bootstrap import ItemScore
-from .detection import CLASSES, COLOURS, SAVED_ABOVE, Detection, SavedDetections, detection_record
-from .geneval_rules import RELATIONS, TAGS, Rules, aggregate, judge, keep, view
-from .judges import ColourJudge, Detector, Records, bar, merge_ranks, rank_file
-from .ranks import RankInfo, rank_device, shard, wait_for_ranks
-from .reading import UnreadableImage, json_lines, read_image, text_sha256
+from .detection import CLASSES, COLOURS, Detection
+from .geneval_judging import Colours, detections
+from .geneval_rules import RELATIONS, TAGS, Rules, aggregate, judge, keep
+from .judges import ColourJudge, Detector, bar
+from .ranks import RankInfo
+from .reading import UnreadableImage, json_lines, text_sha256
 from .report import Published
 from .run_folder import RunFolder
 from .runner import Coverage, Item, Settings, run
@@ -190,18 +187,18 @@ def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
         prompts = prompts[: options.limit]
         there = [(prompt, name) for prompt, name in there if 0 <= prompt.index < options.limit]
     per_prompt = _images_per_prompt(scoring, options, there)
-    detections, detector = _detections(scoring, options, [name for _, name in there])
+    found, detector = detections(scoring, options, [name for _, name in there])
     if RankInfo.from_environment().rank > 0:
         return {}
     if options.dry_run:
-        todo = sum(name not in detections for _, name in there)
+        todo = sum(name not in found for _, name in there)
         return {"benchmark": "geneval", "dry_run": f"{todo:,} images to detect objects in"}
     colours = Colours(scoring.images, options)
     results = []
     for prompt, name in bar(there, "Judging", options.progress):
         if name not in scoring.failures:
             try:
-                results.append(_result(prompt, name, detections[name], options, colours))
+                results.append(_result(prompt, name, found[name], options, colours))
             except UnreadableImage as error:
                 scoring.failures[name] = str(error)
     scoring.folder.write_text("results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
@@ -292,76 +289,6 @@ def _images_per_prompt(
     return expected
 
 
-def _detections(
-    scoring: ScoringRun, options: ScoreOptions, names: Sequence[str]
-) -> tuple[Mapping[str, list[Detection]], str]:
-    """The detections of every image, and who made them. A dry run gives those that are there."""
-    faintest = min(SAVED_ABOVE, options.threshold, options.counting_threshold)
-    if options.detections is not None:
-        saved = SavedDetections(options.detections, faintest)
-        if absent := [name for name in names if name not in saved]:
-            raise ValueError(
-                f"{options.detections} lacks {len(absent)} images of {scoring.images}, {absent[0]} for one"
-            )
-        changed = (n for n in names if saved.seen.get(n, "") not in ("", sha256(scoring.images / n)))
-        if (name := next(changed, None)) is not None:
-            raise ValueError(
-                f"{scoring.images / name} is not the image that {options.detections} is about: detect again"
-            )
-        return saved, f"saved detections, sha256 {sha256(options.detections)}"
-    detector: Any = options.detector
-    world = RankInfo.from_environment()
-    if isinstance(detector, str):
-        detector = judge_models.Mask2FormerDetector(detector, str(rank_device(options.device, world)))
-        scoring.notes.append(
-            "Meta's Mask2Former through transformers is not OpenMMLab's checkpoint of the official scorer: "
-            "scores differ slightly"
-        )
-    path = scoring.folder.root / "detections.jsonl"
-    _detect(scoring, options, detector, faintest, names, path, world)
-    if world.size > 1 and world.rank == 0:  # with the others' shares, and to name what nobody could read
-        _detect(scoring, options, detector, faintest, names, path, RankInfo())
-    return SavedDetections(path, faintest) if path.is_file() else {}, detector.name
-
-
-def _detect(
-    scoring: ScoringRun,
-    options: ScoreOptions,
-    detector: Detector,
-    faintest: float,
-    names: Sequence[str],
-    path: Path,
-    world: RankInfo,
-) -> None:
-    """Detect objects in what `path` lacks: of several ranks each in its share, into a file of its own that the next
-    call puts together, and back when all are done."""
-    identity = {"detector": detector.name, "saved_above": faintest}
-    if world.rank == 0:
-        merge_ranks(path)
-    wait_for_ranks(world)
-    records = Records(path, "filename", identity, keep=False)
-    hashes = {name: sha256(scoring.images / name) for name in names}
-    todo = [name for name in names if not records.has(name, hashes[name])]
-    if world.size > 1:
-        records = Records(rank_file(path, world.rank), "filename", identity, keep=False)
-        todo = shard(todo, world.rank, world.size)
-    with closing(records):
-        for name in bar([] if options.dry_run else todo, "Detecting", options.progress and world.rank == 0):
-            try:
-                image = upright(scoring.images / name)
-            except UnreadableImage as error:
-                scoring.failures[name] = str(error)
-                continue
-            found = detector.detect(image)
-            records.add(name, hashes[name], {"detections": detection_record(found, faintest)})
-    wait_for_ranks(world)
-
-
-def upright(path: Path) -> Image.Image:
-    """An image in RGB, turned as its EXIF data say. Raises UnreadableImage."""
-    return ImageOps.exif_transpose(read_image(path)).convert("RGB")
-
-
 def _items(images: Path, results: Sequence[Mapping[str, Any]]) -> list[ItemScore]:
     """A prompt's images are one item."""
     folders: dict[str, list[Mapping[str, Any]]] = {}
@@ -377,27 +304,6 @@ def _items(images: Path, results: Sequence[Mapping[str, Any]]) -> list[ItemScore
         )
         for folder, own in folders.items()
     ]
-
-
-class Colours:
-    """Names the colours of detections in images below `root`; the judge is loaded when first needed."""
-
-    def __init__(self, root: Path, options: ScoreOptions):
-        self.root, self.options, self.clip = root, options, options.clip
-        self.name = "not asked"
-
-    def __call__(self, name: str, label: str, found: Sequence[Detection]) -> Sequence[str]:
-        if self.clip is None:
-            raise ValueError("a prompt names a colour: --clip is needed")
-        if isinstance(self.clip, str):
-            self.clip = judge_models.ClipColours(self.clip, self.options.device)
-        self.name = self.clip.name
-        image, rules = upright(self.root / name), self.options
-        try:
-            views = [view(image, d, rules.bgcolor, rules.crop) for d in found]
-        except ValueError as error:
-            raise ValueError(f"{self.root / name}: {error}") from None
-        return self.clip.colours(views, label)
 
 
 def _result(

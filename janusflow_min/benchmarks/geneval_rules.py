@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..options import option
 from .detection import CLASSES, Detection
@@ -167,21 +166,3 @@ def aggregate(results: Sequence[Mapping[str, Any]], official_compat: bool = Fals
         "correct_images": float(np.mean([bool(r["correct"]) for r in results])) if results else None,
         "correct_prompts": float(np.mean(list(prompts.values()))) if prompts else None,
     }
-
-
-def view(image: Image.Image, found: Detection, bgcolor: str = "#999", crop: bool = True) -> Image.Image:
-    """What the colour judge sees of an object: everything else covered by `bgcolor`, cut to its box."""
-    if found.mask is not None:
-        if found.mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"a mask must have the image's size {image.height} x {image.width}, got {found.mask.shape}"
-            )
-        if bgcolor != "original":
-            empty = Image.new("RGB", image.size, bgcolor)
-            image = Image.composite(image, empty, Image.fromarray(found.mask.astype(np.uint8) * 255))
-    if crop:
-        x1, y1, x2, y2 = (round(v) for v in found.box)
-        image = image.crop((x1, y1, x2, y2))
-        if 0 in image.size:
-            raise ValueError(f"no pixel lies in the box {found.box} of {found.label}")
-    return image

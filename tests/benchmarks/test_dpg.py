@@ -12,7 +12,7 @@ from chat_server import ChatServer
 from PIL import Image
 
 from janusflow_min import cli
-from janusflow_min.benchmarks import dpg_bench, dpg_rules
+from janusflow_min.benchmarks import dpg_answers, dpg_bench, dpg_rules
 from janusflow_min.benchmarks.dpg_rules import Question
 from janusflow_min.benchmarks.judges import NoAnswer
 
@@ -108,12 +108,12 @@ def test_a_grid_is_cut_as_it_was_tiled():
         (0, 0, 255),
         (255, 255, 255),
     ]
-    cut = dpg_bench.cut(grid, 4)
+    cut = dpg_answers.cut(grid, 4)
     assert [tile.getpixel((1, 1)) for tile in cut] == [grid.getpixel((x, y)) for y in (1, 4) for x in (1, 4)]
-    assert len(dpg_bench.cut(grid, 1, 3)) == 1
-    assert dpg_bench.cut(grid, 1, 6)[0].size == (6, 6)  # a single image
+    assert len(dpg_answers.cut(grid, 1, 3)) == 1
+    assert dpg_answers.cut(grid, 1, 6)[0].size == (6, 6)  # a single image
     with pytest.raises(ValueError, match="of 4 px must be 8 px wide"):
-        dpg_bench.cut(grid, 4, 4)
+        dpg_answers.cut(grid, 4, 4)
 
 
 def test_the_folder_is_the_official_one(tmp_path, parity_dir):
@@ -135,7 +135,7 @@ def test_the_folder_is_the_official_one(tmp_path, parity_dir):
     assert [path.name for path in files] == ["12.png", "vrd3.png"]
     with Image.open(files[0]) as grid:
         assert grid.size == (2 * 64, 2 * 64)
-        cut = dpg_bench.cut(grid, 4)
+        cut = dpg_answers.cut(grid, 4)
     assert len({tile.tobytes() for tile in cut}) == 4  # four seeds
 
 

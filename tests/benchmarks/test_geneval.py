@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from janusflow_min import cli
-from janusflow_min.benchmarks import detection, geneval, geneval_rules
+from janusflow_min.benchmarks import detection, geneval, geneval_judging, geneval_rules
 from janusflow_min.benchmarks.detection import CLASSES, COLOURS, Detection
 from janusflow_min.benchmarks.geneval_rules import TAGS, Rules, judge, keep, relations
 from janusflow_min.benchmarks.reading import text_sha256
@@ -238,15 +238,20 @@ def test_the_colour_judge_sees_the_object_alone():
     image = Image.new("RGB", (6, 4), "red")
     mask = np.zeros((4, 6), bool)
     mask[1:3, 2:4] = True
-    cut = geneval_rules.view(image, seen("cat", box=(1.0, 0.6, 5.0, 4.0), mask=mask))
+    cut = geneval_judging.view(image, seen("cat", box=(1.0, 0.6, 5.0, 4.0), mask=mask))
     assert cut.size == (4, 3)
     assert cut.getpixel((1, 0)) == (255, 0, 0) and cut.getpixel((0, 0)) == (153, 153, 153)
     assert (
-        geneval_rules.view(image, seen("cat", mask=mask), "original", crop=False).tobytes() == image.tobytes()
+        geneval_judging.view(image, seen("cat", mask=mask), "original", crop=False).tobytes()
+        == image.tobytes()
     )
-    assert geneval_rules.view(image, seen("cat", box=(0, 0, 2, 2))).getpixel((1, 1)) == (255, 0, 0)  # no mask
+    assert geneval_judging.view(image, seen("cat", box=(0, 0, 2, 2))).getpixel((1, 1)) == (
+        255,
+        0,
+        0,
+    )  # no mask
     with pytest.raises(ValueError, match="image's size 4 x 6"):
-        geneval_rules.view(image, seen("cat", mask=mask.T))
+        geneval_judging.view(image, seen("cat", mask=mask.T))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 2)])
