@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Weights from and to the official files, strictly.
+"""Weights from and to the official files: checked against the files' headers first, then read one by one.
 
-All that can be checked is checked against the files' headers before anything is built: one error lists every
-missing, unexpected and mis-shaped key. Then the tensors go straight to device and dtype, one by one, into a model
-that was built on the meta device. SigLIP's pooling head is in the official file and used by nobody: it is kept aside
-and written back.
+SigLIP's pooling head is in the official file and used by nobody: it is kept aside and written back.
 """
 
 from __future__ import annotations
@@ -41,8 +38,8 @@ def load_model(
     config = read_config(folder)
     stored = find_weights(folder)
     model = build_model(folder, config, stored, parts)
-    wanted = {to_official(name) for name in model.state_dict()}
-    tensors = read_tensors({name: stored[name] for name in stored if name in wanted}, device, dtype)
+    wanted = {official: stored[official] for name in model.state_dict() if (official := to_official(name))}
+    tensors = read_tensors(wanted, device, dtype)
     bar = progress_bar(progress, iterable=tensors, total=len(wanted), desc="Loading weights", unit="tensor")
     model.load_state_dict({from_official(name): x for name, x in bar}, strict=True, assign=True)
     kept = [name for name in stored if name.startswith(POOLING_HEAD) and parts == "all"]

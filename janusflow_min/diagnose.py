@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,13 +11,8 @@ from pathlib import Path
 from .files import printable
 from .official import INDEX, PREFIXES, SHARDS, WEIGHTS
 
-WRAPPERS = (
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-    "_forward_module.",
-    "module.",
-)
+_MARKS = "_orig_mod. _fsdp_wrapped_module. _checkpoint_wrapped_module. _forward_module. module."
+WRAPPERS = re.compile("|".join(re.escape(mark) for mark in _MARKS.split()))  # in the names of weights
 FILES = (  # patterns of names, what they are, what to do; the first that fits counts
     ("adapter_config.json adapter_model.*", "a LoRA adapter", "merge it into its base model with peft "
      "(PeftModel.from_pretrained(...).merge_and_unload()) and save the merged model"),
@@ -36,7 +32,7 @@ KEYS = (  # parts of names of weights, what they mean, what to do
     (".qweight .qzeros .scales .g_idx weight_scale _scale_inv", "quantised weights", "save the model in bfloat16 or "
      "float32"),
     ("parametrizations.", "parametrized weights", "call torch.nn.utils.parametrize.remove_parametrizations first"),
-    (" ".join(WRAPPERS), "a wrapped module (torch.compile, FSDP, DataParallel)", "unwrap it first, as in "
+    (_MARKS, "a wrapped module (torch.compile, FSDP, DataParallel)", "unwrap it first, as in "
      "model.llm = model.llm._orig_mod"),
 )  # fmt: skip
 
@@ -48,9 +44,9 @@ def explain_folder(folder: Path, weights: str = WEIGHTS) -> str:
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return "; it is empty"
-    inside = [
-        p.parent for p in sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
-    ]
+    inside = sorted(
+        path.parent for form in ("*", "snapshots/*") for path in folder.glob(f"{form}/config.json")
+    )
     found = [p for p in inside if p.name != "vae" and ((p / WEIGHTS).is_file() or (p / INDEX).is_file())]
     if found:
         return f"; a checkpoint lies in {' and in '.join(printable(str(p)) for p in found[:3])}: give that folder"
@@ -71,10 +67,10 @@ def explain_keys(names: Iterable[str]) -> str:
     return ""
 
 
-def common_prefix(names: list[str]) -> str:
+def common_prefix(names: Iterable[str]) -> str:
     """What stands in front of every official name, such as "model."; "" where nothing does."""
+    names = list(names)
     first = min(names, default="")
-    starts = sorted(
-        {first[:i] for key in PREFIXES if (i := first.find(key)) > 0 and first[i - 1] == "."}, key=len
-    )
-    return next((start for start in starts if all(name.startswith(start) for name in names)), "")
+    starts = {first[:i] for key in PREFIXES if (i := first.find(key)) > 0 and first[i - 1] == "."}
+    fitting = [start for start in starts if all(name.startswith(start) for name in names)]
+    return min(fitting, key=len, default="")

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What is DeepSeek's in a checkpoint folder: names of files, names of weights, and the dialect of `config.json`.
 
-Inside the modules the official names stay, but for the ten prefixes of `PREFIXES`; the table is read in both
-directions. `config.json` holds `language_config` (a Llama configuration) and three sections of the form
-`{cls, params}`. Unknown keys are ignored, as the reference does; values that would change the numbers and that are
-not computed here are refused.
+`config.json` holds `language_config` (a Llama configuration) and three sections of the form `{cls, params}`. Unknown
+keys are ignored, as the reference does; values that would change the numbers and are not computed here are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -31,7 +29,7 @@ def is_checkpoint_entry(name: str) -> bool:
 
 # Weights -----------------------------------------------------------------------
 
-PREFIXES = {  # official: ours
+PREFIXES = {  # official: ours; what follows the prefix is the same in both
     "language_model.model.": "llm.",
     "language_model.lm_head.": "llm.lm_head.",
     "vision_und_enc_model.vision_tower.": "siglip.",
@@ -49,20 +47,20 @@ LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that older tool
 
 def from_official(name: str) -> str:
     """Official key -> ours. ValueError where no prefix fits."""
-    return _swap(name, PREFIXES.items())
+    return _swap(name, PREFIXES)
 
 
 def to_official(name: str) -> str:
     """Our key -> the official one; `from_official` read backwards."""
-    return _swap(name, ((ours, official) for official, ours in PREFIXES.items()))
+    return _swap(name, {ours: official for official, ours in PREFIXES.items()})
 
 
-def _swap(name: str, table: Iterable[tuple[str, str]]) -> str:
-    fitting = [(old, new) for old, new in table if name.startswith(old)]
+def _swap(name: str, table: Mapping[str, str]) -> str:
+    fitting = [prefix for prefix in table if name.startswith(prefix)]
     if not fitting:
         raise ValueError(f"{name!r} is not a key of a JanusFlow checkpoint")
-    old, new = max(fitting, key=lambda pair: len(pair[0]))  # llm.lm_head. before llm.
-    return new + name[len(old) :]
+    longest = max(fitting, key=len)  # llm.lm_head. before llm.
+    return table[longest] + name[len(longest) :]
 
 
 # config.json -----------------------------------------------------------------------
@@ -92,8 +90,6 @@ _LLAMA_DEFAULTS: dict[str, Any] = {  # transformers' LlamaConfig, which the refe
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
-
-
 _UVIT_KEYS = {"hidden_size": "hidden_size", "norm_eps": "norm_eps", "use_bias": "bias"}  # theirs: ours
 
 
@@ -106,9 +102,8 @@ def config_from_json(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if missing:
         kind = data.get("model_type", "unknown")
         hint = " (this looks like Janus or Janus-Pro)" if "gen_vision_config" in data else ""
-        raise ValueError(
-            f"not a JanusFlow configuration: model_type {shown(kind)}{hint}, section {', '.join(missing)} missing"
-        )
+        what = f"not a JanusFlow configuration: model_type {shown(kind)}{hint}"
+        raise ValueError(f"{what}, section {', '.join(missing)} missing")
     und, enc, dec = (_params(data, section) for section in SECTIONS)
     return _llama(data["language_config"]), _siglip(und), _uvit_encoder(enc), _uvit_decoder(dec)
 
@@ -200,21 +195,19 @@ def _uvit(params: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _uvit_encoder(params: Mapping[str, Any]) -> dict[str, Any]:
-    kernel_size, stride = params.get("kernel_size", 7), params.get("stride", 4)
-    padding = params.get("padding")
-    form = {"kernel_size": kernel_size, "stride": stride}
-    form["padding"] = kernel_size - stride if padding is None else padding
+    params = {"input_channels": 3, "kernel_size": 7, "stride": 4, "padding": None} | dict(params)
+    form = {key: params[key] for key in ("kernel_size", "stride", "padding")}
+    if form["padding"] is None:
+        form["padding"] = form["kernel_size"] - form["stride"]
     common = _uvit(params, "vision_gen_enc_config")
-    form |= {"in_channels": params.get("input_channels", 3), "out_channels": common["channels"]}
-    return common | form
+    return common | form | {"in_channels": params["input_channels"], "out_channels": common["channels"]}
 
 
 def _uvit_decoder(params: Mapping[str, Any]) -> dict[str, Any]:
     where = "vision_gen_dec_config"
     if "upsamples" not in params:
-        raise ValueError(
-            f"{where}: upsamples is missing (the reference's default, 2, does not fit); 1 is supported"
-        )
+        default = "the reference's default, 2, does not fit"
+        raise ValueError(f"{where}: upsamples is missing ({default}); 1 is supported")
     _only(where, params, upsamples=(1,))
     ends = {"in_channels": params.get("in_channels", 768), "out_channels": params.get("out_channels", 3)}
     return _uvit(params, where) | ends

@@ -26,9 +26,10 @@ from .files import content_hint, expand, printable
 ImageSource: TypeAlias = str | os.PathLike | bytes | IO[bytes] | Image.Image | np.ndarray
 # Raster formats that Pillow decodes itself: no EPS, which starts Ghostscript, and none of other programs' formats.
 FORMATS = (
-    "AVIF BLP BMP CUR DCX DDS DIB GIF HEIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCX PNG PPM PSD QOI SGI SUN"
+    "AVIF BLP BMP CUR DCX DDS DIB GIF HEIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCX PNG PPM PSD QOI SGI SUN "
 )
-FORMATS += " TGA TIFF WEBP XBM XPM"
+FORMATS += "TGA TIFF WEBP XBM XPM"
+BIG = "scale it down first, or raise PIL.Image.MAX_IMAGE_PIXELS for a file that you trust"
 HINTS = (  # first bytes, the format that reads them, what it is and what to do
     (b"ftypheic ftypheix ftypmif1 ftyphevc ftypmsf1", "HEIF", "HEIC: convert it to JPEG or PNG, or `pip install "
      "pillow-heif` and call pillow_heif.register_heif_opener() first"),
@@ -37,20 +38,14 @@ HINTS = (  # first bytes, the format that reads them, what it is and what to do
 )  # fmt: skip
 
 
-def is_image_source(value: Any) -> bool:
-    """Whether `value` is of a type that `open_image` takes."""
-    return isinstance(value, str | os.PathLike | bytes | Image.Image | np.ndarray) or hasattr(value, "read")
-
-
 def check_image_source(source: Any) -> None:
     """ValueError for a type that `open_image` does not take, FileNotFoundError for a path without a file."""
     if isinstance(source, str | os.PathLike):
         _existing(source)
-    elif not is_image_source(source):
-        kind = type(source)
+    elif not isinstance(source, bytes | Image.Image | np.ndarray) and not hasattr(source, "read"):
         raise ValueError(
             "an image must be a path, bytes, a file object, a PIL image or a uint8 array [H, W, 3], "
-            f"got {kind.__module__}.{kind.__qualname__}"
+            f"got {type(source).__module__}.{type(source).__qualname__}"
         )
 
 
@@ -63,12 +58,12 @@ def open_image(source: ImageSource, upright: bool = False, background: str | Non
     The source stays as it is. Raises FileNotFoundError for a path without a file; ValueError for what is no image,
     truncated, empty, or beyond `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
+    check_image_source(source)
     name, file = "the image", cast(IO[bytes] | str, source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-            raise ValueError(
-                f"an image array must be uint8 [H, W, 3], got {source.dtype} {list(source.shape)}"
-            )
+            form = f"{source.dtype} {list(source.shape)}"
+            raise ValueError(f"an image array must be uint8 [H, W, 3], got {form}")
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source, str(getattr(source, "filename", "") or name), upright, background)
@@ -76,8 +71,6 @@ def open_image(source: ImageSource, upright: bool = False, background: str | Non
         name, file = printable(str(source)), _existing(source)
     elif isinstance(source, bytes):
         file = io.BytesIO(source)
-    else:
-        check_image_source(source)
     with _named(name, "cannot be read as an image", file):
         Image.init()  # all of Pillow's formats, and what others have registered
         image = Image.open(file, formats=[kind for kind in FORMATS.split() if kind in Image.OPEN])
@@ -90,14 +83,12 @@ def _existing(source: str | os.PathLike) -> str:
     with contextlib.suppress(OSError, ValueError):  # a name too long, a null character, an empty path
         if (path := expand(text)).is_file():
             return str(path)
-    hint = ""
+    shown, hint = printable(text[:200]), ""
     if "://" in text[:10]:
         hint = "; download it first"
     elif text.startswith("data:") or len(text) > 1000:
         hint = "; if it is an encoded image, pass its bytes: base64.b64decode(...)"
-    raise FileNotFoundError(
-        f"no image file at {printable(text[:200])!r}{'...' if len(text) > 200 else ''}{hint}"
-    )
+    raise FileNotFoundError(f"no image file at {shown!r}{'...' if len(text) > 200 else ''}{hint}")
 
 
 @contextlib.contextmanager
@@ -114,17 +105,12 @@ def _named(name: str, what: str, file: Any = None) -> Iterator[None]:
         raise ValueError(f"{name} {what}: {printable(str(error)) or type(error).__name__}{hint}") from error
 
 
-BIG = "scale it down first, or raise PIL.Image.MAX_IMAGE_PIXELS for a file that you trust"
-
-
-def _hint(file: Any) -> str:
+def _hint(file: str | IO[bytes]) -> str:
+    """What a file that is no image is, and what to do, by its first bytes."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if isinstance(file, str):
-            with open(file, "rb") as f:
-                start = f.read(200)
-        else:
-            file.seek(0)
-            start = file.read(200)
+        with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as f:
+            f.seek(0)
+            start = f.read(200)
         if not start:
             return "; it is empty"
         for marks, form, text in HINTS:
@@ -159,20 +145,13 @@ def _grey_levels(image: Image.Image) -> np.ndarray:
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16") or (
-        image.mode == "I" and image.format in ("PNG", "PPM")
-    ):  # Pillow 10: I
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # in Pillow 10
+    if sixteen or image.mode.startswith("I;16"):
         white = 4095 if tags.get(258) == (12,) else 65535
+    elif high <= 255:
+        white = 1 if image.mode == "F" and high <= 1 else 255
     else:
-        white = (
-            1
-            if image.mode == "F" and high <= 1
-            else 255
-            if high <= 255
-            else 65535
-            if image.mode == "I"
-            else 0
-        )
+        white = 65535 if image.mode == "I" else 0
     if not 0 <= low <= high <= white:
         raise ValueError(
             f"mode {image.mode} with values from {low:g} to {high:g}: which of them is white is not known; "
@@ -183,9 +162,8 @@ def _grey_levels(image: Image.Image) -> np.ndarray:
     else:
         table = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
         levels = np.stack([table[row] for row in values])  # row by row: indices take eight bytes each
-    return (
-        255 - levels if tags.get(262) == 0 else levels
-    )  # a TIFF may call 0 white; PIL knows it for 8 bits only
+    # A TIFF may call 0 white, which PIL knows for 8 bits only.
+    return 255 - levels if tags.get(262) == 0 else levels
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Text and images in, tensors out: prompt form, image preparation, left-padded batches.
 
-Stands in front of `model.py` and imports nothing of it. Follows the reference's `processing_vlm.py`,
-`image_processing_vlm.py` (both in `janus/janusflow/models`) and the two DeepSeek templates of
-`janus/utils/conversation.py`, as run under `transformers` 4.46.
-
-Where the reference guesses, a ValueError (FileNotFoundError for a missing file) says what is at fault: special
-strings inside user text, placeholders that do not match the images, unknown roles, broken files.
+Follows the reference's `processing_vlm.py`, `image_processing_vlm.py` (both in `janus/janusflow/models`) and the two
+DeepSeek templates of `janus/utils/conversation.py`, as run under `transformers` 4.46. Where the reference guesses, a
+ValueError says what is at fault.
 
 Legend: B conversations, T tokens, N image tokens, M images per conversation, S side of the square image.
 """
@@ -77,9 +74,8 @@ class ImageProcessor:
     def from_folder(cls, folder: str | os.PathLike) -> ImageProcessor:
         """Read `preprocessor_config.json`, in which `image_size` is a must. FileNotFoundError, ValueError."""
         path = Path(folder) / "preprocessor_config.json"
-        config = read_json(path)
+        known = {key: value for key, value in read_json(path).items() if key in cls.__dataclass_fields__}
         try:
-            known = {key: value for key, value in config.items() if key in cls.__dataclass_fields__}
             return cls(**{"image_size": None} | known)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -105,8 +101,8 @@ class ImageProcessor:
 
     def normalize(self, levels: np.ndarray) -> np.ndarray:
         """uint8 [..., 3] -> float32: scaled and normalised."""
-        pixels = levels.astype(np.float64) * self.rescale_factor
-        pixels = pixels.astype(np.float32)  # rounded once here, as the reference does, then all in fp32
+        # Rounded once here, as the reference does, then all in fp32.
+        pixels = (levels.astype(np.float64) * self.rescale_factor).astype(np.float32)
         if self.do_normalize:
             mean, std = (np.asarray(values, np.float32) for values in (self.image_mean, self.image_std))
             pixels = (pixels - mean) / std
@@ -195,8 +191,8 @@ class Processor:
 
     def image_ids(self) -> list[int]:
         """What one image placeholder becomes: begin-of-image, N image tokens, end-of-image."""
-        tokens = [self.tokenizer.image_id] * self.num_image_tokens
-        return [self.tokenizer.image_start_id, *tokens, self.tokenizer.image_end_id]
+        own = self.tokenizer
+        return [own.image_start_id, *[own.image_id] * self.num_image_tokens, own.image_end_id]
 
     def conversation(
         self, messages: Sequence[Mapping[str, Any]], system_prompt: str = SYSTEM_PROMPT
@@ -207,12 +203,10 @@ class Processor:
         FileNotFoundError for an image's path without a file.
         """
         tokenizer, sft_format = self.tokenizer, self.template(messages, system_prompt)
-        sources: list[ImageSource] = []
-        for message in messages:
-            images = message.get("images")
-            images = [] if images is None else images
+        groups = [[] if (images := message.get("images")) is None else images for message in messages]
+        for images in groups:
             _check(isinstance(images, list | tuple), "a message's images", "a list", images)
-            sources += images
+        sources: list[ImageSource] = [source for images in groups for source in images]
         for source in sources:
             check_image_source(source)
         text_ids = tokenizer.encode(sft_format)

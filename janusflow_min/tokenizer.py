@@ -28,14 +28,11 @@ TAGS = {  # in the order in which missing ones are added; processor_config.json 
 class Tokenizer:
     """A byte-level BPE with the special ids the model needs, each looked up by its string.
 
-    folder: holds `tokenizer.json`; `tokenizer_config.json` and `special_tokens_map.json` may name BOS and
-    EOS; the former has `add_bos_token` (true where missing). vocab_size: rows of the embedding. An image tag
-    that the vocabulary lacks is added as a special token behind the last id, in the order of `TAGS`.
-    Without PAD, EOS pads. The file's post-processor, truncation, padding and `add_eos_token` have no effect.
-
-    Attributes: bos_id, eos_id, pad_id, image_id, image_gen_id, image_start_id, image_end_id, eos_token,
-    image_tag. Raises FileNotFoundError without tokenizer.json; ValueError for a broken file, for no BOS or
-    EOS, for a token without an embedding row.
+    folder: holds `tokenizer.json`; `tokenizer_config.json` and `special_tokens_map.json` may name BOS and EOS; the
+    former has `add_bos_token` (true where missing). vocab_size: rows of the embedding. An image tag that the
+    vocabulary lacks is added as a special token behind the last id. Without PAD, EOS pads. The file's
+    post-processor, truncation, padding and `add_eos_token` have no effect. FileNotFoundError without
+    tokenizer.json; ValueError for a broken file, for no BOS or EOS, for a token without an embedding row.
     """
 
     def __init__(self, folder: str | os.PathLike, vocab_size: int, tags: Mapping[str, str] = TAGS):
@@ -70,8 +67,9 @@ class Tokenizer:
         }
         last, token = max((i, token) for token, i in self._rust("get_vocab").items())
         if last >= vocab_size:
-            rows = f"the embedding has {vocab_size} rows"
-            raise ValueError(f"{self.path}: {shown(token)} has id {last}, but {rows}")
+            raise ValueError(
+                f"{self.path}: {shown(token)} has id {last}, but the embedding has {vocab_size} rows"
+            )
 
     def _rust(self, method: str, *arguments: Any, **options: Any) -> Any:
         """A call of the Rust side, which raises bare Exception and, where it panics, BaseException."""
@@ -92,9 +90,8 @@ class Tokenizer:
         if index >= self.vocab_size:
             rows = f"has no row left for {shown(token)}: the embedding has {self.vocab_size}"
             raise ValueError(f"the tokenizer in {self.folder} {rows}")
-        if index not in self._rust(
-            "get_added_tokens_decoder"
-        ):  # a piece of the plain vocabulary keeps its id
+        known = self._rust("get_added_tokens_decoder")
+        if index not in known:  # a piece of the plain vocabulary keeps its id
             self._rust("add_special_tokens", [tokenizers.AddedToken(token, special=True, normalized=False)])
         if self._rust("token_to_id", token) != index:
             raise ValueError(f"the ids in {self.path} have holes: cannot add {shown(token)}")
@@ -127,7 +124,6 @@ class Tokenizer:
 
     def reject_special_tokens(self, text: str, allowed: Iterable[str] = ()) -> None:
         """Raise ValueError, naming the strings, if the tokenizer sees special tokens that are not allowed."""
-        seen = {index for index in self._encode(text).ids if index in self._reserved}
-        found = {self._reserved[index] for index in seen} - {*allowed}
-        if found:
+        seen = {self._reserved[index] for index in self._encode(text).ids if index in self._reserved}
+        if found := seen - {*allowed}:
             raise ValueError(f"the text holds special tokens, which are not allowed there: {sorted(found)}")

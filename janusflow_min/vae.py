@@ -20,15 +20,11 @@ from .checks import number, shown, whole
 from .diagnose import explain_folder
 from .files import printable, read_json, set_default_mode
 from .official import VAE_FILES
-from .weights import Stored, build_module, check_state, read_header, read_tensors
+from .weights import Header, Stored, build_module, check_state, read_header, read_tensors
 
 CONFIG, WEIGHTS = VAE_FILES
-OLD_NAMES = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # diffusers before 0.15
+# diffusers before 0.15 -> today
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 NOT_COMPUTED = ("shift_factor", "latents_mean", "latents_std")  # of other models' latents
 DEFAULTS = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4}
 DEFAULTS |= {"block_out_channels": (64,), "layers_per_block": 1, "scaling_factor": 0.18215}  # diffusers'
@@ -73,10 +69,12 @@ class VAE(nn.Module):
 
 
 def check_vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, if the VAE can run in it. ValueError if not."""
     if dtype not in (torch.float32, torch.bfloat16):
         reason = ": SDXL's VAE overflows in it, and images turn black" if dtype == torch.float16 else ""
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"the VAE runs in bfloat16 or float32, not {name}{reason}")
+        raise ValueError(
+            f"the VAE runs in bfloat16 or float32, not {str(dtype).removeprefix('torch.')}{reason}"
+        )
     return dtype
 
 
@@ -87,8 +85,8 @@ def load_vae(
     as `vae/`. latent_channels: the model's, where it is known. Strict: see `build_vae`."""
     check_vae_dtype(dtype)
     autoencoder, stored = build_vae(folder, latent_channels)
-    tensors = dict(read_tensors({name: stored[name] for name in autoencoder.state_dict()}, device, dtype))
-    autoencoder.load_state_dict(tensors, strict=True, assign=True)
+    wanted = {name: stored[name] for name in autoencoder.state_dict()}
+    autoencoder.load_state_dict(dict(read_tensors(wanted, device, dtype)), strict=True, assign=True)
     return VAE(autoencoder)
 
 
@@ -99,12 +97,18 @@ def save_vae(vae: VAE, folder: str | Path) -> None:
     set_default_mode(Path(folder))
 
 
-def build_vae(folder: str | Path, latent_channels: int | None = None) -> tuple[Any, dict[str, Stored]]:
+def build_vae(
+    folder: str | Path, latent_channels: int | None = None, header: Header = read_header
+) -> tuple[Any, dict[str, Stored]]:
     """AutoencoderKL on the meta device, and where its weights lie; only JSON and headers are read.
 
     Raises FileNotFoundError for missing files; ValueError for broken ones, for weights that do not fit, and for
     settings that are not computed here.
     """
+    from diffusers import (
+        AutoencoderKL,
+    )  # before torch's default device is meta, where old versions cannot be imported
+
     folder = Path(folder)
     if (folder / "vae" / CONFIG).is_file():
         folder = folder / "vae"
@@ -112,7 +116,7 @@ def build_vae(folder: str | Path, latent_channels: int | None = None) -> tuple[A
         raise FileNotFoundError(f"no VAE at {folder}; vae_path takes a folder with diffusers' AutoencoderKL")
     path = folder / CONFIG
     config = DEFAULTS | read_json(path)
-    if config["_class_name"] != "AutoencoderKL":
+    if config["_class_name"] != AutoencoderKL.__name__:
         kind = printable(str(config["_class_name"]))
         raise ValueError(f"{path} describes a {kind:.80}; an AutoencoderKL is needed")
     for key in NOT_COMPUTED:
@@ -121,33 +125,24 @@ def build_vae(folder: str | Path, latent_channels: int | None = None) -> tuple[A
     number(f"{path}: scaling_factor", config["scaling_factor"], 0, above=True)
     for key in ("in_channels", "out_channels"):
         whole(f"{path}: {key}", config[key], 3, 3)
-    channels, widths = (
-        whole(f"{path}: latent_channels", config["latent_channels"]),
-        config["block_out_channels"],
-    )
+    channels = whole(f"{path}: latent_channels", config["latent_channels"])
     if latent_channels not in (None, channels):
         raise ValueError(f"the VAE in {folder} has {channels} latent channels, the model {latent_channels}")
-    if not isinstance(widths, list | tuple):
+    if not isinstance(widths := config["block_out_channels"], list | tuple):
         raise ValueError(f"{path}: block_out_channels must be a list, got {shown(widths)}")
     counts = {"layers_per_block": whole(f"{path}: layers_per_block", config["layers_per_block"])}
     counts["the number of block_out_channels"] = len(widths)
-    if not (folder / WEIGHTS).is_file():
+    if (found := header(folder / WEIGHTS)) is None:
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}{explain_folder(folder, WEIGHTS)}")
-    stored = {_today(name): entry for name, entry in read_header(folder / WEIGHTS).items()}
-    _autoencoder_class()  # before torch's default device is the meta device, under which old versions fail to import
+    stored = {_today(name): entry for name, entry in found.items()}
     return build_module(path, lambda: _autoencoder(config), counts, stored), stored
 
 
 def _autoencoder(config: Mapping[str, Any]) -> Any:
-    kind = _autoencoder_class()
-    known = inspect.signature(kind).parameters
-    return kind(**{key: value for key, value in config.items() if key in known})
-
-
-def _autoencoder_class() -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL
+    known = inspect.signature(AutoencoderKL).parameters
+    return AutoencoderKL(**{key: value for key, value in config.items() if key in known})
 
 
 def _today(name: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,44 +37,39 @@ class Stored:
     dtype: str  # as safetensors writes it: "F32", "BF16", ...
 
 
-def find_weights(folder: Path) -> dict[str, Stored]:
-    """The official name of every tensor -> where it lies, from the files' headers.
+Header: TypeAlias = Callable[[Path], "dict[str, Stored] | None"]  # of a file, as `read_header`
+
+
+def find_weights(folder: Path, header: Header | None = None) -> dict[str, Stored]:
+    """The official name of every tensor -> where it lies, from the files' headers, which `header` reads.
 
     A prefix that all keys share, and the marks of wrappers, are taken off with a warning; what older tools write
-    and nobody needs is left out.
+    and nobody needs is left out. FileNotFoundError for absent files, ValueError for broken ones.
     """
-    found: dict[str, Stored] = {}
-    for path, listed in weight_files(folder).items():
-        entries = read_header(path)
-        if absent := sorted(set(listed or ()) - entries.keys()):
-            raise ValueError(f"{path} lacks keys that {INDEX} says are there: {listing(absent)}")
-        found |= {name: entries[name] for name in listed or entries}
-    renamed = {name: name for name in found if not name.endswith(LEFTOVERS)}
-    for mark in WRAPPERS:
-        renamed = {name: official.replace(mark, "") for name, official in renamed.items()}
-    prefix = common_prefix(list(renamed.values()))
-    renamed = {name: official[len(prefix) :] for name, official in renamed.items()}
-    if len(set(renamed.values())) < len(renamed):
+    header = header or read_header
+    if (found := header(folder / WEIGHTS)) is None:
+        if not (folder / INDEX).is_file():
+            raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{explain_folder(folder)}")
+        weight_map = read_index(folder)
+        shards = {file: header(folder / file) for file in dict.fromkeys(weight_map.values())}
+        if absent := [file for file, entries in shards.items() if entries is None]:
+            names = f"{folder / INDEX} names {len(absent)} files that are absent: {listing(absent)}"
+            raise FileNotFoundError(f"{names}; download them, too")
+        found = {
+            name: entry for name, file in weight_map.items() if (entry := (shards[file] or {}).get(name))
+        }
+        if lost := [name for name in weight_map if name not in found]:
+            file = folder / weight_map[lost[0]]
+            raise ValueError(f"{file} lacks keys that {INDEX} says are there: {listing(lost)}")
+    plain = {name: WRAPPERS.sub("", name) for name in found if not name.endswith(LEFTOVERS)}
+    prefix = common_prefix(plain.values())
+    plain = {name: official.removeprefix(prefix) for name, official in plain.items()}
+    if len(set(plain.values())) < len(plain):
         return found
-    if changed := [name for name, official in renamed.items() if name != official]:
-        told = f"{printable(changed[0])!r} is read as {renamed[changed[0]]!r}"
-        warnings.warn(f"{folder}: {len(changed)} keys bear a wrapper's prefix; {told}", stacklevel=2)
-    return {official: found[name] for name, official in renamed.items()}
-
-
-def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """The checkpoint's files and the keys to read from each; None: all."""
-    if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: None}
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{explain_folder(folder)}")
-    weight_map = read_index(folder)
-    files = dict.fromkeys(weight_map.values())
-    if absent := [file for file in files if not (folder / file).is_file()]:
-        raise FileNotFoundError(
-            f"{folder / INDEX} names {len(absent)} files that are absent: {listing(absent)}; download them, too"
-        )
-    return {folder / file: [name for name, f in weight_map.items() if f == file] for file in files}
+    if changed := [name for name, official in plain.items() if name != official]:
+        example = f"{printable(changed[0])!r} is read as {plain[changed[0]]!r}"
+        warnings.warn(f"{folder}: {len(changed)} keys bear a wrapper's prefix; {example}", stacklevel=2)
+    return {official: found[name] for name, official in plain.items()}
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -91,8 +86,10 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file, none of them read."""
+def read_header(path: Path) -> dict[str, Stored] | None:
+    """Every tensor of a file, none of them read; None where there is no file."""
+    if not path.is_file():
+        return None
     with open_weights(path) as f:
         slices = ((name, f.get_slice(name)) for name in f.keys())  # noqa: SIM118 (no mapping)
         return {n: Stored(path, n, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices}
@@ -153,22 +150,20 @@ def build_module(
     except Exception as error:  # whatever torch and diffusers raise for sizes and types that cannot be
         raise ValueError(f"{config}: no model can be built of it ({printable(str(error)):.300})") from error
     shapes = {name_in_file(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    wrong = [
-        f"{name} is {list(stored[name].shape)}, {config.name} asks for {list(shapes[name])}"
-        for name in sorted(stored.keys() & shapes.keys())
-        if stored[name].shape != shapes[name]
-    ]
     kinds = {
-        "missing": sorted(shapes.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - shapes.keys()),
-        "mis-shaped": wrong,
+        "missing": shapes.keys() - stored.keys(),
+        "unexpected": stored.keys() - shapes.keys(),
+        "mis-shaped": {
+            f"{name} is {list(stored[name].shape)}, {config.name} asks for {list(shapes[name])}"
+            for name in stored.keys() & shapes.keys()
+            if stored[name].shape != shapes[name]
+        },
     }
-    if lines := [f"{len(names)} {kind}: {listing(names)}" for kind, names in kinds.items() if names]:
+    if lines := [f"{len(names)} {kind}: {listing(sorted(names))}" for kind, names in kinds.items() if names]:
         if what := explain_keys([entry.name for entry in stored.values()]):
             lines.insert(0, what)
-        raise ValueError(
-            "\n  ".join([f"the weights in {config.parent} do not fit its {config.name}:", *lines])
-        )
+        title = f"the weights in {config.parent} do not fit its {config.name}:"
+        raise ValueError("\n  ".join([title, *lines]))
     return module
 
 
@@ -178,15 +173,14 @@ def check_state(what: str, module: nn.Module, build: Callable[[], nn.Module]) ->
         expected = {name: tensor.shape for name, tensor in build().state_dict().items()}
     state = module.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
+    why = f"{what} cannot be saved:"
     if other := sorted({name for name, _ in shapes.items() ^ expected.items()}, key=lambda n: n in expected):
         reason = explain_keys(state) or "merge or unwrap first"
-        raise ValueError(
-            f"{what} cannot be saved: {reason} (other weights than a plain one's: {listing(other, 3)})"
-        )
+        raise ValueError(f"{why} {reason} (other weights than a plain one's: {listing(other, 3)})")
     for name, tensor in state.items():
         if tensor.is_meta:
             raise ValueError(
-                f"{what} cannot be saved: {name} is not in memory (meta device); where accelerate offloaded it, call "
+                f"{why} {name} is not in memory (meta device); where accelerate offloaded it, call "
                 "accelerate.hooks.remove_hook_from_submodules first, or load it again"
             )
         check_float(what, name, tensor)

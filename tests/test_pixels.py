@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from janusflow_min.pixels import is_image_source, open_image, to_pixels, to_uint8
+from janusflow_min.pixels import check_image_source, open_image, to_pixels, to_uint8
 
 HALVES = np.kron(
     np.array([[0, 255]], np.uint8), np.ones((4, 4), np.uint8)
@@ -44,7 +44,8 @@ def test_bytes_and_file_objects_are_images(png, tmp_path, monkeypatch):
     with open(tmp_path / "a.png", "rb") as file:
         sources = [png, io.BytesIO(png), file, tmp_path / "a.png", str(tmp_path / "a.png"), "~/a.png"]
         for source in sources:
-            assert is_image_source(source) and grey(open_image(source)) == HALVES[0].tolist()
+            check_image_source(source)
+            assert grey(open_image(source)) == HALVES[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,5 @@ def test_the_package_opens_images_in_one_place():
     }
     ours = {"pixels.py"}
     assert opening >= ours
-    assert {name for name in opening if not name.startswith("benchmarks")} <= ours | {
-        "images.py",
-        "contact_sheet.py",
-    }
+    others = {"serve/protocol.py"}  # its size, before it is decoded
+    assert {name for name in opening if not name.startswith("benchmarks")} <= ours | others
