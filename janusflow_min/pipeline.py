@@ -29,11 +29,12 @@ from . import checks
 from .devices import DTYPES, SHORT_NAMES, pick_device, pick_dtype
 from .flow import Velocity
 from .model import JanusFlow
-from .pixels import to_uint8
+from .pixels import ImageSource, to_uint8
 from .processor import Processor
 from .progress import progress_bar
 from .sampling import PlainSampler, Sampler, draw_noise, guided_velocity, sample
 from .sampling_options import SamplingOptions
+from .selection import Checker, Judge, best_candidates, choose, find_checker, score_all, scores_of
 from .solvers import SOLVERS, OnStep, Solver, time_grid
 from .vae import VAE
 
@@ -67,6 +68,9 @@ class Generation:
     latents: Tensor  # (B, C, h, w) fp32 on the CPU, final latents before the VAE
     seeds: list[int] | None  # None where the caller gave the noise
     prompts: list[str]  # of each image
+    scores: list[list[float]] | None = (
+        None  # with best_of: of all candidates of each image, the image's own the best
+    )
 
     def __repr__(self) -> str:
         shown = isinstance(self.images, list) and self.images
@@ -170,6 +174,9 @@ class Pipeline:
         callback_on_step_end: OnStepEnd | None = None,
         preview: bool = False,
         output_type: str = "pil",
+        best_of: int = 1,
+        checker: str | Checker | None = None,
+        judge: Judge | None = None,
     ) -> Generation:
         """Generate images from text.
 
@@ -190,6 +197,8 @@ class Pipeline:
         callback_on_step_end(step, t, latents): called after each step with the time reached and the latents there
         (B, C, h, w), of at most 16 images in turn. With preview it gets a fourth argument, PIL images of where the
         flow is heading, each at the cost of the VAE. What it raises ends the call and comes out of it.
+        best_of: candidates for each image; the best by `score` is returned, with its seed and all scores. The first is
+        what best_of 1 gives. checker: see `score`; judge: a function (image, prompt) -> float in its place.
         output_type: "pil"; "np" for a uint8 array (B, H, W, 3); "latent" for latents alone.
         Raises ValueError for arguments that make no image, an empty prompt or special tags in it for instance;
         FloatingPointError where latents or pixels become NaN or infinite.
@@ -205,7 +214,13 @@ class Pipeline:
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
             preset=preset,
+            best_of=best_of,
         ).resolved()
+        asks = find_checker(checker)
+        if judge is not None and (checker is not None or not callable(judge)):
+            raise ValueError("judge must be a function, and takes the place of a checker")
+        if best_of > 1 and judge is None:
+            self._need("understanding")
         negative = self._negative_prompts(negative_prompt, len(prompts))
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(
@@ -223,25 +238,80 @@ class Pipeline:
         checks.image_bytes(count, side)
         progress = checks.flag("progress", progress)
         noise, seeds = self._noise(count, seed, latents)
+        if seeds is None and best_of > 1:
+            raise ValueError("best_of draws further noise from seeds, so it cannot be given latents")
         encoded = [ids for ids in self.check_prompts(prompts) for _ in range(parallel_size)]
         if negative is not None:
             negative = [ids for ids in negative for _ in range(parallel_size)]
         prompts = [text for text in prompts for _ in range(parallel_size)]
+        watch = StepWatch(callback_on_step_end, self._decode if preview else None)
 
-        with torch.inference_mode():
-            watch = StepWatch(callback_on_step_end, self._decode if preview else None)
-            final = self._integrate(encoded, negative, noise, options, progress, watch)
-            if bad := [prompts[i] for i in _not_finite(final)]:
+        def make(places: list[int], noise: Tensor, decode: bool) -> tuple[Tensor, list[Image.Image]]:
+            """Final latents and images of the prompts at these places."""
+            others = None if negative is None else [negative[i] for i in places]
+            final = self._integrate([encoded[i] for i in places], others, noise, options, progress, watch)
+            if bad := [prompts[places[i]] for i in _not_finite(final)]:
                 raise FloatingPointError(
                     f"the latents of {', '.join(map(repr, dict.fromkeys(bad)))} are not finite, so there is no image; "
                     f"dtype {self.model.dtype} (float16 overflows, bfloat16 does not), cfg_weight {cfg_weight}"
                 )
-            images = [] if output_type == "latent" else self._decode(final, prompts)
+            return final, self._decode(final, [prompts[i] for i in places]) if decode else []
+
+        with torch.inference_mode():
+            if best_of == 1:
+                final, images = make(list(range(count)), noise, output_type != "latent")
+                scores = None
+            else:
+
+                def rate(places: list[int], images: list[Image.Image]) -> list[float]:
+                    return scores_of(self, images, [prompts[i] for i in places], asks, judge)
+
+                final, images, seeds, scores = best_candidates(
+                    best_of, seeds or [], noise.shape[1:], make, rate
+                )
+        if output_type == "latent":
+            images = []
         if images and img_size is not None and img_size != images[0].width:
             images = [image.resize((img_size, img_size), Image.Resampling.LANCZOS) for image in images]
         found = np.stack([np.asarray(image) for image in images]) if output_type == "np" else images
         # Cloned outside of inference mode: a tensor like any other, gradients included.
-        return Generation(found, final.float().cpu().clone(), seeds, prompts)
+        return Generation(found, final.float().cpu().clone(), seeds, prompts, scores)
+
+    @overload
+    def score(self, image: ImageSource, prompt: str, checker: str | Checker | None = None) -> float: ...
+    @overload
+    def score(
+        self,
+        image: list[ImageSource] | list[Image.Image],
+        prompt: list[str],
+        checker: str | Checker | None = None,
+    ) -> list[float]: ...
+    @checks.known_arguments
+    def score(
+        self,
+        image: Any,
+        prompt: Any,
+        checker: str | Checker | None = None,
+    ) -> Any:
+        """The probability, in [0, 1], that an image shows a prompt; a list of both gives a list.
+
+        Without a checker the model is asked just that. A checker turns a prompt into questions with their right
+        answers, prompt -> [(question, [answers])], and the score is the probability that all are answered rightly:
+        a function, "MODULE:FUNCTION", or "shapes", the default model's. One batched pass for up to 64 answers.
+        """
+        asks = find_checker(checker)
+        single = not isinstance(image, list | tuple)
+        images, prompts = ([image] if single else list(image)), checks.texts("prompt", prompt)
+        if not images or len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images need as many prompts, got {len(prompts)}")
+        values = score_all(self, images, prompts, asks)
+        return values[0] if single else values
+
+    @checks.known_arguments
+    def choose(self, image: ImageSource, question: str, options: Sequence[str]) -> dict[str, float]:
+        """The probability of each option as the answer to a question about an image, given that it is one of them:
+        they add up to 1. One batched pass."""
+        return choose(self, image, question, options)
 
     def _negative_prompts(self, negative_prompt: Any, count: int) -> list[list[int]] | None:
         """Token ids for each of `count` prompts, or None where there are none."""

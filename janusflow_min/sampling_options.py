@@ -59,6 +59,8 @@ class SamplingOptions:
     )
     guidance_rescale: float = option("0 to 1: tones down what guidance makes vivid", 0.0, kind=finite(0, 1))
     negative_prompt: str | None = option("what images should not show", None)
+    best_of: int = option("candidates for each image, of which the best is kept", 1, kind=whole())
+    checker: str | None = option("what asks about candidates: shapes, or MODULE:FUNCTION", None)
     preset: str | None = option("other defaults; quick is a few steps", None, choices=tuple(PRESETS))
 
     def resolved(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class SamplingOptions:
                 f"solver must be one of {names} or a function, got {checks.shown(own['solver'])}"
             )
         own["timestep_shift"] = checks.number("timestep_shift", own["timestep_shift"], least=0, above=True)
+        own["best_of"] = checks.whole("best_of", own["best_of"])
         own["guidance_rescale"] = checks.number("guidance_rescale", own["guidance_rescale"], least=0, most=1)
         ends = own["guidance_interval"]
         if not isinstance(ends, list | tuple) or len(ends) != 2:

@@ -262,7 +262,8 @@ def parse(*line: str) -> dict:
 
 def test_flags_are_the_arguments(parity_dir, tmp_path, capsys):
     """Stops: an option that the command takes and forgets, and a PNG that does not say how it was made."""
-    assert parse() == {"cfg_weight": 2.0, "guidance_rescale": 0.0, "negative_prompt": None, **DEFAULTS}
+    others = {"guidance_rescale": 0.0, "negative_prompt": None, "best_of": 1, "checker": None}
+    assert parse() == {"cfg_weight": 2.0, **others, **DEFAULTS}
     assert parse("--preset", "quick", "--num-inference-steps", "5")["num_inference_steps"] == 5
     line = ["generate", "a cat", "--model", str(parity_dir), "--parallel-size", "1", "--seed", "3", "--quiet"]
     line += [
@@ -319,7 +320,11 @@ def test_a_benchmark_takes_and_records_them(tmp_path):
         "2",
         "--quiet",
     ]
-    assert cli.main([*line, "--preset", "quick", "--device", "cpu"]) == 0
+    assert (
+        cli.main([*line, "--preset", "quick", "--best-of", "2", "--checker", "shapes", "--device", "cpu"])
+        == 0
+    )
     settings = json.loads((tmp_path / "manifest.json").read_text())["settings"]
+    assert settings["best_of"] == 2 and settings["checker"] == "shapes"
     assert settings["solver"] == "ab2" and settings["num_inference_steps"] == 2
     assert cli.main([*line, "--device", "cpu"]) == 2

@@ -175,6 +175,7 @@ def load_pipe(settings: Settings, parts: str = "generation", world: RankInfo | N
     from ..loading import load
 
     world = world or RankInfo.from_environment()
+    parts = "all" if settings.best_of > 1 else parts
     options: dict[str, Any] = dict(parts=parts, fast=settings.fast, compile=settings.compile)
     options["upstream_rounding"] = settings.upstream_rounding
     if parts != "understanding":

@@ -94,7 +94,7 @@ def generate(args: argparse.Namespace) -> int:
     settings = read_options(SamplingOptions, args).resolved() | {"img_size": args.img_size}
     if args.img_size is not None:
         checks.image_bytes(min(args.batch_size, count), args.img_size, "--batch-size or --img-size")
-    pipe = load_pipeline(args, "generation")
+    pipe = load_pipeline(args, "generation" if args.best_of == 1 else "all")
     start = time.perf_counter()
     # Not up to 2**63, the library's bound: a random seed should be short enough to type.
     first = secrets.randbelow(2**31) if args.seed is None else args.seed
@@ -148,9 +148,11 @@ def generate_files(
                 progress=not args.quiet,
                 **settings,
             )
-            for (i, image_seed), image in zip(batch, result.images, strict=True):
+            for k, ((i, image_seed), image) in enumerate(zip(batch, result.images, strict=True)):
                 name = f"{i:0{digits}d}_{slug(prompts[i])}_seed{image_seed}.png"
                 own = {"prompt": prompts[i], "seed": image_seed, "img_size": image.width}
+                if result.scores is not None and result.seeds is not None:
+                    own |= {"chosen_seed": result.seeds[k], "scores": result.scores[k]}
                 paths.append(save_png(image, out / name, own | common))
                 if sheet:
                     groups[i][1].append(thumbnail(image, side))

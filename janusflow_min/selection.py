@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""A model that checks itself: how likely answers are, whether an image shows its prompt, the best of several.
+
+Answers are read, not sampled: one batched pass gives the probability of each of them after question and image. By
+default the question is whether the image shows the prompt. A `Checker` that knows the prompts' world asks for each
+thing that they say, which separates right from wrong better; any function (image, prompt) -> float does as well.
+
+Legend: B rows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import checks
+from .llama import mask_positions
+from .model import merge_image_embeds
+from .pixels import ImageSource
+from .sampling import draw_noise
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+# A prompt -> questions about an image of it, each with the answers that are right; their probabilities are added.
+Checker = Callable[[str], Sequence[tuple[str, Sequence[str]]]]
+CHECKERS = {"shapes": "janusflow_min.shapes.checker:questions"}  # the default model's world
+Judge = Callable[[Image.Image, str], float]  # (image, prompt) -> the higher, the better
+
+QUESTION = "Does this image show {prompt}? Answer yes or no."
+YES, NO = ("yes", "Yes"), ("no", "No")
+MAX_ROWS = 64  # answers read in one pass
+MAX_CANDIDATES = 16  # images that are generated before they are scored
+
+
+def log_likelihoods(pipe: Pipeline, rows: Sequence[tuple[ImageSource, str, str]]) -> list[float]:
+    """The log-probability of each answer, its end included, after (image, question, answer); natural logarithm."""
+    pipe._need("understanding")
+    found: list[float] = []
+    for start in range(0, len(rows), MAX_ROWS):
+        found += _read_answers(pipe, rows[start : start + MAX_ROWS])
+    return found
+
+
+@torch.inference_mode()
+def _read_answers(pipe: Pipeline, rows: Sequence[tuple[ImageSource, str, str]]) -> list[float]:
+    model, processor = pipe.model, pipe.processor
+    images: dict[int, ImageSource] = {id(image): image for image, _, _ in rows}  # each is encoded once
+    encoded: list[tuple[list[int], str, list[ImageSource]]] = []
+    answer_lengths: list[int] = []
+    for _, question, answer in rows:
+        content = f"{processor.tokenizer.image_tag}\n{question}"
+        asked = [{"role": "User", "content": content, "images": list(images.values())[:1]}]
+        prompt, _, _ = processor.conversation([*asked, {"role": "Assistant", "content": ""}])
+        whole, text, _ = processor.conversation([*asked, {"role": "Assistant", "content": answer}])
+        pipe._check_length(len(whole), f"the question and the answer {answer!r}")
+        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        encoded.append((whole, text, []))
+        answer_lengths.append(len(whole) - same)
+    batch = processor.collate(encoded)
+    device = model.device
+    pixels = torch.stack([processor.image_processor(image) for image in images.values()])
+    features = model.embed_images(pixels.to(device, model.dtype))
+    order = {key: k for k, key in enumerate(images)}
+    features = features[torch.tensor([order[id(image)] for image, _, _ in rows], device=device)]
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device).bool()
+    embeds = merge_image_embeds(model.llm.embed_tokens(ids), features, batch.images_seq_mask.to(device))
+    last = max(answer_lengths) + 1  # padding is on the left, so all answers end together
+    hidden: Tensor = model.llm(embeds, mask_positions(mask), mask)[:, -last:-1]
+    logs = model.logits(hidden).log_softmax(-1).gather(2, ids[:, 1 - last :, None])[..., 0]  # (B, last - 1)
+    return [
+        float(row[-length:].double().sum()) for row, length in zip(logs.cpu(), answer_lengths, strict=True)
+    ]
+
+
+def choose(pipe: Pipeline, image: ImageSource, question: str, options: Sequence[str]) -> dict[str, float]:
+    """The probability of each option as the answer, given that it is one of them; they add up to 1."""
+    _check_text("question", question)
+    options = checks.texts("options", options)
+    if len(set(options)) < len(options):
+        raise ValueError("options: two are the same")
+    for i, option in enumerate(options):
+        _check_text(f"options[{i}]", option)
+    logs = torch.tensor(log_likelihoods(pipe, [(image, question, option) for option in options]))
+    return dict(zip(options, logs.softmax(0).tolist(), strict=True))
+
+
+def score_all(
+    pipe: Pipeline, images: Sequence[ImageSource], prompts: Sequence[str], checker: Checker | None = None
+) -> list[float]:
+    """The probability, in [0, 1], that each image shows its prompt.
+
+    With a checker the product over its questions of the probability of a right answer; without one, or where it has
+    no question for a prompt, the share of yes in yes and no.
+    """
+    rows: list[tuple[ImageSource, str, str]] = []
+    plans: list[list[tuple[range, range]]] = []  # of each image: rows of right answers, rows of wrong ones
+
+    def added(image: ImageSource, question: str, answers: Sequence[str]) -> range:
+        rows.extend((image, question, answer) for answer in answers)
+        return range(len(rows) - len(answers), len(rows))
+
+    for image, prompt in zip(images, prompts, strict=True):
+        asked: list[tuple[str, Sequence[str], Sequence[str]]]
+        asked = [(question, right, ()) for question, right in (checker(prompt) if checker else ())]
+        asked = asked or [(QUESTION.format(prompt=prompt), YES, NO)]
+        plans.append([(added(image, q, right), added(image, q, wrong)) for q, right, wrong in asked])
+    logs = log_likelihoods(pipe, rows)
+
+    def total(places: range) -> float:
+        return sum(math.exp(logs[i]) for i in places)
+
+    found = []
+    for plan in plans:
+        value = 1.0
+        for yes, no in plan:
+            value *= total(yes) / (total(yes) + total(no)) if no else min(1.0, total(yes))
+        found.append(value)
+    return found
+
+
+def candidate_seed(seed: int, candidate: int) -> int:
+    """The seed of the candidate of an image with this seed; the first is the image itself."""
+    if candidate == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed} candidate {candidate}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def best_candidates(
+    best_of: int,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    make: Callable[[list[int], Tensor, bool], tuple[Tensor, list[Image.Image]]],
+    rate: Callable[[list[int], list[Image.Image]], list[float]],
+) -> tuple[Tensor, list[Image.Image], list[int], list[list[float]]]:
+    """Of each image, whose seeds are given, the best of its candidates: latents, images, seeds, all scores.
+
+    make: (places of images, noise (B, C, h, w), True) -> latents and images. rate: scores of a make's images. A few
+    images at a time, so that memory does not grow with `best_of`.
+    """
+    latents, images, chosen, scores = [], [], [], []
+    at_once = max(1, MAX_CANDIDATES // best_of)
+    for start in range(0, len(seeds), at_once):
+        places = [i for i in range(start, min(start + at_once, len(seeds))) for _ in range(best_of)]
+        tried = [candidate_seed(seeds[i], k % best_of) for k, i in enumerate(places)]
+        noise = draw_noise(tuple(shape), [torch.Generator("cpu").manual_seed(seed) for seed in tried])
+        z, made = make(places, noise, True)
+        rated = rate(places, made)
+        for first in range(0, len(places), best_of):
+            own = rated[first : first + best_of]
+            best = first + own.index(max(own))
+            latents.append(z[best])
+            images.append(made[best])
+            chosen.append(tried[best])
+            scores.append(own)
+    return torch.stack(latents), images, chosen, scores
+
+
+def find_checker(checker: Any) -> Checker | None:
+    """A checker by name, by "module:function", or the function itself."""
+    if not isinstance(checker, str):
+        if checker is not None and not callable(checker):
+            raise ValueError(f"checker must be a function or its name, got {checks.shown(checker)}")
+        return checker
+    module, _, name = CHECKERS.get(checker, checker).partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        names = ", ".join(CHECKERS)
+        raise ValueError(f"checker must be {names} or MODULE:FUNCTION, got {checker!r}: {error}") from None
+
+
+def scores_of(
+    pipe: Pipeline,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    checker: Checker | None,
+    judge: Judge | None,
+) -> list[float]:
+    """Of each image with its prompt, by the judge, else by `score_all`. ValueError for a judge's value that is no
+    number."""
+    if judge is None:
+        return score_all(pipe, images, prompts, checker)
+    values = [judge(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return [checks.number("what the judge returned", value) for value in values]
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{name} must be a text that is not empty, got {checks.shown(text)}")
