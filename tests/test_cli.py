@@ -105,6 +105,7 @@ def test_metadata_say_how_to_repeat(painted, parity_dir):
         "timestep_shift": "1.0",
         "guidance_interval": "(0.0, 1.0)",
         "guidance_rescale": "0.0",
+        "best_of": "1",
         "num_inference_steps": "2",
         "upstream_rounding": "False",
     }
