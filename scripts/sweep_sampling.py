@@ -78,11 +78,10 @@ def run(
     families = {
         family: [r for r, (f, _) in zip(right, cases, strict=True) if f == family] for family, _ in cases
     }
-    off = (
-        None
-        if true is None
-        else float(((out.latents - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)).mean())
-    )
+    off = None
+    if true is not None and "best_of" not in options:
+        apart, length = (z.flatten(1).norm(dim=1) for z in (out.latents - true, true))
+        off = float((apart / length).mean())
     rows = rows_of(pipe, cases[0][1], {k: v for k, v in options.items() if k not in ("best_of", "checker")})
     low, high = wilson(sum(right) / len(right), len(right))
     record = options | {
@@ -94,7 +93,7 @@ def run(
         "images": len(right),
         "seconds": time.perf_counter() - start,
     }
-    return record, out, right
+    return record, out
 
 
 def name(r: dict[str, Any]) -> str:
@@ -121,14 +120,10 @@ def write(out: Path, records: list[dict[str, Any]], where: str) -> None:
         lines.append(f"| {name(r)} | {r['rows']} | {r['right']:.1%} | {low:.1f} to {high:.1f} | {off} |")
     (out / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     figure, axis = plt.subplots(figsize=(7, 4))
-    for label in dict.fromkeys((r["solver"], r.get("best_of", 1) > 1) for r in records):
-        own = [r for r in records if (r["solver"], r.get("best_of", 1) > 1) == label]
-        axis.scatter(
-            [r["rows"] for r in own],
-            [100 * r["right"] for r in own],
-            s=16,
-            label=" best of".join(label[:1] + ("",) * label[1]),
-        )
+    labels = [r["solver"] + (", best of several" if r.get("best_of", 1) > 1 else "") for r in records]
+    for label in dict.fromkeys(labels):
+        own = [r for r, its in zip(records, labels, strict=True) if its == label]
+        axis.scatter([r["rows"] for r in own], [100 * r["right"] for r in own], s=16, label=label)
     axis.set(xscale="log", xlabel="rows of the LLM an image", ylabel="right, %", ylim=(60, 100))
     axis.legend()
     axis.grid(alpha=0.3)
@@ -152,10 +147,8 @@ def calibrate(out: Path, pipe: jf.Pipeline, cases: list[tuple[str, str]]) -> str
         bins = {
             k: [r for place, r in zip(places, right, strict=True) if place == k] for k in sorted(set(places))
         }
-        shares, sizes = (
-            [sum(own) / len(own) for own in bins.values()],
-            [10 + 4 * len(own) ** 0.5 for own in bins.values()],
-        )
+        shares = [sum(own) / len(own) for own in bins.values()]
+        sizes = [10 + 4 * len(own) ** 0.5 for own in bins.values()]
         axis.scatter([(k + 0.5) / 10 for k in bins], shares, s=sizes, label=label)
         good, bad = ([s for s, r in zip(scores, right, strict=True) if r is want] for want in (True, False))
         wins = sum((a > b) + (a == b) / 2 for a in good for b in bad)
@@ -195,7 +188,7 @@ def main() -> None:
         if name(options) in done:
             continue
         done.add(name(options))
-        record, out, right = run(pipe, cases, options, true)
+        record, out = run(pipe, cases, options, true)
         if true is None:
             true = out.latents
             torch.save(true, true_path)
