@@ -203,9 +203,8 @@ def test_a_wrong_name_is_told_ours(loaded):
 def test_the_graphs_give_the_plain_numbers(parity_dir):
     """Stops: graphs of the guided and the unguided rows that share buffers, or a solver that reads a stale velocity:
     the fast path is as near to the plain one with every option as without."""
-    fast, plain = (
-        jf.load(parity_dir, device="cuda", dtype="bfloat16", fast=on, progress=False) for on in (True, False)
-    )
+    how = dict(device="cuda", dtype="bfloat16", progress=False)
+    fast, plain = (jf.load(parity_dir, fast=on, **how) for on in (True, False))
     assert isinstance(fast.sampler, GraphSampler) and isinstance(plain.sampler, PlainSampler)
     tried = [dict(solver=solver, timestep_shift=2.0) for solver in SOLVER_NAMES]
     tried += [dict(guidance_interval=(0.2, 0.7)), dict(guidance_rescale=0.7), dict(negative_prompt="a bus")]
