@@ -8,6 +8,7 @@ the judges, `scoring` the table. The benchmark has 14 numbers and no total, so t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from .judging import Distance, Judging
 
 TITLE = "Uni-MMMU"
-SUMMARY = "six tasks of understanding and painting together: 880 cases, 14 numbers"
+SUMMARY = "six tasks of understanding and generation together: 880 cases, 14 numbers"
 PUBLISHED = (
     Published(
         "Janus-Pro-7B, TorchUMM (no JanusFlow result is published)",
-        "its README, in %, read as shares here; text-only painting where an edit is asked for",
+        "its README, in %, read as shares here; images from the text alone where an edit is asked for",
         {"science_reasoning": 0.293, "science_result": 0.255, "science_image": 0.0, "code_text": 0.015},
         None,
     ),
@@ -166,6 +167,11 @@ def score(run: str | Path, options: ScoreOptions) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder.root} holds no finished case of {', '.join(cases)}")
     summaries = {task: write_task(folder, task, of_task) for task, of_task in records.items()}
     values, counted = table(summaries), counts(records, cases)
+    if endless := [key for key, value in values.items() if value is not None and not math.isfinite(value)]:
+        values |= dict.fromkeys(endless)  # only with official_compat, and JSON has no such numbers
+        scoring.notes.append(
+            f"a judge's NaN or Infinity leaves no number, as officially: {', '.join(endless)}"
+        )
     whole = {key: values[key] if counted[key][0] == counted[key][1] else None for key in values}
     write_table(folder, whole)
     run_legs = {key: counted[key] for key in values if values[key] is not None}
@@ -203,9 +209,9 @@ def report(run: str | Path) -> list[Path]:
         for key, entry in result["scores"].items()
     }
     paths = reports.write_report(folder, TITLE, PUBLISHED)
-    picture = folder.root / "report.png"
-    if picture in paths:
-        with folder.writing(picture) as temporary:
+    plot = folder.root / "report.png"
+    if plot in paths:
+        with folder.writing(plot) as temporary:
             reports.plot(temporary, result | {"scores": shares}, TITLE, PUBLISHED)
     return paths
 

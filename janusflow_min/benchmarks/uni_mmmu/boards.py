@@ -90,7 +90,7 @@ def parse_maze(image: Image.Image, official_compat: bool = False) -> Maze:
 
 
 def expected_frames(first: Maze, moves: Sequence[str]) -> list[Grid]:
-    """The grid after each move from the first picture's state; a move into a wall or out of the maze stays put."""
+    """The grid after each move from the first image's state; a move into a wall or out of the maze stays put."""
     if first.start is None:
         return []
     (r, c), walls = first.start, first.walls

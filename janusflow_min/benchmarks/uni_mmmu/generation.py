@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Uni-MMMU's generation: each case as a short program of questions and pictures, run in blocks, kept in its layout.
+"""Uni-MMMU's generation: each case as a short program of questions and images, run in blocks, kept in its layout.
 
-A case's program is a Python generator that yields `Ask` and `Paint` and gets answers and pictures back. A block of
-cases runs its programs side by side: all open questions are one batch, then all open pictures. Blocks are cut once
+A case's program is a Python generator that yields `Ask` and `Generate` and gets answers and images back. A block of
+cases runs its programs side by side: all open questions are one batch, then all open images. Blocks are cut once
 from the whole list and always run whole, so that neighbours, shards and resuming change nothing (see `runner`).
 
-Modes. `native` runs what JanusFlow can do: it paints from text and answers about images, but does not edit. Texts of
-all tasks, the picture of `code`; geometry, jigsaw, maze and sliding are answered from the given images, without the
-pictures of their own that the benchmark means as a scaffold. `torchumm` runs the calls of TorchUMM's runner in its
-order, for numbers like its own: it falls back to painting from the text alone where an edit is asked for, and its
+Modes. `native` runs what JanusFlow can do: it generates from text and answers about images, but does not edit. Texts of
+all tasks, the image of `code`; geometry, jigsaw, maze and sliding are answered from the given images, without the
+images of its own that the benchmark means as a scaffold. `torchumm` runs the calls of TorchUMM's runner in its
+order, for numbers like its own: it falls back to generating from the text alone where an edit is asked for, and its
 JanusFlow adapter reads the first image of a request only.
 
 Layout, official and TorchUMM's: `TASK/CASE/` with model_text.txt, model_image_NN.png or cand_01/*.png, result.json,
@@ -42,19 +42,19 @@ MODES = ("native", "torchumm")
 SEED_RULE = "seed + 100000 * task number + 100 * case index + picture of the case, one CPU generator for each"
 PLAN_CHARACTERS = 200  # of a planned step that go into the context
 
-Part = str | Path | Image.Image  # of a context: text or picture
+Part = str | Path | Image.Image  # of a context: text or image
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A question: texts and pictures in order. Its answer is sent back."""
+    """A question: texts and images in order. Its answer is sent back."""
 
     parts: Sequence[Part]
 
 
 @dataclass(frozen=True)
-class Paint:
-    """A picture from the texts among `parts`, saved as `name`. `own` is the place of the model's own explanation,
+class Generate:
+    """An image from the texts among `parts`, saved as `name`. `own` is the place of the model's own explanation,
     the one text that is shortened where the context is too long."""
 
     parts: Sequence[Part]
@@ -66,7 +66,7 @@ class TooLong(ValueError):
     """More than the model's positions, with nothing left that may be shortened."""
 
 
-Program = Generator[Ask | Paint, Any, str]  # returns the text for model_text.txt
+Program = Generator[Ask | Generate, Any, str]  # returns the text for model_text.txt
 
 
 # Programs -----------------------------------------------------------------------
@@ -77,23 +77,23 @@ def program(case: Case, mode: str, texts: Mapping[str, str]) -> Program:
     return PROGRAMS[case.task](case, mode == "torchumm", texts)
 
 
-def _code(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+def _code(case: Case, generates: bool, texts: Mapping[str, str]) -> Program:
     start: list[Part] = [texts["code"], read_text(case.truth["svg"])]
     answer = yield Ask([*start, texts["code_text"]])
-    yield Paint([*start, answer, texts["code_image"]], "model_image_01.png", own=2)
+    yield Generate([*start, answer, texts["code_image"]], "model_image_01.png", own=2)
     return answer
 
 
-def _science(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+def _science(case: Case, generates: bool, texts: Mapping[str, str]) -> Program:
     condition = f"Condition: {case.fields['condition']}"
     context: list[Part] = [texts["science"], "Initial image:", case.images[0], condition]
     answer = yield Ask(context)
-    if paints:
-        yield Paint([*context, answer, texts["science_image"]], "model_image_01.png", own=4)
+    if generates:
+        yield Generate([*context, answer, texts["science_image"]], "model_image_01.png", own=4)
     return answer
 
 
-def _math(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+def _math(case: Case, generates: bool, texts: Mapping[str, str]) -> Program:
     instruction = fill(
         texts["math"],
         problem=case.fields["problem"],
@@ -101,29 +101,29 @@ def _math(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
         auxiliary=case.fields["auxiliary"] or "(none)",
     )
     context: list[Part] = [instruction, "The figure:", case.images[0]]
-    if paints:
-        overlay = yield Paint([*context, texts["math_image"]], "model_image_01.png")
+    if generates:
+        overlay = yield Generate([*context, texts["math_image"]], "model_image_01.png")
         context += ["The figure with the auxiliary lines:", overlay]
     return (yield Ask([*context, texts["math_text"]]))
 
 
-def _jigsaw(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+def _jigsaw(case: Case, generates: bool, texts: Mapping[str, str]) -> Program:
     context: list[Part] = [texts["jigsaw"]]
     for name, image in zip(("The picture:", "Candidate 0:", "Candidate 1:"), case.images, strict=True):
         context += [name, image]
-    if paints:
+    if generates:
         for k in (0, 1):
             order = fill(texts["jigsaw_image"], candidate=k)
-            image = yield Paint([*context, order], f"model_image_{k + 1:02d}.png")
+            image = yield Generate([*context, order], f"model_image_{k + 1:02d}.png")
             context += [f"With candidate {k}:", image]
     return (yield Ask([*context, texts["jigsaw_text"]]))
 
 
-def _maze(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
-    return (yield from _steps(case, paints, texts, [texts["maze"], case.images[0]]))
+def _maze(case: Case, generates: bool, texts: Mapping[str, str]) -> Program:
+    return (yield from _steps(case, generates, texts, [texts["maze"], case.images[0]]))
 
 
-def _sliding(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
+def _sliding(case: Case, generates: bool, texts: Mapping[str, str]) -> Program:
     context: list[Part] = [
         texts["sliding"],
         "As it is:",
@@ -131,15 +131,15 @@ def _sliding(case: Case, paints: bool, texts: Mapping[str, str]) -> Program:
         "As it must become:",
         case.images[1],
     ]
-    return (yield from _steps(case, paints, texts, context))
+    return (yield from _steps(case, generates, texts, context))
 
 
-def _steps(case: Case, paints: bool, texts: Mapping[str, str], context: list[Part]) -> Program:
-    for step in range(1, case.fields["steps"] + 1 if paints else 1):
+def _steps(case: Case, generates: bool, texts: Mapping[str, str], context: list[Part]) -> Program:
+    for step in range(1, case.fields["steps"] + 1 if generates else 1):
         plan = yield Ask([*context, fill(texts["plan"], step=step)])
         context.append(plan[:PLAN_CHARACTERS])
         name = f"cand_01/{case.images[0].stem}_step_{step:04d}.png"
-        context.append((yield Paint([*context, fill(texts["frame"], step=step)], name)))
+        context.append((yield Generate([*context, fill(texts["frame"], step=step)], name)))
     return (yield Ask([*context, texts["moves"]]))
 
 
@@ -162,7 +162,7 @@ class Run:
 
     case: Case
     steps: Program
-    waiting: Ask | Paint | None = None
+    waiting: Ask | Generate | None = None
     text: str | None = None  # the program's result
     images: dict[str, Image.Image] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
@@ -191,7 +191,7 @@ def run_block(
     settings: Settings,
     max_new_tokens: int,
 ) -> list[Run]:
-    """Run the cases side by side: one batch of questions or of pictures at a time."""
+    """Run the cases side by side: one batch of questions or of images at a time."""
     runs = [Run(case, program(case, mode, texts)) for case in cases]
     for run in runs:
         run.send(None)
@@ -200,7 +200,9 @@ def run_block(
         if asking:
             _ask(pipe, asking, mode, max_new_tokens)
         else:
-            _paint(pipe, [(run, run.waiting) for run in waiting if isinstance(run.waiting, Paint)], settings)
+            _generate(
+                pipe, [(run, run.waiting) for run in waiting if isinstance(run.waiting, Generate)], settings
+            )
     return runs
 
 
@@ -217,11 +219,11 @@ def _ask(pipe: Pipeline, waiting: Sequence[tuple[Run, Ask]], mode: str, max_new_
             run.send(answer.text.strip())
 
 
-def _paint(pipe: Pipeline, waiting: Sequence[tuple[Run, Paint]], settings: Settings) -> None:
+def _generate(pipe: Pipeline, waiting: Sequence[tuple[Run, Generate]], settings: Settings) -> None:
     ready = []
     for run, request in waiting:
         try:
-            text, shortened = painting_prompt(pipe, request)
+            text, shortened = image_prompt(pipe, request)
         except ValueError as error:
             run.stop(str(error))
             continue
@@ -246,7 +248,7 @@ def _paint(pipe: Pipeline, waiting: Sequence[tuple[Run, Paint]], settings: Setti
 
 
 def conversation(pipe: Pipeline, parts: Sequence[Part], first_image_only: bool) -> list[dict[str, Any]]:
-    """The parts as one message of the user: each picture where it stands, or the first one in front and no other.
+    """The parts as one message of the user: each image where it stands, or the first one in front and no other.
 
     Raises TooLong where the answer would have no position left, ValueError for an image that cannot be read.
     """
@@ -268,7 +270,7 @@ def conversation(pipe: Pipeline, parts: Sequence[Part], first_image_only: bool) 
     return messages
 
 
-def painting_prompt(pipe: Pipeline, request: Paint) -> tuple[str, list[dict[str, int]]]:
+def image_prompt(pipe: Pipeline, request: Generate) -> tuple[str, list[dict[str, int]]]:
     """The texts as one prompt, the model's own explanation shortened from its end until all fits.
 
     Returns what was shortened too: [] or [{"kept", "of"}] in tokens. Raises TooLong where the rest alone does not fit.

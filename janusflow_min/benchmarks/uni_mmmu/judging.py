@@ -32,7 +32,7 @@ TEXT_LEGS = ("math_text",)  # judged by the language model; the others by the on
 
 
 class Distance(Protocol):
-    """How different two pictures look: 0 is the same, 1 the penalty for a picture that is not there."""
+    """How different two images look: 0 is the same, 1 the penalty for an image that is not there."""
 
     name: str
 
@@ -50,7 +50,7 @@ class DreamSim:
         try:
             from dreamsim import dreamsim
         except ImportError:
-            raise ImportError("the jigsaw's pictures need DreamSim: pip install dreamsim") from None
+            raise ImportError("the jigsaw's images need DreamSim: pip install dreamsim") from None
         self.device = pick_device(device)
         self.model, self.prepare = dreamsim(pretrained=True, device=str(self.device), cache_dir=str(cache))
 
@@ -153,19 +153,18 @@ def _messages(job: Job, system: str | None) -> list[dict[str, Any]]:
 
 def image_url(path: Path) -> str:
     """An image file as the official scorer sends it: at most 2048 px wide, PNG where its name says so or where it is
-    transparent, else JPEG; its own bytes where it cannot be written so."""
+    transparent, else JPEG; its own bytes where its mode cannot be written so. Raises UnreadableImage."""
+    image = read_image(path)
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+    transparent = image.mode in ("RGBA", "LA") or (image.mode == "P" and "transparency" in image.info)
+    form = "PNG" if kind == "image/png" or transparent else "JPEG"
     buffer = io.BytesIO()
     try:
-        with Image.open(path) as opened:
-            image: Image.Image = opened
-            if image.width > WIDEST:
-                height = max(1, int(image.height * (WIDEST / image.width)))
-                image = image.resize((WIDEST, height), Image.Resampling.LANCZOS)
-            transparent = image.mode in ("RGBA", "LA") or (image.mode == "P" and "transparency" in image.info)
-            form = "PNG" if kind == "image/png" or transparent else "JPEG"
-            (image if form == "PNG" or image.mode == "RGB" else image.convert("RGB")).save(buffer, form)
+        if image.width > WIDEST:
+            height = max(1, int(image.height * (WIDEST / image.width)))
+            image = image.resize((WIDEST, height), Image.Resampling.LANCZOS)
+        (image if form == "PNG" or image.mode == "RGB" else image.convert("RGB")).save(buffer, form)
         kind, content = f"image/{form.lower()}", buffer.getvalue()
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # CMYK in a file that is named .png, for instance
         content = path.read_bytes()
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -185,7 +185,9 @@ def _jigsaw(root: Path, source: Path) -> Iterator[Case]:
             _find(root, source.parent, str(item[key]))[0] if item.get(key) else None
             for key in ("gt_completed_2x2_path", "gt_wrong_2x2_path")
         ]
-        slots = finished if label == 0 else finished[::-1]  # what painting with candidate 0 and 1 should give
+        slots = (
+            finished if label == 0 else finished[::-1]
+        )  # what the images with candidate 0 and 1 should show
         truth = {"label": label, "slots": tuple(slots)}
         yield Case("jigsaw", i, safe_name(identity), {"id": identity}, images, truth)
 

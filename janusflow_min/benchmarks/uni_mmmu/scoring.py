@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ from .readers import Case
 Record = dict[str, Any]
 
 
-def score_task(task: str, cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
-    """A record for every case, of maze and sliding for every candidate. paints: its images are the model's.
+def score_task(task: str, cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
+    """A record for every case, of maze and sliding for every candidate. generates: its images are the model's.
 
     A key that a leg did not measure is absent; "status" is ok, missing or what is wrong.
     """
-    return SCORERS[task](cases, paints, judging)
+    return SCORERS[task](cases, generates, judging)
 
 
 def _start(cases: Sequence[Case], judging: Judging) -> tuple[list[Record], dict[str, Record], list[Case]]:
@@ -80,7 +81,7 @@ def _images(case: Case, judging: Judging) -> list[Path]:
     return sorted((judging.folder.root / case.folder).glob("model_image_*.*"))
 
 
-def _code(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
+def _code(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
     references = {case.name: _reference(case, judging) for case in there}
     if "code_text" in judging.chats:
@@ -132,7 +133,7 @@ def _reference(case: Case, judging: Judging) -> Path | None:
     return path
 
 
-def _science(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
+def _science(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
     lost = [
         case.name
@@ -157,7 +158,7 @@ def _science(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Reco
             else:
                 by_name[case.name] |= {"reasoning_correct": 0, "result_correct": 0}
         judging.judge("science_text", jobs, by_name)
-    if paints and "science_image" in judging.chats:
+    if generates and "science_image" in judging.chats:
         for name in lost:
             by_name[name]["image_correct"] = 0
         jobs = []
@@ -176,14 +177,14 @@ def _science(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Reco
     return records
 
 
-def _math(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
+def _math(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
-    if paints or judging.options.official_compat:  # officially an error of the data, not scored
+    if generates or judging.options.official_compat:  # officially an error of the data, not scored
         for case in there:
             if case.truth["overlay"] is None:
                 by_name[case.name]["status"] = "no auxiliary_image in the data"
         there = [case for case in there if case.truth["overlay"] is not None]
-    if paints and "math_overlay" in judging.chats:
+    if generates and "math_overlay" in judging.chats:
         jobs = []
         for case in there:
             paths = _images(case, judging)
@@ -209,14 +210,14 @@ def _math(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]
     return records
 
 
-def _jigsaw(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
+def _jigsaw(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
     for case in there:
         choice, status = rules.choice(_text(case, judging) or "", judging.options.official_compat)
         record = by_name[case.name]
         record |= {"label": case.truth["label"], "choice": choice, "text_status": status}
         record["text_correct"] = int(choice == case.truth["label"])
-        if paints and judging.distance is not None:
+        if generates and judging.distance is not None:
             record |= _jigsaw_distance(case, judging)
     return records
 
@@ -268,7 +269,7 @@ def _grids(
     return grids
 
 
-def _maze(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
+def _maze(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
     compat = judging.options.official_compat
     for case in there:
@@ -282,21 +283,21 @@ def _maze(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]
             truth = case.truth["moves"]
             record: Record = {"id": case.name, "status": "ok", "cand_idx": i}
             record |= rules.score_moves(rules.moves(text, compat), truth)
-            if paints:
+            if generates:
                 frames = _grids(paths, judging, lambda image: boards.parse_maze(image, compat).grid, compat)
                 record |= {} if frames is None else rules.score_maze_frames(frames, first, truth)
             records.append(record)
     return records
 
 
-def _sliding(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Record]:
+def _sliding(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
 
     def read(image: Image.Image) -> boards.Grid:
         return boards.parse_puzzle(image, judging.options.official_compat)
 
     for case in there:
-        expected = _grids(case.truth["frames"] if paints else (), judging, read, unclear=False)
+        expected = _grids(case.truth["frames"] if generates else (), judging, read, unclear=False)
         if expected is None:
             by_name[case.name]["status"] = "an image of the data cannot be read"
             continue
@@ -306,7 +307,7 @@ def _sliding(cases: Sequence[Case], paints: bool, judging: Judging) -> list[Reco
             record |= rules.score_moves(
                 rules.moves(text, judging.options.official_compat), case.truth["moves"]
             )
-            if paints:
+            if generates:
                 frames = _grids(paths, judging, read, judging.options.official_compat)
                 record |= {} if frames is None else rules.score_puzzle_frames(frames, expected)
             records.append(record)
@@ -363,6 +364,7 @@ def item_scores(
             parts = {}
             for column, _, _, where, key in rules.COLUMNS:
                 values = [float(r[key]) for r in own if where == task and r.get(key) is not None]
+                values = [value for value in values if math.isfinite(value)]
                 if key == "d_mean":
                     values = [1 - value for value in values]
                 if values:

@@ -30,7 +30,7 @@ def native(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def painted(data, tmp_path_factory) -> Path:
+def torchumm_run(data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("torchumm") / "run"
     assert generate_in(FAST, run, data, uni_mode="torchumm", max_new_tokens=6).expected == 13
     return run

@@ -19,7 +19,7 @@ def test_a_maze_is_read_back(pad):
     assert (maze.start, maze.goal) == ((1, 1), (3, 4))
 
 
-def test_a_board_in_a_wide_picture():
+def test_a_board_in_a_wide_image():
     """Stops: the width limited by the height, an empty board then."""
     maze = boards.parse_maze(draw_maze(MAZE, size=(400, 180)))
     assert ["".join(row) for row in maze.grid] == MAZE

@@ -20,30 +20,30 @@ def tree(run: Path, *ends: str) -> list[str]:
     return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.name.endswith(ends))
 
 
-def test_native_paints_code_alone(native):
-    """Stops: a picture painted without its input counted as an edit."""
+def test_native_generates_code_alone(native):
+    """Stops: an image generated without its input counted as an edit."""
     assert tree(native) == [f"code/case_0{i}/model_image_01.png" for i in ("1_A_0001", "2_B_0002")]
     assert len(tree(native, "_done.ok")) == len(tree(native, "model_text.txt")) == 12
     assert not (native / ".work").exists()
 
 
-def test_the_torchumm_layout(painted):
+def test_the_torchumm_layout(torchumm_run):
     """Stops: files under names that the official scorer does not look for."""
-    pictures = [f"code/case_0{i}/model_image_01.png" for i in ("1_A_0001", "2_B_0002")]
-    pictures += [f"science/case_0{i}/model_image_01.png" for i in (1, 3)]
-    pictures += [f"math/set_A__{i}/model_image_01.png" for i in (1, 2)]
-    pictures += [f"jigsaw/ex_{i}/model_image_0{k}.png" for i in (0, 1) for k in (1, 2)]
-    pictures += [f"maze/case_{i}/cand_01/maze_step_0000_step_0001.png" for i in ("00003", "00015", "00020")]
-    pictures += [f"sliding/case_demo_3x3_0000{i}_steps/cand_01/demo_step_0000_step_0001.png" for i in (1, 2)]
-    assert tree(painted) == sorted(pictures)
-    assert len({(painted / name).read_bytes() for name in pictures}) == len(pictures)  # own seeds
+    images = [f"code/case_0{i}/model_image_01.png" for i in ("1_A_0001", "2_B_0002")]
+    images += [f"science/case_0{i}/model_image_01.png" for i in (1, 3)]
+    images += [f"math/set_A__{i}/model_image_01.png" for i in (1, 2)]
+    images += [f"jigsaw/ex_{i}/model_image_0{k}.png" for i in (0, 1) for k in (1, 2)]
+    images += [f"maze/case_{i}/cand_01/maze_step_0000_step_0001.png" for i in ("00003", "00015", "00020")]
+    images += [f"sliding/case_demo_3x3_0000{i}_steps/cand_01/demo_step_0000_step_0001.png" for i in (1, 2)]
+    assert tree(torchumm_run) == sorted(images)
+    assert len({(torchumm_run / name).read_bytes() for name in images}) == len(images)  # own seeds
 
 
-def test_what_scorers_read_in_result_json(painted, data):
+def test_what_scorers_read_in_result_json(torchumm_run, data):
     """Stops: references that the official scorers cannot find."""
 
     def record(folder: str) -> dict:
-        return json.loads((painted / folder / "result.json").read_text())
+        return json.loads((torchumm_run / folder / "result.json").read_text())
 
     code = record("code/case_02_B_0002")
     assert (code["svg"], code["png"]) == ("svgs/B0002.svg", "pngs/B0002.png")
@@ -55,13 +55,13 @@ def test_what_scorers_read_in_result_json(painted, data):
         == [True] * maze["expected_image_count"]
     )
     assert Path(record("sliding/case_demo_3x3_00001_steps")["init_png"]).is_file()
-    summary = json.loads((painted / "jigsaw/summary.json").read_text())
+    summary = json.loads((torchumm_run / "jigsaw/summary.json").read_text())
     assert [item["id"] for item in summary["per_item"]] == ["ex_0", "ex_1"]
-    assert (painted / "jigsaw/ex_0/_done.ok").read_text() == "ok"
+    assert (torchumm_run / "jigsaw/ex_0/_done.ok").read_text() == "ok"
 
 
 def test_shards_and_holes_change_nothing(native, data, tmp_path, monkeypatch):
-    """Stops: answers or pictures that depend on the shard or on what was there already."""
+    """Stops: answers or images that depend on the shard or on what was there already."""
     for rank in (1, 0):
         monkeypatch.setattr(RankInfo, "from_environment", classmethod(lambda cls, rank=rank: cls(rank, 2)))
         generate_in(FAST, tmp_path / "run", data, max_new_tokens=6)
@@ -111,7 +111,7 @@ class Fake:
 
     def __init__(self, pipe, texts=()):
         self.processor, self.model = pipe.processor, pipe.model
-        self.asked, self.painted, self.texts = [], [], list(texts)
+        self.asked, self.prompts, self.texts = [], [], list(texts)
 
     def chat(self, conversations, max_new_tokens):
         self.asked += [(c[0]["content"], c[0]["images"]) for c in conversations]
@@ -119,7 +119,7 @@ class Fake:
         return [type("Answer", (), {"text": text}) for text in answers]
 
     def generate(self, texts, **options):
-        self.painted += list(zip(texts, options["seed"], strict=True))
+        self.prompts += list(zip(texts, options["seed"], strict=True))
         return type("Generation", (), {"images": [plain("red") for _ in texts]})
 
 
@@ -147,7 +147,7 @@ def test_torchumm_calls_in_its_order(pipe, data):
     assert [content.count(tag) for content, _ in fake.asked] == [1, 1]
     assert all(content.startswith(tag) for content, _ in fake.asked)
     assert [[path.name for path in images] for _, images in fake.asked] == [["demo_step_0000.png"]] * 2
-    ((text, seed),) = fake.painted
+    ((text, seed),) = fake.prompts
     assert tag not in text and ("plan " * 100)[:200] in text and "plan " * 41 not in text
     assert seed == 100_000 * readers.TASKS.index("sliding")
     assert run.text == "answer 2" and list(run.images) == ["cand_01/demo_step_0000_step_0001.png"]
@@ -158,7 +158,7 @@ def test_the_explanation_is_shortened_and_the_source_never(pipe, data, capsys):
     fake = Fake(pipe, ["word " * 3000])
     case = readers.read(data, "code")[0]
     run = run_one(fake, case, "native")
-    ((text, _),) = fake.painted
+    ((text, _),) = fake.prompts
     limit = pipe.model.config.llm.max_position_embeddings
     needed = len(pipe.processor.generation_prompt(text)[0]) + pipe.model.num_image_tokens
     assert limit - 3 <= needed <= limit
@@ -182,7 +182,7 @@ def test_special_tokens_in_a_model_s_own_text(pipe, data):
     tag = pipe.processor.tokenizer.image_tag
     fake = Fake(pipe, [f"see {tag} there"])
     run_one(fake, readers.read(data, "code")[0], "native")
-    assert tag not in fake.painted[0][0]
+    assert tag not in fake.prompts[0][0]
 
 
 def test_a_broken_file_of_the_data_costs_its_case_alone(data, tmp_path):

@@ -18,7 +18,7 @@ from janusflow_min.cli import main
 
 
 def test_native_scores(native, data, tmp_path):
-    """Stops: a number for what was not painted; texts that no judge is needed for left out."""
+    """Stops: a number for what was not torchumm_run; texts that no judge is needed for left out."""
     run = copy(native, tmp_path, maze=answer("right"), sliding=answer("left", "up"), code="no block")
     for name, choice in (("ex_0", 0), ("ex_1", 0)):
         block = f'<FINAL_ANSWER_JSON>{{"choice": {choice}}}</FINAL_ANSWER_JSON>'
@@ -51,9 +51,9 @@ def test_native_scores(native, data, tmp_path):
     assert shown == [["text", "image_url", "image_url"]] * 2  # code: rubric, reference, candidate
 
 
-def test_torchumm_scores_and_perfect_frames(painted, data, tmp_path):
-    """Stops: pictures judged against the wrong truth: slots swapped, the first frame for the last."""
-    run = copy(painted, tmp_path, maze=answer("right"))
+def test_torchumm_scores_and_perfect_frames(torchumm_run, data, tmp_path):
+    """Stops: images judged against the wrong truth: slots swapped, the first frame for the last."""
+    run = copy(torchumm_run, tmp_path, maze=answer("right"))
     for number in ("00003", "00015", "00020"):
         shutil.copy(
             data / f"maze/maze_6x6_{number}_steps/maze_step_0001.png",
@@ -69,7 +69,7 @@ def test_torchumm_scores_and_perfect_frames(painted, data, tmp_path):
     score_of(run, data, vl_model=Judge(YES), dreamsim=Same(), progress=False)
     table = json.loads((run / "eval/all_tasks_summary.json").read_text())
     assert table["maze_image"] == table["sliding_image"] == table["math_overlay"] == 1.0
-    assert table["jigsaw_image"] == 0.5  # one item without two pictures costs the whole distance
+    assert table["jigsaw_image"] == 0.5  # one item without two images costs the whole distance
     assert table["science_image"] == pytest.approx(2 / 3) and table["math_text"] is None
     maze = json.loads((run / "eval/maze/summary.json").read_text())
     assert maze["total_candidates"] == 3 and maze["parse_accuracy_all_ok"] == 1
@@ -140,7 +140,7 @@ def test_another_judge_s_records_are_refused(native, data, tmp_path):
 
 
 def test_images_for_judges(tmp_path):
-    """Stops: pictures wider than 2048 px, or transparency lost to JPEG."""
+    """Stops: images wider than 2048 px, or transparency lost to JPEG."""
     import base64
     import io
 
@@ -157,9 +157,43 @@ def test_images_for_judges(tmp_path):
     assert sent(Image.new("RGBA", (10, 10)), "c.webp").format == "PNG"
 
 
-def test_an_image_that_cannot_be_read(painted, data, tmp_path):
+@pytest.mark.parametrize("points", ["NaN", "Infinity", '"nan"'])
+def test_endless_points(native, data, tmp_path, points):
+    """Stops: a score that is no JSON, or intervals of NaN, because a judge said NaN and official_compat takes it."""
+    judge = Judge(f'{{"shape_color_accuracy": {points}, "position_accuracy": 4}}')
+    run = copy(native, tmp_path)
+    result = score_of(run, data, tasks=["code"], vl_model=judge, official_compat=True, progress=False)
+    assert result["scores"]["code_shape_color"]["value"] is None
+    assert result["scores"]["code_position"]["value"] == 4
+    assert any("leaves no number, as officially: code_shape_color" in note for note in result["notes"])
+    lines = (run / "item_scores.jsonl").read_text().splitlines()
+    for text in ((run / "score.json").read_text(), (run / "eval/all_tasks_summary.json").read_text(), *lines):
+        json.loads(text, parse_constant=pytest.fail)
+    result = score_of(copy(native, tmp_path / "2"), data, tasks=["code"], vl_model=judge, progress=False)
+    assert result["scores"]["code_shape_color"]["value"] == 0
+
+
+def test_a_damaged_image_is_never_sent(tmp_path):
+    """Stops: raw bytes that a judge is shown in the place of an image, and whose file no error names."""
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    for name in ("a.png", "b.jpg", "c.webp"):
+        save(noise, tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        for damaged in (content[: len(content) // 2], content[:30], b""):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
+                judging.image_url(tmp_path / name)
+    save(noise, tmp_path / "d.png")
+    content = bytearray((tmp_path / "d.png").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 200] = bytes(200)
+    (tmp_path / "d.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"d\.png cannot be read as an image"):
+        judging.image_url(tmp_path / "d.png")
+
+
+def test_an_image_that_cannot_be_read(torchumm_run, data, tmp_path):
     """Stops: one cut image among thousands that ends scoring; counted as wrong where the official scorer does not."""
-    run = copy(painted, tmp_path)
+    run = copy(torchumm_run, tmp_path)
     (run / "science/case_01/model_image_01.png").write_bytes(b"")
     (run / "jigsaw/ex_0/model_image_01.png").write_bytes(b"x")
     (run / "maze/case_00003/cand_01/maze_step_0000_step_0001.png").write_bytes(b"x")
