@@ -222,9 +222,8 @@ class _Worker(Dataset):
         try:
             return self.dataset[step]
         except Exception as error:
-            plain = (
-                isinstance(error, BadRowsError) or type(error).__module__ == "builtins"
-            )  # others may not survive
+            # Errors of other libraries may not survive the way through a pipe.
+            plain = isinstance(error, BadRowsError) or type(error).__module__ == "builtins"
             return StepBatches(step, [], [], 0, 0, 0, [], error if plain else RuntimeError(cause(error)))
 
 

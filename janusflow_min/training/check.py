@@ -218,12 +218,7 @@ FREE = {  # settings that may change in between: they do not decide what is lear
     *("on_nan", "save_every", "keep", "export_dtype", "report", "optimizer.warmup", "loader.on_bad_row"),
     *("loader.workers", "loader.timeout", "loader.max_padding", "loader.cache"),
 }
-PATHS = (
-    "manifest",
-    "folder",
-    "dataset",
-    "files",
-)  # of a source; its fingerprint tells whether the data changed
+PATHS = ("manifest", "folder", "dataset", "files")  # a source's fingerprint says whether the data changed
 
 
 def compare(about: Mapping[str, Any], config: Config, sources: Sequence[Source]) -> list[str]:

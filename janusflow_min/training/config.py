@@ -22,12 +22,11 @@ from .settings import (
     PathOrName,
     PathText,
     Positive,
-    Processes,
-    Rank,
     Seed,
     Share,
     SolverSteps,
     Steps,
+    UpTo1000,
     checked,
     load_toml,
     require,
@@ -77,9 +76,7 @@ class ObjectiveConfig:
     prompt_dropout: Share = 0.1  # share of prompts hidden, for guidance (section 3.3)
     logit_mean: float = 0.0  # of the logit-normal times (section 3.3; mean and deviation not stated there)
     logit_std: Positive = 1.0
-    flow_weighting: Literal["none", "cosmap", "sigma_sqrt"] = (
-        "none"  # of the flow loss by t (Stable Diffusion 3)
-    )
+    flow_weighting: Literal["none", "cosmap", "sigma_sqrt"] = "none"  # of the flow loss by t (SD 3)
     alignment_layer: Count = 6  # the block after which states are aligned, counted from 1 (section 3.4)
     alignment_weight: NotNegative = 1.0  # section 3.4: flow + alignment
     answer_weight: NotNegative = 1.0
@@ -106,14 +103,12 @@ class OptimizerConfig:
 class LoraConfig:
     """Adapters beside linear layers (peft); the other weights of these components are frozen. rank 0: none."""
 
-    rank: Rank = 0
+    rank: UpTo1000 = 0
     alpha: Positive = 32.0
     dropout: BelowOne = 0.0
     dora: bool = False
     components: tuple[Literal["llm", "siglip", "uvit_encoder", "uvit_decoder"], ...] = ("llm",)
-    targets: tuple[
-        str, ...
-    ] = ()  # last names of modules, e.g. "q_proj"; (): every linear layer but the LLM's output
+    targets: tuple[str, ...] = ()  # last names of modules, "q_proj" say; (): all linear layers but lm_head
 
 
 @dataclass(frozen=True)
@@ -123,9 +118,7 @@ class SourceConfig:
     kind: Literal["understanding", "generation", "text"]
     manifest: PathText = ""  # JSON lines, or one JSON array; paths of images count from its folder
     folder: PathText = ""  # images, each with its captions in a .txt of the same name, one a line
-    dataset: PathOrName = (
-        ""  # "parquet", "webdataset", "csv", …, a hub id, or a folder written by `save_to_disk`
-    )
+    dataset: PathOrName = ""  # "parquet", "webdataset", "csv", …, a hub id, or a folder of `save_to_disk`
     subset: str = ""  # which configuration, of a dataset that has several
     files: tuple[PathText, ...] = ()  # data_files of the dataset; globs too
     split: str = "train"
@@ -149,7 +142,7 @@ class LoaderConfig:
     on_bad_row: Literal["skip", "stop"] = "skip"
     max_tokens: Count = 4096  # a longer sample is a bad row (the paper packs to 4,096)
     max_padding: Positive = 0.1  # of a micro-batch's tokens, at most
-    workers: Processes = 2  # processes that read; 0: none
+    workers: UpTo1000 = 2  # processes that read; 0: none
     timeout: Steps = 1800  # seconds that a step's data may take to come from a worker
     cache: PathText = ""  # folder for VAE latents, and SigLIP's features where SigLIP is frozen; "": none
     crop: Literal["random", "fixed"] = "random"  # fixed: an image's same square each time, as a cache needs

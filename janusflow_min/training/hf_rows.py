@@ -186,13 +186,9 @@ def size_of(value: Any) -> int:
     """About how many bytes a row's values hold."""
     if isinstance(value, Mapping):
         return sum(map(size_of, value.values()))
-    return (
-        sum(map(size_of, value))
-        if isinstance(value, list)
-        else len(value)
-        if isinstance(value, bytes | str)
-        else 8
-    )
+    if isinstance(value, list):
+        return sum(map(size_of, value))
+    return len(value) if isinstance(value, bytes | str) else 8
 
 
 class Stream:

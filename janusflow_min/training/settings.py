@@ -11,33 +11,26 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
-LIMITS = {  # what a number must be, in the words of the error
-    "above 0": lambda x: x > 0,
-    "0 or above": lambda x: x >= 0,
-    "from 0 to 1": lambda x: 0 <= x <= 1,
-    "0 or above and below 1": lambda x: 0 <= x < 1,
-    "from 0 to 2^63 - 1": lambda x: 0 <= x < 2**63,
-    "from 0 to 1,000,000,000": lambda x: 0 <= x <= 10**9,
-    "from 1 to 1,000,000,000": lambda x: 1 <= x <= 10**9,
-    "from 1 to 100,000": lambda x: 1 <= x <= 10**5,
-    "from 1 to 10,000": lambda x: 1 <= x <= 10**4,
-    "from 0 to 1,000": lambda x: 0 <= x <= 1000,
-}
-Positive = Annotated[float, "above 0"]
-NotNegative = Annotated[float, "0 or above"]
-Share = Annotated[float, "from 0 to 1"]
-BelowOne = Annotated[float, "0 or above and below 1"]
-Steps = Annotated[int, "from 1 to 1,000,000,000"]
-Seed = Annotated[int, "from 0 to 2^63 - 1"]
-Interval = Annotated[int, "from 0 to 1,000,000,000"]  # in steps; 0: never
-Count = Annotated[int, "from 1 to 100,000"]
-Processes = Annotated[int, "from 0 to 1,000"]
-SolverSteps = Annotated[int, "from 1 to 10,000"]
-Rank = Annotated[int, "from 0 to 1,000"]
+
+class Limit(NamedTuple):
+    wanted: str  # in the words of the error
+    holds: Callable[[Any], bool]
+
+
+Positive = Annotated[float, Limit("above 0", lambda x: x > 0)]
+NotNegative = Annotated[float, Limit("0 or above", lambda x: x >= 0)]
+Share = Annotated[float, Limit("from 0 to 1", lambda x: 0 <= x <= 1)]
+BelowOne = Annotated[float, Limit("0 or above and below 1", lambda x: 0 <= x < 1)]
+Steps = Annotated[int, Limit("from 1 to 1,000,000,000", lambda x: 1 <= x <= 10**9)]
+Seed = Annotated[int, Limit("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]
+Interval = Annotated[int, Limit("from 0 to 1,000,000,000", lambda x: 0 <= x <= 10**9)]  # in steps; 0: never
+Count = Annotated[int, Limit("from 1 to 100,000", lambda x: 1 <= x <= 10**5)]
+UpTo1000 = Annotated[int, Limit("from 0 to 1,000", lambda x: 0 <= x <= 1000)]
+SolverSteps = Annotated[int, Limit("from 1 to 10,000", lambda x: 1 <= x <= 10**4)]
 PathText = Annotated[str, "path"]  # relative to the file that names it
 PathOrName = Annotated[str, "path or name"]  # a path if it exists, else a hub id or another name
 
@@ -177,7 +170,8 @@ def checked(kind: Any, value: Any, where: str = "") -> Any:
         return checked(inner[0], value, where)
     if origin is Annotated:
         value, limit = checked(inner[0], value, where), inner[1]
-        require(limit not in LIMITS or LIMITS[limit](value), where, limit, value)
+        if isinstance(limit, Limit):
+            require(limit.holds(value), where, limit.wanted, value)
         return value
     if origin is Literal:
         require(value in inner and isinstance(value, str), where, f"one of {', '.join(inner)}", value)

@@ -349,13 +349,10 @@ class Trainer:
         target = self.export("export")
         if self.report is not None:
             self.report.plot()
-            decay = self.config.optimizer.ema_decay
-            which = (
-                f"the average of the weights (optimizer.ema_decay = {decay:g})"
-                if decay
-                else "the last weights"
-            )
-            losses = "; the training losses are those of the weights before averaging" if decay else ""
+            which, losses = "the last weights", ""
+            if decay := self.config.optimizer.ema_decay:
+                which = f"the average of the weights (optimizer.ema_decay = {decay:g})"
+                losses = "; the training losses are those of the weights before averaging"
             self.tell(f"exported {which} to {target}{losses}")
         if self.world > 1:
             dist.barrier()
