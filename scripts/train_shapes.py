@@ -358,8 +358,8 @@ class ModelTraining:
             self.generator.set_state(saved["generator"].cpu())
             self.step, self.elapsed = saved["step"], saved["elapsed"]
         if compiled:
-            self.train_step.loss.compile(fullgraph=True)
-            self.batches = torch.compile(self.batches, fullgraph=True)
+            self.train_step.loss.compile(fullgraph=True, dynamic=False)
+            self.batches = torch.compile(self.batches, fullgraph=True, dynamic=False)
 
     def draw(self) -> tuple[Tensor, ...]:
         """A step's data, drawn on the device: a copy from the host would wait for the whole queue of kernels."""
