@@ -21,7 +21,7 @@ TIME_SCALE = 1000.0  # timestep = TIME_SCALE * t
 Velocity = Callable[[Tensor, float], Tensor]  # z (B, C, h, w), t in [0, 1] -> (B, C, h, w)
 
 
-def classifier_free_guidance(v_cond: Tensor, v_uncond: Tensor, cfg_weight: float) -> Tensor:
+def classifier_free_guidance(v_cond: Tensor, v_uncond: Tensor, cfg_weight: float | Tensor) -> Tensor:
     """cfg_weight 1 is the conditional velocity alone."""
     return cfg_weight * v_cond - (cfg_weight - 1.0) * v_uncond
 

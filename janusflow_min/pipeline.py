@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a person calls on a loaded model: `generate`, `understand`, `chat`.
+"""What a person calls on a loaded model: `generate`, `edit`, `understand`, `chat`.
 
     import janusflow_min as jf
     pipe = jf.load("tiny")
@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks
+from . import checks, editing
 from .devices import DTYPES, SHORT_NAMES, pick_device, pick_dtype
 from .flow import Velocity
 from .model import JanusFlow
@@ -408,6 +408,11 @@ class Pipeline:
                 raise ValueError(f"seed: {count} images need {count} seeds, got {len(seed)}")
             return [checks.seed(f"seed[{i}]", s) for i, s in enumerate(seed)]
         return [checks.seed("seed", checks.seed("seed", seed) + k) for k in range(count)]
+
+    # Editing -----------------------------------------------------------------------
+
+    edit = editing.edit
+    invert = editing.invert
 
     # Understanding -----------------------------------------------------------------------
 

@@ -250,7 +250,7 @@ class Engine:
             if first.source is None:
                 made = self.pipe.generate(prompts, parallel_size=1, **options).images
             else:
-                made = self.pipe.edit([first.source] * len(batch), prompts, mask=first.mask, **options)  # type: ignore
+                made = self.pipe.edit([first.source] * len(batch), prompts, mask=first.mask, **options)
             for (request, _), image in zip(batch, made, strict=True):
                 request.images.append(image)
                 self.counts["images"] += 1
