@@ -14,7 +14,7 @@ from .checkpoint import read_config
 from .files import expand
 from .official import CONFIG, INDEX, PROCESSOR_FILES, VAE_FILES, WEIGHTS
 from .progress import is_terminal
-from .weights import read_index
+from .weights import Header, Stored, read_header, read_index
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 SDXL_VAE = "stabilityai/sdxl-vae"
@@ -31,7 +31,7 @@ def resolve(source: str | Path, progress: bool = True, weights: bool = True) -> 
         return TINY
     if (folder := _local("source", source)) is not None:
         return folder
-    small = [CONFIG, INDEX, *PROCESSOR_FILES]
+    small = [CONFIG, INDEX, *PROCESSOR_FILES, f"vae/{CONFIG}"]
     folder = _download("source", str(source), small, progress)
     read_config(folder)
     if not weights:
@@ -40,17 +40,55 @@ def resolve(source: str | Path, progress: bool = True, weights: bool = True) -> 
     return _download("source", str(source), [*files, *(f"vae/{name}" for name in VAE_FILES)], progress)
 
 
-def resolve_vae(folder: Path, vae_path: str | Path | None = None, progress: bool = True) -> Path:
+def resolve_vae(
+    folder: Path, vae_path: str | Path | None = None, progress: bool = True, weights: bool = True
+) -> Path:
     """The folder of the VAE for a checkpoint's folder: `vae_path` (a folder or a hub id), else `vae/` inside the
-    checkpoint, else SDXL's from the hub. Raises FileNotFoundError."""
+    checkpoint, else SDXL's from the hub. weights=False leaves its weights there. Raises FileNotFoundError."""
     if vae_path is None and (folder / "vae").is_dir():
         return folder / "vae"
     source = SDXL_VAE if vae_path is None else vae_path
     found = _local("vae_path", source)
     if found is None:
-        names = [*VAE_FILES, *(f"vae/{name}" for name in VAE_FILES)]
-        found = _download("vae_path", str(source), names, progress)
+        names = VAE_FILES if weights else (CONFIG,)
+        found = _download("vae_path", str(source), [*names, *(f"vae/{name}" for name in names)], progress)
     return found / "vae" if (found / "vae" / CONFIG).is_file() else found
+
+
+def header_reader(source: str | Path) -> Header:
+    """What reads the headers of `source`'s weights: of a hub id, those that are not in the cache come by an HTTP
+    range, and nothing else of the file does. It raises FileNotFoundError or ValueError, as loading does."""
+    if str(source) == "tiny" or _local("source", source) is not None:
+        return read_header
+
+    def read(path: Path) -> dict[str, Stored] | None:
+        if path.is_file():
+            return read_header(path)
+        if path.name == WEIGHTS and (path.parent / INDEX).is_file():
+            return None  # the shards are what `resolve` downloads
+        return _fetch_header(str(source), path)
+
+    return read
+
+
+def _fetch_header(repository: str, path: Path) -> dict[str, Stored] | None:
+    """Of a file that the hub has at the commit whose snapshot `path` lies in; None where it has none."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import EntryNotFoundError
+
+    snapshot = next(parent for parent in path.parents if parent.parent.name == "snapshots")
+    name = path.relative_to(snapshot).as_posix()
+    try:
+        found = HfApi().parse_safetensors_file_metadata(repository, name, revision=snapshot.name)
+        return {n: Stored(path, n, tuple(t.shape), str(t.dtype)) for n, t in found.tensors.items()}
+    except EntryNotFoundError:
+        return None
+    except OSError as error:  # offline, or the network fails
+        raise FileNotFoundError(
+            f"the header of {name} in {repository!r} could not be read ({type(error).__name__}: {error})"
+        ) from error
+    except Exception as error:  # whatever a broken header makes the hub's client raise
+        raise ValueError(f"{name} in {repository!r} is not a whole safetensors file ({error})") from error
 
 
 def _local(name: str, source: str | Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,16 @@ from urllib.parse import urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+class Asked(list):
+    """The names of the files that were asked for, and how many bytes of files were sent."""
+
+    sent = 0
+
+
 @contextmanager
-def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
+def serve(root: Path) -> Iterator[tuple[str, Asked]]:
     """(endpoint, the files that were asked for) of a hub with the repositories `root`/owner/name."""
-    asked: list[str] = []
+    asked = Asked()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -56,7 +63,13 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
                 return self.send(404, b"", body, {"X-Error-Code": "EntryNotFound"})
             if body:
                 asked.append("/".join(rest))
-            return self.send(200, file.read_bytes(), body, {"ETag": f'"{self.tag(file)}"'})
+            content, status, headers = file.read_bytes(), 200, {"ETag": f'"{self.tag(file)}"'}
+            if span := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                first, last = int(span[1]), min(int(span[2]), len(content) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+                content, status = content[first : last + 1], 206
+            asked.sent += len(content) if body else 0
+            return self.send(status, content, body, headers)
 
         @staticmethod
         def tag(file: Path) -> str:

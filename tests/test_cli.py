@@ -209,6 +209,28 @@ def test_info_on_the_default(capsys):
     assert "missing or wrong: nothing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "changes, verdict",
+    [
+        ({}, ": the same"),
+        ({"do_normalize": True}, ": differs in do_normalize\n    do_normalize false\n"),
+        ({"image_mean": [0.5] * 3}, ": differs in mean\n    mean (0.485, 0.456, 0.406)\n"),
+        ({"image_mean": None, "image_std": [0.5] * 3}, ": differs in mean, deviation\n"),
+    ],
+)
+def test_info_says_how_images_are_normalised(checkpoint, capsys, changes, verdict):
+    """Stops: answers about wrongly normalised images whose cause nobody sees: the published file is not confirmed."""
+    file = checkpoint / "preprocessor_config.json"
+    mean, std = [0.48500001430511475, 0.456, 0.406], [0.229, 0.224, 0.225]  # as the doubles of float32, too
+    published = {"do_normalize": False, "image_mean": mean, "image_std": std}
+    file.write_text(json.dumps(json.loads(file.read_text()) | published | changes))
+    assert main(["info", str(checkpoint)]) == 0
+    report = capsys.readouterr().out
+    shown = "none" if "image_mean" in changes and changes["image_mean"] is None else "(0."
+    assert f"do_normalize {str(changes.get('do_normalize', False)).lower()}, mean {shown}" in report
+    assert "JanusFlow-1.3B's file (inferred from its size, not confirmed)" + verdict in report
+
+
 def test_info_lists_all_that_is_wrong(checkpoint, capsys):
     """Stops a report that ends at the first fault: keys, files and the VAE are all told at once."""
     tensors = load_file(checkpoint / "model.safetensors")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import serve
 from safetensors.torch import load_file, save_file
 
@@ -103,6 +104,57 @@ def test_what_the_hub_lacks_is_said(hub, tmp_path):
         done = run(LOAD.replace("someone/model", "someone/modell"), tmp_path / "cache", endpoint)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "Without a network" in done.stderr, last
+
+
+INFO = "import sys; from janusflow_min.cli import main; sys.exit(main(['info', 'someone/model', *{!r}]))"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_info_on_a_hub_id_reads_headers_alone(hub, tmp_path, sharded):
+    """Stops: four gigabytes downloaded to see what a repository holds; a report other than the folder's own."""
+    model, vae = hub / "someone" / "model", hub / "stabilityai" / "sdxl-vae"
+    padding = torch.zeros(3_000_000)  # so that the weights are larger than what the client asks for at once
+    content = load_file(model / WEIGHTS) | {"vision_und_enc_model.vision_tower.attn_pool.padding": padding}
+    if sharded:
+        weight_map = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(content)}
+        for file in set(weight_map.values()):
+            save_file({k: v for k, v in content.items() if weight_map[k] == file}, model / file)
+        (model / WEIGHTS).unlink()
+        (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save_file(content, model / WEIGHTS)
+    with serve(hub) as (endpoint, asked):
+        done = run(INFO.format(["--vae", "stabilityai/sdxl-vae"]), tmp_path / "cache", endpoint)
+    assert done.returncode == 0, done.stderr + done.stdout
+    small = sum(p.stat().st_size for p in model.glob("*.json")) + (vae / "config.json").stat().st_size
+    assert small < asked.sent <= small + 3 * 100_001 < padding.nbytes
+    assert "missing or wrong: nothing" in done.stdout
+    folder = subprocess.run(
+        [sys.executable, "-m", "janusflow_min", "info", str(model), "--vae", str(vae)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert folder.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
+
+
+def test_info_says_what_a_repository_lacks(hub, tmp_path):
+    """Stops: a repository without weights, with a page in their place, or that is not there, called whole."""
+    weights = hub / "someone" / "model" / WEIGHTS
+    for damage, what in (
+        (
+            lambda: weights.write_bytes(b"<html>" * 100),
+            f"{WEIGHTS} in 'someone/model' is not a whole safetensors",
+        ),
+        (weights.unlink, f"holds neither {WEIGHTS} nor {INDEX}"),
+    ):
+        damage()
+        with serve(hub) as (endpoint, _):
+            done = run(INFO.format([]), tmp_path / "cache", endpoint)
+        assert done.returncode == 1 and what in done.stdout, done.stdout + done.stderr
+    with serve(hub) as (endpoint, _):
+        done = run(INFO.format([]).replace("e/model", "e/modell"), tmp_path / "cache", endpoint)
+    assert done.returncode == 2 and "Without a network" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("source", ["", "~/nothing/here", "./none", "a/b/c", "model.safetensors"])

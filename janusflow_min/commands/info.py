@@ -7,14 +7,17 @@ import argparse
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from ..weights import Stored
+    from ..processor import ImageProcessor
+    from ..weights import Header, Stored
 
 T = TypeVar("T")
 UNDERSTANDING = ("siglip", "siglip attn_pool (unused)", "und_aligner", "und_begin")
 GENERATION = ("uvit_encoder", "gen_in_aligner", "gen_out_norm", "gen_out_aligner", "uvit_decoder")
+# Of JanusFlow-1.3B's preprocessor_config.json: of the usual values only these make its 439 bytes. Not confirmed.
+PUBLISHED = {"do_normalize": False, "mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}
 PARTS = ("llm", *UNDERSTANDING, *GENERATION, "(unknown)")
 
 
@@ -26,8 +29,8 @@ def add_parser(
         info,
         "what a checkpoint holds, and what it lacks",
         "Show a checkpoint's parts, parameters and dtypes, its sizes, tokenizer and VAE, and whatever is missing or\n"
-        "does not fit. Only JSON files and headers are read (a hub id is downloaded first). Exit code 1 if anything\n"
-        "is missing or wrong.",
+        "does not fit. Only JSON files and headers are read, and downloaded from the hub. Exit code 1 if anything is\n"
+        "missing or wrong.",
         "  janusflow-min info\n  janusflow-min info path/to/JanusFlow-1.3B --vae path/to/sdxl-vae",
     )
     new.add_argument("model", metavar="MODEL", nargs="?", default="tiny", help=model_help)
@@ -37,10 +40,11 @@ def add_parser(
 def info(args: argparse.Namespace) -> int:
     """Report on a checkpoint from its headers; 1 where something is missing or does not fit."""
     from ..files import printable
-    from ..hub import resolve, resolve_vae
+    from ..hub import header_reader, resolve, resolve_vae
 
-    folder = resolve(args.model)
-    lines, problems = inspect_checkpoint(folder, args.vae and resolve_vae(folder, args.vae))
+    folder, own = resolve(args.model, weights=False), header_reader(args.model)
+    vae = resolve_vae(folder, args.vae, weights=False) if args.vae else None
+    lines, problems = inspect_checkpoint(folder, own, vae, header_reader(args.vae) if args.vae else own)
     lines += [
         "",
         f"missing or wrong: {len(problems) or 'nothing'}",
@@ -50,10 +54,13 @@ def info(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def inspect_checkpoint(folder: Path, vae: Path | None = None) -> tuple[list[str], list[str]]:
+def inspect_checkpoint(
+    folder: Path, header: Header, vae: Path | None, vae_header: Header
+) -> tuple[list[str], list[str]]:
     """(lines of the report, problems) of a checkpoint folder, by the checks that loading makes.
 
-    vae: folder of the VAE; by default the checkpoint's `vae/`, which the official repository leaves to the hub.
+    vae: folder of the VAE; None: the checkpoint's `vae/`, which the official repository leaves to the hub. header and
+    vae_header read the headers of their weights.
     """
     from ..checkpoint import build_model, read_config
     from ..hub import SDXL_VAE
@@ -72,7 +79,7 @@ def inspect_checkpoint(folder: Path, vae: Path | None = None) -> tuple[list[str]
             return None
 
     config = attempt(lambda: read_config(folder))
-    stored = attempt(lambda: find_weights(folder))
+    stored = attempt(lambda: find_weights(folder, header))
     if stored is not None:
         lines += weights_table(stored)
         if config is not None:
@@ -116,12 +123,15 @@ def inspect_checkpoint(folder: Path, vae: Path | None = None) -> tuple[list[str]
             lines.append(f"  special ids  {', '.join(ids)}")
             size = processor.image_processor.image_size
             lines.append(f"  images  {size} px, {processor.num_image_tokens} tokens each")
+            lines += normalization(processor.image_processor)
             attempt(lambda: check_processor_matches(folder, config, processor))
     lines.append("\nVAE")
     if vae is None and not (folder / "vae").is_dir():
         lines.append(f"  none inside; {SDXL_VAE} of the hub is used unless --vae names another")
     elif (
-        built := attempt(lambda: build_vae(vae or folder / "vae", config.latent_channels if config else None))
+        built := attempt(
+            lambda: build_vae(vae or folder / "vae", config.latent_channels if config else None, vae_header)
+        )
     ) is not None:
         about = built[0].config
         lines.append(
@@ -147,8 +157,35 @@ def weights_table(stored: dict[str, Stored], parts: Iterable[str] = PARTS) -> li
             dtypes = ", ".join(sorted({dtype for _, dtype in counts}))
             total = sum(count for count, _ in counts)
             lines.append(f"{part:<26}{len(entries):>8}{total:>16,}{megabytes:>10,.2f}  {dtypes}")
-    files = dict.fromkeys(entry.path for entry in stored.values())
-    return lines + [f"  {path.name}  {path.stat().st_size / 1e6:,.2f} MB" for path in files]
+    files: dict[str, int] = {}
+    for entry in stored.values():
+        size = math.prod(entry.shape) * bytes_of(entry.dtype)
+        files[entry.path.name] = files.get(entry.path.name, 0) + size
+    return lines + [f"  {name}  {size / 1e6:,.2f} MB" for name, size in files.items()]
+
+
+def normalization(images: ImageProcessor) -> list[str]:
+    """What `preprocessor_config.json` says of it, beside what the published file is taken to say."""
+    values = {"do_normalize": images.do_normalize, "mean": images.image_mean, "deviation": images.image_std}
+    other = [key for key, value in values.items() if not _same(value, PUBLISHED[key])]
+    verdict = f"differs in {', '.join(other)}" if other else "the same"
+    return [
+        "  " + ", ".join(f"{key} {_short(value)}" for key, value in values.items()),
+        f"  JanusFlow-1.3B's file (inferred from its size, not confirmed): {verdict}",
+        *([f"    {', '.join(f'{key} {_short(PUBLISHED[key])}' for key in other)}"] if other else []),
+    ]
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        return all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(value, other, strict=True))
+    return bool(value == other)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"({', '.join(f'{number:.6g}' for number in value)})"
+    return "none" if value is None else str(value).lower()
 
 
 def part_of(name: str) -> str:
