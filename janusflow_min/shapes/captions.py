@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 
@@ -34,7 +34,13 @@ from .scenes import (
 )
 
 COUNTS = ("zero", "one", "two", "three", "four")
-PLURAL = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+
+
+def plural(shape: str) -> str:
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+PLURAL = {shape: plural(shape) for shape in SHAPES}
 CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CELL_MARGIN = 5.0  # px; a centre nearer than this to a line of the 3x3 grid is not asked for
 ORDER_MARGIN = 8.0  # px; objects whose centres differ by less in x are not put in order
@@ -81,7 +87,7 @@ def caption(scene: Scene, family: str, rng: random.Random, style: str = "train")
         rng: source of the choices of style "train".
         style: "plain": GenEval's form. "train": that in 55 % of cases, otherwise some more that is true.
     """
-    objects = scene.objects
+    objects: Sequence[Object] = scene.objects
     if style == "plain" or rng.random() < 0.55:
         coloured = family in ("colors", "color_attr")
         # Training has none, so it need not ask, which is slow.
@@ -105,8 +111,8 @@ def caption(scene: Scene, family: str, rng: random.Random, style: str = "train")
     if len(objects) == 2 and objects[0].shape != objects[1].shape:
         a, b = objects if rng.random() < 0.5 else objects[::-1]
         link = clear_relation(a, b) if family == "position" or rng.random() < 0.6 else None
-        a, b = (_noun(1, thing.shape, thing.colour if coloured else None) for thing in (a, b))
-        return f"a photo of {a} {link or 'and'} {b}{where}"
+        first, second = (_noun(1, thing.shape, thing.colour if coloured else None) for thing in (a, b))
+        return f"a photo of {first} {link or 'and'} {second}{where}"
     if family == "mixed":
         objects = rng.sample(objects, len(objects))
     return f"a photo of {_join(_nouns(objects, coloured))}{where}"
@@ -333,8 +339,8 @@ def parse_prompt(text: str) -> Spec | None:
     else:
         *first, last = text.split(" and ")
         parts = [*first[0].split(", "), last] if len(first) == 1 else [text]
-    items = tuple(_parse_item(part) for part in parts)
-    if None in items or sum(item.count for item in items) > len(COUNTS) - 1:
+    items = tuple(item for item in map(_parse_item, parts) if item)
+    if len(items) < len(parts) or sum(item.count for item in items) > len(COUNTS) - 1:
         return None
     return Spec(items, relation, background)
 

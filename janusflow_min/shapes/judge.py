@@ -1,43 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""A rule-based reader: what shapes, colours and places a picture shows, and whether a prompt asks for them.
+"""A rule-based judge: what shapes, colours and places an image shows, and whether a prompt asks for them.
 
-It sees pixels only and knows nothing of the model that drew them. The background is the named colour that
-most of the picture has; what differs from it falls into connected components. A component's colour is that of
+It sees pixels only and knows nothing of the model that generated them. The background is the named colour that
+most of the image has; what differs from it falls into connected components. A component's colour is that of
 its inner pixels; its shape is the one whose outline (`scenes.py`), fitted to the component's centre and area,
 differs least from it. Where no outline fits, or two fit alike, it is "unknown", and no prompt is satisfied.
 
-Dimensions: S side of the picture, h w height and width of a cut-out; pixels 0..255.
+Dimensions: S side of the image, h w height and width of a cut-out; pixels 0..255.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
+import torch
 
-from .captions import PLURAL, Item, Spec, parse_prompt
-from .scenes import (
-    AREA,
-    BACKGROUNDS,
-    CIRCLE,
-    COLOURS,
-    CROSS,
-    HALF_BOX,
-    MAX_OBJECTS,
-    RING,
-    SHAPES,
-    SIZE,
-    SQUARE,
-    STAR,
-    STAR_DOWN,
-    STAR_INNER,
-    TRIANGLE,
-    Box,
-    relations,
-)
+from .captions import Item, Spec, parse_prompt, plural
+from .scenes import BACKGROUNDS, MAX_OBJECTS, SIZE, WORLD, Box, World, relations
 
 UNKNOWN = "unknown"
 SPECK = 25.0  # px; components of a smaller area are noise
@@ -98,7 +82,7 @@ def _components(mask: np.ndarray) -> list[list[tuple[int, int, int]]]:
     return list(found.values())
 
 
-def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]], limit: float) -> str:
+def _nearest(colour: np.ndarray, names: Mapping[str, tuple[int, int, int]], limit: float) -> str:
     distance, name = min((float(np.linalg.norm(colour - rgb)), name) for name, rgb in names.items())
     return name if distance <= limit else UNKNOWN
 
@@ -112,38 +96,9 @@ def _erode(mask: np.ndarray) -> np.ndarray:
 # ---- outlines ----------------------------------------------------------------------------------------------
 
 
-def _cover(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Each pixel's share (0..1) in a shape of radius r around (0, 0); x (w,) and y (h,) in px -> (h, w)."""
-    x, y = np.abs(x)[None, :], y[:, None]
-    if shape in ("circle", "ring"):
-        distance = np.hypot(x, y)
-        if shape == "circle":
-            distance = distance - CIRCLE * r
-        else:
-            distance = np.abs(distance - (RING[0] + RING[1]) / 2 * r) - (RING[0] - RING[1]) / 2 * r
-    elif shape == "square":
-        distance = np.maximum(x, np.abs(y)) - SQUARE * r
-    elif shape == "triangle":
-        w, h = TRIANGLE
-        distance = np.maximum((2 * h * x - w * (y + h * r)) / math.hypot(2 * h, w), y - h * r)
-    elif shape == "cross":
-        long, thin = CROSS
-        y = np.abs(y)
-        distance = np.minimum(
-            np.maximum(x - long * r, y - thin * r),
-            np.maximum(x - thin * r, y - long * r),
-        )
-    else:  # star: the angle from the nearest tip, then the straight edge between tip and inner corner
-        up = STAR_DOWN * r - y
-        length, angle = np.hypot(x, up), np.arctan2(x, up)
-        angle = np.abs((angle + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
-        px, py = length * np.sin(angle), length * np.cos(angle) - STAR * r
-        ex, ey = STAR_INNER * math.sin(math.pi / 5), STAR_INNER * math.cos(math.pi / 5) - 1
-        distance = (py * ex - px * ey) / math.hypot(ex, ey)
-    return np.clip(0.5 - distance, 0, 1)
-
-
-def _outline(alpha: np.ndarray, box: tuple[int, int, int, int], area: float) -> tuple[str, float]:
+def _outline(
+    alpha: np.ndarray, box: tuple[int, int, int, int], area: float, world: World
+) -> tuple[str, float]:
     """The shape whose outline fits a cover map (h, w) best, or "unknown", and its radius in px.
 
     Every outline gets the component's area and is tried around the centre of its box, moved by up to half a
@@ -152,20 +107,20 @@ def _outline(alpha: np.ndarray, box: tuple[int, int, int, int], area: float) -> 
     stars.
     """
     x1, y1, x2, y2 = box
-    x = np.arange(alpha.shape[1]) + 0.5 - (x1 + x2) / 2
-    y = np.arange(alpha.shape[0]) + 0.5 - (y1 + y2) / 2
+    x = torch.arange(alpha.shape[1], dtype=torch.float64)[None] + 0.5 - (x1 + x2) / 2  # (1, w)
+    y = torch.arange(alpha.shape[0], dtype=torch.float64)[:, None] + 0.5 - (y1 + y2) / 2  # (h, 1)
     misfits = []
-    for shape in SHAPES:
-        radius = math.sqrt(area / AREA[shape])
-        tried = [
-            float(np.abs(alpha - _cover(shape, x - dx, y - dy, radius)).sum()) / area
-            for dx, dy in ((0, 0), (0.5, 0), (-0.5, 0), (0, 0.5), (0, -0.5))
-        ]
+    for shape, outline in world.outlines.items():
+        radius = math.sqrt(area / outline.area)
+        tried = []
+        for dx, dy in ((0, 0), (0.5, 0), (-0.5, 0), (0, 0.5), (0, -0.5)):
+            cover = (0.5 - outline.distance(x - dx, y - dy, radius)).clamp(0, 1).numpy()
+            tried.append(float(np.abs(alpha - cover).sum()) / area)
         misfits.append((min(tried), shape, radius))
     (best, shape, radius), (second, *_), *_ = sorted(misfits)
     if best > 0.10 + 1.6 / radius or best > 0.7 * second:
         return UNKNOWN, radius
-    half_width, half_height = HALF_BOX[shape]
+    half_width, half_height = world.outlines[shape].half_box
     slack = 1.5 + 0.05 * radius
     tips = 2.0 if shape in ("triangle", "star") else 0.0
     for side, expected in ((x2 - x1, 2 * half_width * radius), (y2 - y1, 2 * half_height * radius)):
@@ -184,8 +139,10 @@ def _pixels(image) -> np.ndarray:
     return pixels.astype(np.float32)
 
 
-def _object(pixels: np.ndarray, ground: np.ndarray, runs: list[tuple[int, int, int]]) -> Seen | None:
-    """A component (its runs) of a picture (S, S, 3) whose background is `ground` (3,); None for a speck."""
+def _object(
+    pixels: np.ndarray, ground: np.ndarray, runs: list[tuple[int, int, int]], world: World
+) -> Seen | None:
+    """A component (its runs) of an image (S, S, 3) whose background is `ground` (3,); None for a speck."""
     top, bottom = max(runs[0][0] - 2, 0), min(runs[-1][0] + 3, SIZE)
     left, right = max(min(run[1] for run in runs) - 2, 0), min(max(run[2] for run in runs) + 2, SIZE)
     mask = np.zeros((bottom - top, right - left), dtype=bool)
@@ -200,7 +157,7 @@ def _object(pixels: np.ndarray, ground: np.ndarray, runs: list[tuple[int, int, i
     inside = patch[inner]  # (n, 3)
     colour = np.median(inside, axis=0)
     uniform = float((np.linalg.norm(inside - colour, axis=1) < SAME_COLOUR).mean())
-    name = _nearest(colour, COLOURS, SAME_COLOUR) if uniform >= UNIFORM else UNKNOWN
+    name = _nearest(colour, world.colours, SAME_COLOUR) if uniform >= UNIFORM else UNKNOWN
     # An edge pixel is a mixture: the object's share of it is its place between the two colours.
     way = colour - ground
     near = np.pad(mask, 1)
@@ -213,13 +170,13 @@ def _object(pixels: np.ndarray, ground: np.ndarray, runs: list[tuple[int, int, i
         return None
     rows, columns = np.nonzero(solid.any(1))[0], np.nonzero(solid.any(0))[0]
     x1, x2, y1, y2 = int(columns[0]), int(columns[-1]) + 1, int(rows[0]), int(rows[-1]) + 1
-    shape, radius = _outline(alpha, (x1, y1, x2, y2), area)
+    shape, radius = _outline(alpha, (x1, y1, x2, y2), area, world)
     box = (left + x1, top + y1, left + x2, top + y2)
     return Seen(shape, name, box, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), area, radius)
 
 
-def read(image) -> Reading:
-    """What a picture shows.
+def read(image, world: World = WORLD) -> Reading:
+    """What an image shows.
 
     Args:
         image: uint8 (128, 128, 3), or a PIL image of that size.
@@ -235,7 +192,7 @@ def read(image) -> Reading:
         return Reading(UNKNOWN, ())
     ground = np.median(flat[shares[likely]], axis=0)
     mask = np.linalg.norm(pixels - ground, axis=2) > DIFFERENT
-    found = [_object(pixels, ground, runs) for runs in _components(mask)]
+    found = [_object(pixels, ground, runs, world) for runs in _components(mask)]
     objects = sorted((thing for thing in found if thing is not None), key=lambda thing: thing.centre)
     return Reading(likely, tuple(objects))
 
@@ -262,8 +219,8 @@ def _words(item: Item) -> str:
     return " ".join(word for word in (item.size, item.colour, item.shape) if word)
 
 
-def judge(reading: Reading, spec: Spec) -> tuple[bool, str]:
-    """Whether a picture shows exactly what is asked: these objects and no others. If so, the reason is ""."""
+def judge(reading: Reading, spec: Spec, world: World = WORLD) -> tuple[bool, str]:
+    """Whether an image shows exactly what is asked: these objects and no others. If so, the reason is ""."""
     things = reading.objects
     slots = [item for item in spec.items for _ in range(item.count)]
     if reading.background == UNKNOWN or spec.background not in (None, reading.background):
@@ -276,8 +233,8 @@ def judge(reading: Reading, spec: Spec) -> tuple[bool, str]:
         return False, f"objects: expected {len(slots)}, seen {len(things)}"
     expected, seen = Counter(item.shape for item in slots), Counter(thing.shape for thing in things)
     if expected != seen:
-        shape = next(shape for shape in SHAPES if expected[shape] != seen[shape])
-        return False, f"{PLURAL[shape]}: expected {expected[shape]}, seen {seen[shape]}"
+        shape = next(shape for shape in world.outlines if expected[shape] != seen[shape])
+        return False, f"{plural(shape)}: expected {expected[shape]}, seen {seen[shape]}"
     for item in slots:
         if not any(_is(thing, item) for thing in things):
             return False, f"no {_words(item)}"
@@ -294,7 +251,7 @@ def judge(reading: Reading, spec: Spec) -> tuple[bool, str]:
 
 
 def check(image, prompt: str) -> tuple[bool, str]:
-    """Whether a picture is a right answer to a prompt, and if not, why.
+    """Whether an image is a right answer to a prompt, and if not, why.
 
     Strict: exactly the objects that the prompt names, each of a clear shape and colour, with the colours,
     size, background and relation (GenEval's rule on the boxes) that the prompt tells.

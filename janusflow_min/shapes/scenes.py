@@ -5,8 +5,8 @@ A scene is plain data, sampled from a `random.Random` in pure Python; `pack` tur
 which `render` draws on any device with antialiased signed-distance functions. The families are GenEval's
 (Ghosh et al. 2023, arXiv:2310.11513); "left of" and its kin follow GenEval's rule on bounding boxes.
 
-Pixels: x to the right, y downward, (0, 0) the upper left corner of the picture, centres of pixels at +0.5.
-Dimensions: B scenes, K = 4 slots for objects, S = 128 side of a picture in pixels.
+Pixels: x to the right, y downward, (0, 0) the upper left corner of the image, centres of pixels at +0.5.
+Dimensions: B scenes, K = 4 slots for objects, S = 128 side of an image in pixels.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-SIZE = 128  # px, side of a picture
+SIZE = 128  # px, side of an image
 MAX_OBJECTS = 4
-MARGIN = 3.0  # px between an object's circle and the edge of the picture, at least
+MARGIN = 3.0  # px between an object's circle and the edge of the image, at least
 GAP = 5.0  # px between two objects' circles, at least
 JITTER = 6  # each channel of a colour moves by at most this much, of 255
 CLEAR = 1.6  # a relation is clear where the larger offset is at least this many times the smaller one
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
     "red": (220, 40, 40),
     "orange": (242, 130, 25),
@@ -58,22 +58,78 @@ STAR_INNER = 0.45  # centre to inner corner, in units of STAR
 STAR_DOWN = STAR * (1 - math.cos(math.pi / 5)) / 2  # the star's own centre lies this far below its box's
 CROSS = (0.92, 0.3)  # half length, half width of a bar
 RING = (0.9, 0.5)  # outer, inner radius
-HALF_BOX = {  # half width, half height of the bounding box
-    "circle": (CIRCLE, CIRCLE),
-    "square": (SQUARE, SQUARE),
-    "triangle": TRIANGLE,
-    "star": (STAR * math.sin(2 * math.pi / 5), STAR * (1 + math.cos(math.pi / 5)) / 2),
-    "cross": (CROSS[0], CROSS[0]),
-    "ring": (RING[0], RING[0]),
+
+
+def _circle(x: Tensor, y: Tensor, r: Tensor | float) -> Tensor:
+    return (x * x + y * y).sqrt() - CIRCLE * r
+
+
+def _square(x: Tensor, y: Tensor, r: Tensor | float) -> Tensor:
+    return torch.maximum(x.abs(), y.abs()) - SQUARE * r
+
+
+def _triangle(x: Tensor, y: Tensor, r: Tensor | float) -> Tensor:
+    w, h = TRIANGLE
+    return torch.maximum((2 * h * x.abs() - w * (y + h * r)) / math.hypot(2 * h, w), y - h * r)
+
+
+def _star(x: Tensor, y: Tensor, r: Tensor | float) -> Tensor:
+    """Folds the plane into half a tip (y upward, tip at the top); then the distance to its straight edge."""
+    c, s = math.cos(math.pi / 5), math.sin(math.pi / 5)
+    px, py = x.abs(), STAR_DOWN * r - y
+    fold = 2 * (c * px - s * py).clamp(min=0)
+    px, py = px - c * fold, py + s * fold
+    fold = 2 * (-c * px - s * py).clamp(min=0)
+    px, py = (px + c * fold).abs(), py + s * fold
+    tip = STAR * r
+    ex, ey = STAR_INNER * s, STAR_INNER * c - 1  # from the tip to the inner corner, in units of `tip`
+    return ((py - tip) * ex - px * ey) / math.hypot(ex, ey)
+
+
+def _cross(x: Tensor, y: Tensor, r: Tensor | float) -> Tensor:
+    (long, thin), ax, ay = CROSS, x.abs(), y.abs()
+    bar = torch.maximum(ax - long * r, ay - thin * r)
+    return torch.minimum(bar, torch.maximum(ax - thin * r, ay - long * r))
+
+
+def _ring(x: Tensor, y: Tensor, r: Tensor | float) -> Tensor:
+    outer, inner = RING
+    return ((x * x + y * y).sqrt() - (outer + inner) / 2 * r).abs() - (outer - inner) / 2 * r
+
+
+class Outline(NamedTuple):
+    """A shape's area and half width and height of its bounding box for radius 1, and its signed distance.
+
+    `distance(x, y, r)`: px to the edge of the shape of radius r around (0, 0), negative inside. Straight edges are
+    exact; beyond a corner it may be too small, which keeps the corners sharp.
+    """
+
+    area: float
+    half_box: tuple[float, float]
+    distance: Callable[[Tensor, Tensor, Tensor | float], Tensor]
+
+
+_STAR_BOX = (STAR * math.sin(2 * math.pi / 5), STAR * (1 + math.cos(math.pi / 5)) / 2)
+OUTLINES = {
+    "circle": Outline(math.pi * CIRCLE**2, (CIRCLE, CIRCLE), _circle),
+    "square": Outline(4 * SQUARE**2, (SQUARE, SQUARE), _square),
+    "triangle": Outline(2 * TRIANGLE[0] * TRIANGLE[1], TRIANGLE, _triangle),
+    "star": Outline(5 * STAR**2 * STAR_INNER * math.sin(math.pi / 5), _STAR_BOX, _star),
+    "cross": Outline(8 * CROSS[0] * CROSS[1] - 4 * CROSS[1] ** 2, (CROSS[0], CROSS[0]), _cross),
+    "ring": Outline(math.pi * (RING[0] ** 2 - RING[1] ** 2), (RING[0], RING[0]), _ring),
 }
-AREA = {  # in units of the squared radius
-    "circle": math.pi * CIRCLE**2,
-    "square": 4 * SQUARE**2,
-    "triangle": 2 * TRIANGLE[0] * TRIANGLE[1],
-    "star": 5 * STAR**2 * STAR_INNER * math.sin(math.pi / 5),
-    "cross": 8 * CROSS[0] * CROSS[1] - 4 * CROSS[1] ** 2,
-    "ring": math.pi * (RING[0] ** 2 - RING[1] ** 2),
-}
+SHAPES = tuple(OUTLINES)
+
+
+@dataclass(frozen=True)
+class World:
+    """The colours (name -> rgb, 0..255) and outlines (shape -> `Outline`) that are rendered and judged."""
+
+    colours: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: COLOURS)
+    outlines: Mapping[str, Outline] = field(default_factory=lambda: OUTLINES)
+
+
+WORLD = World()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +146,7 @@ class Object:
     @property
     def box(self) -> tuple[float, float, float, float]:
         """Bounding box (x1, y1, x2, y2) in px."""
-        half_width, half_height = HALF_BOX[self.shape]
+        half_width, half_height = OUTLINES[self.shape].half_box
         w, h = half_width * self.radius, half_height * self.radius
         return self.x - w, self.y - h, self.x + w, self.y + h
 
@@ -248,7 +304,7 @@ def clear_relation(a: Object, b: Object) -> str | None:
 # ---- sampling ----------------------------------------------------------------------------------------------
 
 _COLOURS, _BACKGROUNDS = tuple(COLOURS), tuple(BACKGROUNDS)
-_ORDERED_HELD_OUT = {  # sorted, so that a seed picks the same element in every process
+_ORDERED_HELD_OUT: dict[str, list[Any]] = {  # sorted, so that a seed picks the same element in every process
     "single_object": sorted(HELD_OUT_SINGLE),
     "two_object": sorted((one, two) for one, two in HELD_OUT_BINDING if one[0] == two[0]),
     "counting": sorted(kind for kind in HELD_OUT_COUNT if kind[0] > 1),
@@ -300,7 +356,7 @@ def _place(rng: random.Random, radii: Sequence[float]) -> list[tuple[float, floa
 def _place_related(rng: random.Random, radii: Sequence[float], relation: str) -> list[tuple[float, float]]:
     """Centres (px) of two circles, the first clearly in this relation to the second.
 
-    The picture is symmetric, so one clear pair of places is turned until it shows the relation.
+    The image is symmetric, so one clear pair of places is turned until it shows the relation.
     """
     while True:
         (x1, y1), (x2, y2) = _place(rng, radii)
@@ -331,6 +387,7 @@ def _draw(rng: random.Random, family: str, rule: str | None) -> Scene | None:
     None where the kinds of object break another rule: known before they are placed, which takes the longest.
     """
     background, relation = _pick(rng, _BACKGROUNDS), None
+    shapes: tuple[str, ...]
     held_out = _pick(rng, _ORDERED_HELD_OUT[family]) if rule else None
     if family in ("single_object", "colors"):
         size, shape, colour = (
@@ -411,64 +468,34 @@ def sample_scene(rng: random.Random, family: str, split: str = "train") -> Scene
 # ---- drawing -----------------------------------------------------------------------------------------------
 
 
-def pack(scenes: Sequence[Scene]) -> Tensor:
+def pack(scenes: Sequence[Scene], world: World = WORLD) -> Tensor:
     """Scenes as numbers, for `render`.
 
     Returns:
-        (B, 31) float32 on the CPU: background rgb (0..255), then for each of 4 slots the index in `SHAPES`,
-        x, y, radius (px) and rgb (0..255). An empty slot is a circle of radius 0 far outside the picture.
+        (B, 31) float32 on the CPU: background rgb (0..255), then for each of 4 slots the index in `world.outlines`,
+        x, y, radius (px) and rgb (0..255). An empty slot is a circle of radius 0 far outside the image.
     """
-    rows = []
+    index = {shape: i for i, shape in enumerate(world.outlines)}
+    rows: list[float] = []
     for scene in scenes:
         if len(scene.objects) > MAX_OBJECTS:
             raise ValueError(f"expected at most {MAX_OBJECTS} objects, got {len(scene.objects)}")
         rows.extend(scene.background_rgb)
         for thing in scene.objects:
-            rows.extend((_INDEX[thing.shape], thing.x, thing.y, thing.radius, *thing.rgb))
+            rows.extend((index[thing.shape], thing.x, thing.y, thing.radius, *thing.rgb))
         rows.extend(_EMPTY * (MAX_OBJECTS - len(scene.objects)))
     return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(scenes), 3 + 7 * MAX_OBJECTS))
 
 
-_INDEX = {shape: index for index, shape in enumerate(SHAPES)}
 _EMPTY = (0, -1000.0, -1000.0, 0.0, 0, 0, 0)
 
 
-def distances(x: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-    """Signed distance (px, negative inside) to the edge of each of `SHAPES`, of radius r (px) around (0, 0).
-
-    Straight edges are exact; beyond a corner the distance may be too small, which keeps the corners sharp.
-    """
-    ax, ay = x.abs(), y.abs()
-    length = (x * x + y * y).sqrt()
-    circle = length - CIRCLE * r
-    square = torch.maximum(ax, ay) - SQUARE * r
-    w, h = TRIANGLE
-    slope = math.hypot(2 * h, w)
-    triangle = torch.maximum((2 * h * ax - w * (y + h * r)) / slope, y - h * r)
-    long, thin = CROSS
-    bar = torch.maximum(ax - long * r, ay - thin * r)
-    cross = torch.minimum(bar, torch.maximum(ax - thin * r, ay - long * r))
-    outer, inner = RING
-    ring = (length - (outer + inner) / 2 * r).abs() - (outer - inner) / 2 * r
-    # Star: fold the plane into half a tip (y upward, tip at the top), then the distance to its straight edge.
-    c, s = math.cos(math.pi / 5), math.sin(math.pi / 5)
-    px, py = ax, STAR_DOWN * r - y
-    fold = 2 * (c * px - s * py).clamp(min=0)
-    px, py = px - c * fold, py + s * fold
-    fold = 2 * (-c * px - s * py).clamp(min=0)
-    px, py = (px + c * fold).abs(), py + s * fold
-    tip = STAR * r
-    ex, ey = STAR_INNER * s, STAR_INNER * c - 1  # from the tip to the inner corner, in units of `tip`
-    star = ((py - tip) * ex - px * ey) / math.hypot(ex, ey)
-    return circle, square, triangle, star, cross, ring
-
-
-def render(packed: Tensor, size: int = SIZE) -> Tensor:
+def render(packed: Tensor, size: int = SIZE, world: World = WORLD) -> Tensor:
     """Draws packed scenes, with antialiased edges one pixel wide; no control flow depends on the data.
 
     Args:
         packed: (B, 31) from `pack`, on any device.
-        size: side of the pictures in px; the scene is scaled with it.
+        size: side of the images in px; the scene is scaled with it.
 
     Returns:
         (B, 3, size, size) float32 in [-1, 1].
@@ -476,27 +503,27 @@ def render(packed: Tensor, size: int = SIZE) -> Tensor:
     scale = SIZE / size
     axis = (torch.arange(size, device=packed.device, dtype=torch.float32) + 0.5) * scale
     x, y = axis.view(1, 1, size), axis.view(1, size, 1)
-    picture = packed[:, :3, None, None].expand(-1, -1, size, size)  # (B, 3, S, S)
+    image = packed[:, :3, None, None].expand(-1, -1, size, size)  # (B, 3, S, S)
     for slot in range(MAX_OBJECTS):
         shape, cx, cy, r, *_ = packed[:, 3 + 7 * slot : 10 + 7 * slot, None, None].unbind(1)  # each (B, 1, 1)
         rgb = packed[:, 7 + 7 * slot : 10 + 7 * slot, None, None]  # (B, 3, 1, 1)
-        every = distances(x - cx, y - cy, r)  # each (B, S, S)
+        every = [outline.distance(x - cx, y - cy, r) for outline in world.outlines.values()]  # each (B, S, S)
         distance = every[0]
-        for index in range(1, len(SHAPES)):
+        for index in range(1, len(every)):
             distance = torch.where(shape == index, every[index], distance)
         cover = (0.5 - distance / scale).clamp(0, 1)[:, None]  # (B, 1, S, S)
-        picture = torch.lerp(picture, rgb.expand_as(picture), cover.expand_as(picture))
-    return picture / 127.5 - 1
+        image = torch.lerp(image, rgb.expand_as(image), cover.expand_as(image))
+    return image / 127.5 - 1
 
 
-def to_uint8(pictures: Tensor) -> np.ndarray:
+def to_uint8(images: Tensor) -> np.ndarray:
     """(..., 3, S, S) in [-1, 1] -> (..., S, S, 3) uint8."""
-    pixels = ((pictures.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.movedim(-3, -1).numpy()
 
 
-def to_pil(picture: Tensor):
-    """One picture, (3, S, S) in [-1, 1], as a PIL image."""
+def to_pil(image: Tensor):
+    """One image, (3, S, S) in [-1, 1], as a PIL image."""
     from PIL import Image
 
-    return Image.fromarray(to_uint8(picture))
+    return Image.fromarray(to_uint8(image))

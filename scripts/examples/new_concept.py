@@ -7,8 +7,8 @@ Stages: `data` (images, captions and questions with teal things and bars, as man
 manifests), `vae` (its decoder learns teal), `before` (the default is judged), `train` (`janusflow-min train
 new_concept.toml`), `after`. Training keeps the VAE as it is, as the paper does, and SDXL's paints any colour; the
 default's has seen eight and turns teal into green or blue, so its decoder is taught first. Its encoder stays: the old
-latents still mean what they meant. Images are judged by the shapes' judge, which is told the new colour and
-outline here and is first shown true images. Teal bars are in no training picture; no old combination that the
+latents still mean what they meant. Images are judged by the shapes' judge, which gets the new colour and
+outline as a `World` and is first tested on true images. Teal bars are in no training image; no old combination that the
 evaluation asks for is either.
 """
 
@@ -20,11 +20,9 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -45,6 +43,17 @@ from janusflow_min.vae import load_vae
 
 TEAL, TEAL_RGB = "teal", (0, 150, 150)
 BAR, HALF_WIDTH, HALF_HEIGHT = "bar", 0.9, 0.4  # in units of the radius
+
+
+def bar(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor | float) -> torch.Tensor:
+    return torch.maximum(x.abs() - HALF_WIDTH * r, y.abs() - HALF_HEIGHT * r)
+
+
+WORLD = scenes.World(
+    colours=scenes.COLOURS | {TEAL: TEAL_RGB},
+    outlines=scenes.OUTLINES
+    | {BAR: scenes.Outline(4 * HALF_WIDTH * HALF_HEIGHT, (HALF_WIDTH, HALF_HEIGHT), bar)},
+)
 TAG = "<image_placeholder>\n"
 
 
@@ -62,7 +71,7 @@ def main() -> None:
     if not (data / "replay.jsonl").is_file():
         make_data(data, args.images)
     print(
-        f"data after {time.monotonic() - began:.0f} s; the reader is right on {check_reader():.1%} of true images"
+        f"data after {time.monotonic() - began:.0f} s; the judge is right on {check_reader():.1%} of true images"
     )
     vae = args.work / "vae"
     if not vae.is_dir():
@@ -117,19 +126,8 @@ def new_scene(rng: random.Random, kind: str, objects: int) -> scenes.Scene:
     return replace(scene, objects=things)
 
 
-def draw(scene: scenes.Scene):
-    """A PIL image. The world's renderer knows no bar: it draws the rest, and one is laid over that."""
-    old = [thing for thing in scene.objects if thing.shape != BAR]
-    picture = scenes.render(scenes.pack([replace(scene, objects=tuple(old))]))[0]  # (3, S, S)
-    axis = torch.arange(scenes.SIZE) + 0.5
-    for thing in scene.objects:
-        if thing.shape == BAR:
-            across = (axis[None] - thing.x).abs() - HALF_WIDTH * thing.radius
-            down = (axis[:, None] - thing.y).abs() - HALF_HEIGHT * thing.radius
-            cover = (0.5 - torch.maximum(across, down)).clamp(0, 1)
-            rgb = torch.tensor(thing.rgb)[:, None, None] / 127.5 - 1
-            picture = torch.lerp(picture, rgb.expand_as(picture), cover.expand_as(picture))
-    return scenes.to_pil(picture)
+def draw(scene: scenes.Scene) -> Image.Image:
+    return scenes.to_pil(scenes.render(scenes.pack([scene], WORLD), world=WORLD)[0])
 
 
 def caption(scene: scenes.Scene) -> str:
@@ -217,7 +215,7 @@ def teach_vae(data: Path, folder: Path, steps: int, batch: int = 4, lr: float = 
 
 @torch.no_grad()
 def check_vae(folder: Path, count: int = 6) -> float:
-    """Share of true images of the new kinds that are still right behind the VAE: no painter can do better."""
+    """Share of true images of the new kinds that are still right behind the VAE: no model can do better."""
     vae, right = load_vae(folder, torch.device("cpu"), torch.float32), []
     for _, scene, _ in cases(count):
         x = to_pixels(draw(scene))
@@ -228,31 +226,9 @@ def check_vae(folder: Path, count: int = 6) -> float:
 # Judging -----------------------------------------------------------------------
 
 
-def taught() -> mock._patch:
-    """The reader with the new colour and the new outline."""
-    plain: Callable = judge._cover
-
-    def cover(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-        if shape != BAR:
-            return plain(shape, x, y, r)
-        outside = np.maximum(np.abs(x)[None, :] - HALF_WIDTH * r, np.abs(y)[:, None] - HALF_HEIGHT * r)
-        return np.clip(0.5 - outside, 0, 1)
-
-    return mock.patch.multiple(
-        judge,
-        COLOURS=scenes.COLOURS | {TEAL: TEAL_RGB},
-        SHAPES=(*scenes.SHAPES, BAR),
-        AREA=scenes.AREA | {BAR: 4 * HALF_WIDTH * HALF_HEIGHT},
-        HALF_BOX=scenes.HALF_BOX | {BAR: (HALF_WIDTH, HALF_HEIGHT)},
-        PLURAL=captions.PLURAL | {BAR: "bars"},
-        _cover=cover,
-    )
-
-
 def shows(image, scene: scenes.Scene) -> tuple[bool, str]:
     items = tuple(Item(1, thing.shape, thing.colour) for thing in scene.objects)
-    with taught():
-        return judge.judge(judge.read(image), Spec(items))
+    return judge.judge(judge.read(image, WORLD), Spec(items), WORLD)
 
 
 KINDS = ((TEAL, 1), (BAR, 1), (TEAL, 2), (BAR, 2), (f"{TEAL} {BAR}", 1))
@@ -270,7 +246,7 @@ def cases(count: int) -> list[tuple[str, scenes.Scene, random.Random]]:
 
 
 def check_reader(count: int = 100) -> float:
-    """Share of true images that the taught reader reads rightly."""
+    """Share of true images that the judge finds right."""
     return float(np.mean([shows(draw(scene), scene)[0] for _, scene, _ in cases(count)]))
 
 

@@ -193,7 +193,7 @@ def test_a_drawn_shape_covers_what_its_definition_covers(shape):
     assert np.abs(cover - expected).max() < 0.45  # only a sharp tip is that far off
     assert np.abs(cover - expected).sum() / expected.sum() < 0.03
     assert 0.05 < ((cover > 0.1) & (cover < 0.9)).sum() / expected.sum() < 0.5  # edges are smooth, and thin
-    assert cover.sum() == pytest.approx(scenes.AREA[shape] * r * r, rel=0.03)
+    assert cover.sum() == pytest.approx(scenes.OUTLINES[shape].area * r * r, rel=0.03)
     rows, columns = np.nonzero(cover > 0.3)
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert np.abs(np.array(box) - scene_of((shape, "black", x0, y0, r)).objects[0].box).max() < 1.6
@@ -531,3 +531,27 @@ def test_components_match_a_flood_fill():
             for runs in judge._components(mask)
         ]
         assert sorted(map(sorted, found)) == sorted(map(sorted, expected))
+
+
+def test_a_world_with_another_colour_and_outline_is_rendered_and_judged():
+    """Stops: a new shape that only a patched module renders or reads, or that the default's world takes for its own."""
+    bar = scenes.Outline(
+        4 * 0.9 * 0.4, (0.9, 0.4), lambda x, y, r: torch.maximum(x.abs() - 0.9 * r, y.abs() - 0.4 * r)
+    )
+    world = scenes.World(COLOURS | {"teal": (0, 150, 150)}, scenes.OUTLINES | {"bar": bar})
+    things = (
+        Object("bar", "teal", 40, 40, 20, (0, 150, 150)),
+        Object("star", "red", 90, 90, 20, COLOURS["red"]),
+    )
+    scene = Scene("white", scenes.BACKGROUNDS["white"], things)
+    image = scenes.to_uint8(render(pack([scene], world), world=world))[0]
+    item = captions.Item
+    spec = captions.Spec((item(1, "bar", "teal"), item(1, "star", "red")))
+    assert judge.judge(judge.read(image, world), spec, world) == (True, "")
+    assert judge.judge(judge.read(image, world), captions.Spec((item(2, "bar"),)), world)[1].startswith(
+        "stars"
+    )
+    assert [(o.shape, o.colour) for o in judge.read(image).objects] == [
+        ("unknown", "unknown"),
+        ("star", "red"),
+    ]
