@@ -20,6 +20,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -366,23 +367,28 @@ def write_case(folder: RunFolder, run: Run, mode: str) -> None:
 def write_summaries(folder: RunFolder, cases: Mapping[str, Sequence[Case]]) -> None:
     """summary.json and manifest.csv of each task, of all its cases: the jigsaw's scorer reads the ids from there."""
     for task, of_task in cases.items():
-        items, table = [], io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["id", "folder", "status", "images", "errors"])
+        items, rows = [], []
         for case in of_task:
-            identity = case.fields.get("id", case.name)
-            done = is_done(folder, case)
-            record = read_json(folder.root / case.folder / "result.json") if done else {}
-            status = record.get("status", "missing")
-            errors = record.get("errors", [])
-            items.append({"id": identity, "status": status, "errors": errors})
-            writer.writerow([identity, case.name, status, len(record.get("files", ())), "; ".join(errors)])
-        counts = {s: sum(item["status"] == s for item in items) for s in ("ok", "error", "missing")}
-        summary = {"task": task, "count_total": len(items)}
-        summary |= {f"count_{name}": counts[key] for name, key in (("success", "ok"), ("error", "error"))}
-        summary |= {"count_missing": counts["missing"], "per_item": items}
+            record = read_json(folder.root / case.folder / "result.json") if is_done(folder, case) else {}
+            item = {"id": case.fields.get("id", case.name), "status": record.get("status", "missing")}
+            errors, images = record.get("errors", []), len(record.get("files", ()))
+            items.append(item | {"errors": errors})
+            row = {"id": item["id"], "folder": case.name, "status": item["status"], "images": images}
+            rows.append(row | {"errors": "; ".join(errors)})
+        count = Counter(item["status"] for item in items)
+        summary = {"task": task, "count_total": len(items), "count_success": count["ok"]}
+        summary |= {"count_error": count["error"], "count_missing": count["missing"], "per_item": items}
         folder.write_json(folder.root / task / "summary.json", summary)
-        folder.write_text(folder.root / task / "manifest.csv", table.getvalue())
+        folder.write_text(folder.root / task / "manifest.csv", csv_text(rows))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV; its columns are all keys, in the order in which they are met."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def run_tasks(

@@ -120,11 +120,6 @@ class Judging:
                     self.unusable.append(f"{leg}/{question.key}")
         return replies
 
-    def judge(self, leg: str, jobs: Sequence[Job], records: Mapping[str, dict[str, Any]]) -> None:
-        """Add the leg's verdicts to the records of the jobs' keys."""
-        for key, reply in self.ask(leg, jobs).items():
-            records[key].update(rules.verdicts(leg, reply, self.options.official_compat))
-
     def open(self, path: Path) -> Image.Image | None:
         """The image; None, with the reason in `failures`, where it cannot be read."""
         try:

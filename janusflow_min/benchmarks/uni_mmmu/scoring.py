@@ -12,10 +12,9 @@ a CSV (jigsaw, maze, sliding), `eval/all_tasks_summary.json` and .csv.
 
 from __future__ import annotations
 
-import csv
-import io
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from ..official_prompts import fill
 from ..reading import read_image
 from ..run_folder import RunFolder
 from . import boards, rules
-from .generation import is_done
+from .generation import csv_text, is_done
 from .judging import Job, Judging
 from .readers import Case
 
@@ -81,35 +80,52 @@ def _images(case: Case, judging: Judging) -> list[Path]:
     return sorted((judging.folder.root / case.folder).glob("model_image_*.*"))
 
 
+def _judge(
+    leg: str,
+    cases: Sequence[Case],
+    job_of: Callable[[Case], Job | None],
+    by_name: Mapping[str, Record],
+    judging: Judging,
+) -> None:
+    """Add the leg's verdicts to the cases' records; a case without a job has nothing to judge, and all no."""
+    if leg not in judging.chats:
+        return
+    jobs = []
+    for case in cases:
+        if (job := job_of(case)) is not None:
+            jobs.append(job)
+        else:
+            by_name[case.name].update(dict.fromkeys(rules.VERDICTS[leg], 0))
+    for key, reply in judging.ask(leg, jobs).items():
+        by_name[key].update(rules.verdicts(leg, reply, judging.options.official_compat))
+
+
 def _code(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
     references = {case.name: _reference(case, judging) for case in there}
-    if "code_text" in judging.chats:
-        jobs = []
-        for case in there:
-            summary = rules.render_summary(_text(case, judging) or "")
-            reference = references[case.name]
-            if summary and reference:
-                after = f"Candidate description:\n{summary}"
-                jobs.append(Job(case.name, judging.texts["code_text"], [reference], after))
-            else:
-                by_name[case.name]["text_semantic_match"] = 0
-        judging.judge("code_text", jobs, by_name)
+
+    def description(case: Case) -> Job | None:
+        summary, reference = rules.render_summary(_text(case, judging) or ""), references[case.name]
+        if not summary or reference is None:
+            return None
+        after = f"Candidate description:\n{summary}"
+        return Job(case.name, judging.texts["code_text"], [reference], after)
+
+    _judge("code_text", there, description, by_name, judging)
     if "code_image" in judging.chats:
-        images = {case.name: _images(case, judging) if references[case.name] else [] for case in there}
-        jobs = [
-            Job(f"{name}#{i}", judging.texts["code_image"], [reference, path])
-            for name, paths in images.items()
-            if (reference := references[name]) is not None
-            for i, path in enumerate(paths)
-        ]
-        replies = judging.ask("code_image", jobs)
-        for name, paths in images.items():
-            keys = [f"{name}#{i}" for i in range(len(paths))]
-            if all(key in replies for key in keys):
-                by_name[name] |= rules.best_of(
-                    [replies[key] for key in keys], judging.options.official_compat
-                )
+        jobs = {
+            case.name: [
+                Job(f"{case.name}#{i}", judging.texts["code_image"], [reference, path])
+                for i, path in enumerate(_images(case, judging))
+                if (reference := references[case.name]) is not None
+            ]
+            for case in there
+        }
+        replies = judging.ask("code_image", [job for of_case in jobs.values() for job in of_case])
+        for name, of_case in jobs.items():
+            if all(job.key in replies for job in of_case):
+                best = [replies[job.key] for job in of_case]
+                by_name[name] |= rules.best_of(best, judging.options.official_compat)
     return records
 
 
@@ -135,45 +151,29 @@ def _reference(case: Case, judging: Judging) -> Path | None:
 
 def _science(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
-    lost = [
-        case.name
-        for case in cases
-        if case not in there and (judging.options.official_compat or not case.usable)
-    ]
-    if "science_text" in judging.chats:
-        for name in lost:  # the official scorer counts every sample
-            by_name[name] |= {"reasoning_correct": 0, "result_correct": 0}
-        jobs = []
-        for case in there:
-            text, truth = _text(case, judging), case.truth["text"]
-            if truth and (text is not None if judging.options.official_compat else (text or "").strip()):
-                filled = fill(
-                    judging.texts["science_text"],
-                    scene="(none)",
-                    condition=case.fields["condition"] or "(none)",
-                    gt_text=truth,
-                    pred_text=text,
-                )
-                jobs.append(Job(case.name, filled))
-            else:
-                by_name[case.name] |= {"reasoning_correct": 0, "result_correct": 0}
-        judging.judge("science_text", jobs, by_name)
-    if generates and "science_image" in judging.chats:
-        for name in lost:
-            by_name[name]["image_correct"] = 0
-        jobs = []
-        for case in there:
-            paths = _images(case, judging)
-            if paths and case.images:
-                filled = fill(
-                    judging.texts["science_image"],
-                    condition=case.fields["condition"],
-                    gt_text=case.truth["text"],
-                )
-                jobs.append(Job(case.name, filled, [case.images[0], paths[0]]))
-            else:
-                by_name[case.name]["image_correct"] = 0
-        judging.judge("science_image", jobs, by_name)
+    compat = judging.options.official_compat
+    # The official scorer counts every sample.
+    counted = [case for case in cases if case in there or compat or not case.usable]
+
+    def explanation(case: Case) -> Job | None:
+        text, truth = _text(case, judging), case.truth["text"]
+        if case not in there or not truth or text is None or not (compat or text.strip()):
+            return None
+        condition = case.fields["condition"] or "(none)"
+        texts = dict(scene="(none)", condition=condition, gt_text=truth, pred_text=text)
+        return Job(case.name, fill(judging.texts["science_text"], **texts))
+
+    def image(case: Case) -> Job | None:
+        paths = _images(case, judging)
+        if case not in there or not paths or not case.images:
+            return None
+        texts = dict(condition=case.fields["condition"], gt_text=case.truth["text"])
+        filled = fill(judging.texts["science_image"], **texts)
+        return Job(case.name, filled, [case.images[0], paths[0]])
+
+    _judge("science_text", counted, explanation, by_name, judging)
+    if generates:
+        _judge("science_image", counted, image, by_name, judging)
     return records
 
 
@@ -184,29 +184,25 @@ def _math(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Reco
             if case.truth["overlay"] is None:
                 by_name[case.name]["status"] = "no auxiliary_image in the data"
         there = [case for case in there if case.truth["overlay"] is not None]
-    if generates and "math_overlay" in judging.chats:
-        jobs = []
-        for case in there:
-            paths = _images(case, judging)
-            if paths:
-                filled = fill(judging.texts["math_overlay"], aux_en=case.fields["auxiliary"] or "(none)")
-                jobs.append(Job(case.name, filled, [case.images[0], case.truth["overlay"], paths[0]]))
-            else:
-                by_name[case.name]["overlay_ok"] = 0
-        judging.judge("math_overlay", jobs, by_name)
-    if "math_text" in judging.chats:
-        jobs = []
-        for case in there:
-            kind = "CALCULATION" if case.fields["type"].lower().startswith("calc") else "PROVING"
-            filled = fill(
-                judging.texts["math_text"],
-                task_type=kind,
-                problem=case.fields["problem"],
-                gt_text=case.truth["text"],
-                cand_text=_text(case, judging) or "",
-            )
-            jobs.append(Job(case.name, filled))
-        judging.judge("math_text", jobs, by_name)
+
+    def overlay(case: Case) -> Job | None:
+        paths = _images(case, judging)
+        filled = fill(judging.texts["math_overlay"], aux_en=case.fields["auxiliary"] or "(none)")
+        return Job(case.name, filled, [case.images[0], case.truth["overlay"], paths[0]]) if paths else None
+
+    def solution(case: Case) -> Job:
+        filled = fill(
+            judging.texts["math_text"],
+            task_type="CALCULATION" if case.fields["type"].lower().startswith("calc") else "PROVING",
+            problem=case.fields["problem"],
+            gt_text=case.truth["text"],
+            cand_text=_text(case, judging) or "",
+        )
+        return Job(case.name, filled)
+
+    if generates:
+        _judge("math_overlay", there, overlay, by_name, judging)
+    _judge("math_text", there, solution, by_name, judging)
     return records
 
 
@@ -269,48 +265,51 @@ def _grids(
     return grids
 
 
+def _candidate_records(
+    case: Case,
+    judging: Judging,
+    read: Callable[[Image.Image], boards.Grid] | None,
+    score_frames: Callable[[list[boards.Grid]], Record],
+) -> Iterator[Record]:
+    """read: a frame's board; None where the frames are not the model's, and not scored."""
+    compat = judging.options.official_compat
+    for i, (text, paths) in enumerate(_candidates(case, judging), 1):
+        record: Record = {"id": case.name, "status": "ok", "cand_idx": i}
+        record |= rules.score_moves(rules.moves(text, compat), case.truth["moves"])
+        frames = None if read is None else _grids(paths, judging, read, compat)
+        yield record | ({} if frames is None else score_frames(frames))
+
+
 def _maze(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
     compat = judging.options.official_compat
+
+    def read(image: Image.Image) -> boards.Grid:
+        return boards.parse_maze(image, compat).grid
+
     for case in there:
-        image = judging.open(case.images[0])
+        image, moves = judging.open(case.images[0]), case.truth["moves"]
         first = boards.parse_maze(image, compat) if image else boards.Maze([], None, None)
         if first.start is None:  # officially skipped too
             by_name[case.name]["status"] = f"no agent found in {case.images[0]}"
             continue
+        score = functools.partial(rules.score_maze_frames, first=first, truth=moves)
         records.remove(by_name[case.name])
-        for i, (text, paths) in enumerate(_candidates(case, judging), 1):
-            truth = case.truth["moves"]
-            record: Record = {"id": case.name, "status": "ok", "cand_idx": i}
-            record |= rules.score_moves(rules.moves(text, compat), truth)
-            if generates:
-                frames = _grids(paths, judging, lambda image: boards.parse_maze(image, compat).grid, compat)
-                record |= {} if frames is None else rules.score_maze_frames(frames, first, truth)
-            records.append(record)
+        records += _candidate_records(case, judging, read if generates else None, score)
     return records
 
 
 def _sliding(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:
     records, by_name, there = _start(cases, judging)
-
-    def read(image: Image.Image) -> boards.Grid:
-        return boards.parse_puzzle(image, judging.options.official_compat)
-
+    read = functools.partial(boards.parse_puzzle, official_compat=judging.options.official_compat)
     for case in there:
         expected = _grids(case.truth["frames"] if generates else (), judging, read, unclear=False)
         if expected is None:
             by_name[case.name]["status"] = "an image of the data cannot be read"
             continue
+        score = functools.partial(rules.score_puzzle_frames, expected=expected)
         records.remove(by_name[case.name])
-        for i, (text, paths) in enumerate(_candidates(case, judging), 1):
-            record: Record = {"id": case.name, "status": "ok", "cand_idx": i}
-            record |= rules.score_moves(
-                rules.moves(text, judging.options.official_compat), case.truth["moves"]
-            )
-            if generates:
-                frames = _grids(paths, judging, read, judging.options.official_compat)
-                record |= {} if frames is None else rules.score_puzzle_frames(frames, expected)
-            records.append(record)
+        records += _candidate_records(case, judging, read if generates else None, score)
     return records
 
 
@@ -338,7 +337,7 @@ def write_task(folder: RunFolder, task: str, records: Sequence[Record]) -> dict[
     else:
         folder.write_json(here / "summary.json", summary)
         name = "per_item.csv" if task == "jigsaw" else "manifest_eval.csv"
-        folder.write_text(here / name, _csv(records))
+        folder.write_text(here / name, csv_text(records))
     return summary
 
 
@@ -381,12 +380,4 @@ def write_table(folder: RunFolder, table: Mapping[str, float | None]) -> None:
     """The 14 numbers as JSON and as CSV with the columns' long names; null and empty are not, or not wholly, run."""
     folder.write_json(folder.root / "eval" / "all_tasks_summary.json", dict(table))
     row = {column[1]: table[column[0]] for column in rules.COLUMNS}
-    folder.write_text(folder.root / "eval" / "all_tasks_summary.csv", _csv([row]))
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    folder.write_text(folder.root / "eval" / "all_tasks_summary.csv", csv_text([row]))
