@@ -27,13 +27,12 @@ from .flow import interpolate
 from .pixels import ImageSource, open_image, to_pixels
 from .progress import progress_bar
 from .sampling import draw_noise, guided_velocity
-from .sampling_options import SamplingOptions
+from .sampling_options import EDIT_METHODS, SamplingOptions
 from .solvers import SOLVERS, Solver, time_grid
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-METHODS = ("flowedit", "invert", "sdedit")
 EDIT_BATCH = 8  # images edited at once; FlowEdit's four rows each fill what 16 guided images do
 DESCRIPTION_TOKENS = 96  # most, of the model's own source prompt
 
@@ -69,8 +68,8 @@ def edit(
     Raises ValueError for arguments that make no edit and FileNotFoundError for a missing file, before any work;
     FloatingPointError where latents or pixels become NaN or infinite.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {checks.shown(method)}")
+    if method not in EDIT_METHODS:
+        raise ValueError(f"method must be one of {', '.join(EDIT_METHODS)}, got {checks.shown(method)}")
     strength = checks.number("strength", strength, least=0, most=1, above=True)
     weights = checks.number("cfg_weight", cfg_weight), checks.number("source_cfg_weight", source_cfg_weight)
     options = SamplingOptions(

@@ -13,6 +13,7 @@ from .checks import MAX_STEPS
 from .options import finite, option, whole
 
 SOLVER_NAMES = ("euler", "midpoint", "heun", "ab2")  # of solvers.SOLVERS, which needs torch
+EDIT_METHODS = ("flowedit", "invert", "sdedit")  # editing.py says what they do
 DEFAULTS: Mapping[str, Any] = {  # the reference's
     "num_inference_steps": 30,
     "solver": "euler",

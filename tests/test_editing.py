@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from PIL import Image
 
 import janusflow_min as jf
+from janusflow_min.cli import build_parser, main
+from janusflow_min.commands.edit import SETTINGS
 from janusflow_min.edit_methods import flowedit_velocity, undo_euler
-from janusflow_min.editing import METHODS
 from janusflow_min.fast.sampler import GraphSampler
 from janusflow_min.pixels import to_pixels
 from janusflow_min.sampling import guided_velocity
+from janusflow_min.sampling_options import EDIT_METHODS
 from janusflow_min.shapes import judge, scenes
 from janusflow_min.solvers import euler, time_grid
 
@@ -86,7 +89,7 @@ def test_the_fast_path_edits_alike(pipe, parity_dir):
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EDIT_METHODS)
 def test_a_batch_edits_as_each_alone(edit, method):
     """Stops: noise that depends on the batch, images or prompts mixed up."""
     images, prompts = [picture(seed=k) for k in range(10)], [TARGET, SOURCE] * 5
@@ -112,7 +115,7 @@ def test_the_same_prompt_changes_nothing(pipe, edit):
     assert differ(edit(image, SOURCE, cfg_weight=2.0, source_cfg_weight=2.0)[0], plain) <= 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EDIT_METHODS)
 def test_what_the_mask_protects_keeps_its_bytes(edit, method):
     """Stops: a mask with its colours exchanged, a soft edge, the VAE's losses outside of it."""
     image, mask = picture(), Image.new("L", (SIDE, SIDE))
@@ -122,7 +125,7 @@ def test_what_the_mask_protects_keeps_its_bytes(edit, method):
     assert not changed[~allowed].any() and changed[allowed].mean() > 0.5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EDIT_METHODS)
 def test_latents_outside_the_mask_end_at_the_image(pipe, edit, method):
     """Stops: an edit that does not know of its surroundings, whose seams show."""
     seen: list[torch.Tensor] = []
@@ -248,3 +251,62 @@ def test_what_a_callback_raises_ends_the_edit(edit):
     """Stops: an edit that cannot be stopped."""
     with pytest.raises(KeyError, match="enough"):
         edit(picture(), callback_on_step_end=lambda *_: (_ for _ in ()).throw(KeyError("enough")))
+
+
+def test_the_command_saves_what_edit_makes(tiny, tmp_path, capsys):
+    """Stops: a command whose options do not arrive, or a PNG that does not say how to repeat it."""
+    path, mask = tmp_path / "in.png", tmp_path / "mask.png"
+    scenes.to_pil(scenes.render(scenes.pack([scene_of("red", "star")]))[0]).save(path)
+    Image.new("L", (128, 128), 255).save(mask)
+    words = [
+        "edit",
+        str(path),
+        TARGET.lower(),
+        "a photo of a ring",
+        "--seed",
+        "3",
+        "--num-inference-steps",
+        "2",
+    ]
+    options = ["--mask", str(mask), "--strength", "0.5", "--method", "invert", "--out", str(tmp_path / "out")]
+    assert main([*words, *options, "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    saved = printed.out.split()
+    expected = tiny.edit(
+        path, [TARGET.lower(), "a photo of a ring"], mask=mask, seed=3, num_inference_steps=2, strength=0.5,
+        method="invert", progress=False,
+    )  # fmt: skip
+    for file, image, seed in zip(saved, expected, "34", strict=True):
+        with Image.open(file) as found:
+            assert differ(found, image) <= 1
+            assert found.text["seed"] == seed and found.text["method"] == "invert"  # type: ignore[attr-defined]
+            assert found.text["source_prompt"] == image.info["source_prompt"]  # type: ignore[attr-defined]
+    assert "--seed 3 repeats it" in printed.err and image.info["source_prompt"] in printed.err
+
+
+def test_the_command_s_defaults_are_edit_s():
+    """Stops: two sets of defaults that drift apart."""
+    args = build_parser().parse_args(["edit", "a.png", "a star"])
+    usual = inspect.signature(jf.Pipeline.edit).parameters
+    assert {name: getattr(args, name) for name in SETTINGS} == {
+        name: usual[name].default for name in SETTINGS
+    }
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["none.png", "a star"], "no image file at 'none.png'"),
+        (["here.png", " "], "prompt is empty"),
+        (["here.png", "a star", "--strength", "0"], "argument --strength: must be"),
+        (["here.png", "a star", "--method", "flow"], "argument --method: invalid choice"),
+        (["here.png", "a star", "--mask", "none.png"], "no image file at 'none.png'"),
+    ],
+)
+def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, capsys, words, message):
+    """Stops: weights that are read, or a folder that is made, before a slip of the key is noticed."""
+    monkeypatch.chdir(tmp_path)
+    picture().save("here.png")
+    assert main(["edit", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["here.png"]
