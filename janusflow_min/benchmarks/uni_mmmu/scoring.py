@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...checks import MAX_IMG_SIZE
 from ...files import read_json
 from ..bootstrap import ItemScore
 from ..official_prompts import fill
@@ -134,7 +135,7 @@ def _reference(case: Case, judging: Judging) -> Path | None:
     if case.truth["png"] is not None:
         return case.truth["png"]
     try:
-        import cairosvg
+        import cairosvg  # noqa: F401
     except (ImportError, OSError):  # without the Cairo library it raises OSError
         raise ImportError(
             f"{case.name} has no PNG in the data; cairosvg would render it: pip install cairosvg"
@@ -143,10 +144,26 @@ def _reference(case: Case, judging: Judging) -> Path | None:
     if not path.is_file():
         try:
             with judging.folder.writing(path) as temporary:
-                cairosvg.svg2png(bytestring=case.truth["svg"].read_bytes(), write_to=str(temporary))
+                render_svg(case.truth["svg"].read_bytes(), temporary)
         except Exception:  # whatever a broken SVG raises
             return None
     return path
+
+
+def render_svg(content: bytes, path: Path) -> None:
+    """Write an SVG as PNG, in the size that it names: at most `MAX_IMG_SIZE` a side, which is checked before memory is
+    taken. ValueError beyond that; whatever cairosvg raises for a broken one."""
+    from cairosvg.surface import PNGSurface
+
+    class Bounded(PNGSurface):
+        def _create_surface(self, width: float, height: float) -> Any:
+            if not max(width, height) <= MAX_IMG_SIZE:
+                raise ValueError(
+                    f"the SVG is {width:g}x{height:g} px; at most {MAX_IMG_SIZE} a side are rendered"
+                )
+            return super()._create_surface(width, height)
+
+    Bounded.convert(bytestring=content, write_to=str(path))
 
 
 def _science(cases: Sequence[Case], generates: bool, judging: Judging) -> list[Record]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from janusflow_min.benchmarks.compare import compare
 from janusflow_min.benchmarks.uni_mmmu import judging, readers, rules
+from janusflow_min.benchmarks.uni_mmmu.scoring import render_svg
 from janusflow_min.cli import main
 
 
@@ -264,6 +265,22 @@ def test_a_rendering_where_the_data_has_none(native, data, tmp_path):
     result = score_of(run, root, tasks=["code"], vl_model=judge, progress=False)
     assert result["scores"]["code_shape_color"]["value"] == 5
     assert Image.open(run / "eval/code/references/case_01_A_0001.png").size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "size", ['width="30000" height="30000"', 'width="8" height="9000"', 'viewBox="0 0 9e8 1"']
+)
+def test_an_svg_of_wild_size_takes_no_memory(tmp_path, monkeypatch, size):
+    """Stops: four gigabytes for one line of text in the data, before anybody sees that it is no reference."""
+    surface = pytest.importorskip("cairosvg.surface")
+    made, original = [], surface.cairo.ImageSurface
+    monkeypatch.setattr(surface.cairo, "ImageSurface", lambda *a: made.append(a[1:]) or original(*a))
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" {}><rect width="4" height="4"/></svg>'
+    render_svg(svg.format('width="8" height="8"').encode(), tmp_path / "a.png")
+    assert made == [(8, 8)] and Image.open(tmp_path / "a.png").size == (8, 8)
+    with pytest.raises(ValueError, match="at most 8192 a side"):
+        render_svg(svg.format(size).encode(), tmp_path / "b.png")
+    assert made == [(8, 8)] and not (tmp_path / "b.png").exists()
 
 
 def test_the_command_line(native, data, tmp_path, capsys):
