@@ -3,7 +3,7 @@
 
 Reads ELLA's `prompts/*.txt` and `dpg_bench.csv`, writes one 2 x 2 grid for each prompt, `<stem>.png`, and scores such
 grids from a question answerer's yes and no. Formats and rules follow TencentQQGYLab/ELLA
-(`dpg_bench/compute_dpg_bench.py`). --official-compat has its defects as well; the headline is always told both ways.
+(`dpg_bench/compute_dpg_bench.py`). --official-compat has its defects as well; both totals are always reported.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class GenerateOptions(SubsetOptions):
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(GenerateOptions, ChatOptions, CommonOptions):
     questions: Path = option("dpg_bench.csv of ELLA", kind=Path)
-    resolution: int | None = option("side of a tile in px; without: half the grid's", None, kind=int)
+    resolution: int | None = option("side of a tile in px (default: half the grid's)", None, kind=int)
     tiles: int = option("judged of each grid, from the top left; 1 for single images", TILES, rule=True)
     answers: Path | None = option("saved answers.jsonl instead of a judge", None, kind=Path)
     vqa: str | QuestionAnswerer | None = option("folder or hub id of a BLIP that answers questions", None)
     judge_model: str | None = option("name of a chat model that answers instead", None)
-    judge_url: str | None = option("its endpoint, up to /v1; without: OpenAI's", None)
+    judge_url: str | None = option("its endpoint, up to /v1 (default: OpenAI's)", None)
     device: str = option("of a BLIP", "auto")
     official_compat: bool = option("score exactly as the official scorer does, defects included", False)
 
@@ -125,11 +125,6 @@ def order(stem: str) -> tuple[bool, int, str]:
 
 def prompts_sha256(prompts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(prompts), ensure_ascii=False).encode()).hexdigest()
-
-
-def read_questions(path: str | Path, official_compat: bool = False) -> dict[str, list[Question]]:
-    """item id -> its questions in the file's order. ValueError with file and line. See `group`."""
-    return group(read_rows(path), official_compat)
 
 
 def read_rows(path: str | Path) -> list[tuple[str, Question]]:

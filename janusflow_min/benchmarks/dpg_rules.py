@@ -44,21 +44,22 @@ def group(rows: Sequence[tuple[str, Question]], official_compat: bool = False) -
 
 def remarks(rows: Sequence[tuple[str, Question]], prompts: Mapping[str, str]) -> list[str]:
     """What is wrong with a file of questions, for the report."""
-    questions, told = group(rows), []
-    twice = [f"{item} {number}" for (item, number), n in Counter((i, q.id) for i, q in rows).items() if n > 1]
-    dangling = [item for item, own in questions.items() if not _whole(own)]
-    without = [stem for stem in prompts if stem not in questions]
-    for names, what in (
-        (twice, "questions are there twice, the last one counts"),
-        (
-            dangling,
-            "items have a question that depends on one that is not there; they are left out of the mean",
-        ),
-        (without, "prompts have no question and are left out"),
-    ):
-        if names:
-            told.append(f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
-    return told
+    questions = group(rows)
+    count = Counter((item, question.id) for item, question in rows)
+    found = {
+        "questions are there twice, the last one counts": [
+            f"{item} {number}" for (item, number), n in count.items() if n > 1
+        ],
+        "items have a question that depends on one that is not there; they are left out of the mean": [
+            item for item, own in questions.items() if not _whole(own)
+        ],
+        "prompts have no question and are left out": [stem for stem in prompts if stem not in questions],
+    }
+    return [
+        f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for what, names in found.items()
+        if names
+    ]
 
 
 def level_1_names(questions: Mapping[str, Sequence[Question]]) -> list[str]:

@@ -66,7 +66,7 @@ class GenerateOptions(DataOptions):
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(Rules, DataOptions, CommonOptions):
     images_per_prompt: int | None = option(
-        "expected of each prompt; without: the manifest's, else 4", None, kind=int
+        "expected of each prompt (default: the manifest's, else 4)", None, kind=int
     )
     detector: str | Detector | None = option("folder or hub id of a Mask2Former for COCO instances", None)
     detections: Path | None = option("a saved detections.jsonl instead of a detector", None, kind=Path)

@@ -140,8 +140,8 @@ def _misplaced(clause, found, groups, include, threshold: float) -> str:
         for other in target:
             seen = relations(thing.box, other.box, threshold)
             if relation not in seen:
-                told = " and ".join(sorted(seen)) or "in no relation to it"
-                return f"expected {clause['class']} {relation} {name}, found it {told}"
+                found_at = " and ".join(sorted(seen)) or "in no relation to it"
+                return f"expected {clause['class']} {relation} {name}, found it {found_at}"
     return ""
 
 

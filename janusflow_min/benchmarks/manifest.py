@@ -33,7 +33,7 @@ def write_manifest(
 
     inputs: name -> sha256. settings: everything that changes output, the benchmark's own choices included. Raises
     ValueError, naming every difference, where the folder was made from other inputs, settings or weights; other
-    versions or another device are only told, since they change last bits at most. All ranks may call this at once.
+    versions or another device are only reported, since they change last bits at most. All ranks may call this at once.
     """
     new = {
         "benchmark": benchmark,
@@ -57,8 +57,8 @@ def write_manifest(
             f"{folder.root} was made with other settings; take another --out, or these: {'; '.join(other)}"
         )
     if old.get("versions") != new["versions"]:
-        told = "; ".join(differences(then, new))
-        log(f"{folder.root} was begun elsewhere, so last bits may differ between its images: {told}")
+        what = "; ".join(differences(then, new))
+        log(f"{folder.root} was begun elsewhere, so last bits may differ between its images: {what}")
     return old
 
 

@@ -9,10 +9,11 @@ script as it lies in the checkout; the script is parsed, never run or imported. 
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+from ..files import read_json
 
 
 def read_prompts(path: str | Path, places: Mapping[str, str]) -> dict[str, str]:
@@ -42,15 +43,7 @@ def read_prompts(path: str | Path, places: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read_json(path: Path, names: Iterable[str]) -> dict[str, str]:
-    known = ", ".join(names)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{path}: an object is needed whose keys are among {known}, got {type(found).__name__}"
-        )
+    known, found = ", ".join(names), read_json(path)
     for name, text in found.items():
         if name not in names:
             raise ValueError(f"{path}: unknown name {name!r}; the names are {known}")

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from ..files import atomic_file, read_json
+from .reading import UnreadableImage, read_image
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -89,9 +90,8 @@ def is_whole(path: Path) -> bool:
     if content.startswith(PNG):
         return _png_is_whole(content)
     try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception:  # whatever Pillow raises for broken bytes: struct.error, SyntaxError, OSError, …
+        read_image(path)
+    except UnreadableImage:
         return False
     return True
 

@@ -44,10 +44,10 @@ class Settings(SamplingOptions):
     """How a run is generated. What changes pixels is in the manifest."""
 
     model: str = option('"tiny", a folder in the official layout, or a hub id', "tiny")
-    vae: str | None = option("the VAE's folder or hub id; without: the checkpoint's vae/, else SDXL's", None)
+    vae: str | None = option("the VAE's folder or hub id (default: the checkpoint's vae/, else SDXL's)", None)
     device: str = option("auto is CUDA, then MPS, then CPU", "auto")
     dtype: str = option("auto is bfloat16 on CUDA, else float32", "auto")
-    vae_dtype: str | None = option("float32 or bfloat16; without: as --dtype", None)
+    vae_dtype: str | None = option("float32 or bfloat16 (default: as --dtype)", None)
     seed: int = option("of the first image; the others' follow from their place", 0)
     batch_size: int = option("images generated at once; moves their last bits", 16)
     upstream_rounding: bool = option("round as the published code does", False)
@@ -258,7 +258,9 @@ def _generate_blocks(
                 progress=False,
                 **settings.resolved(),
             ).images
-            for writing in pending:  # of the block before: no more than one waits in memory, errors are told
+            for (
+                writing
+            ) in pending:  # of the block before: no more than one waits in memory, and its errors end the run
                 writing.result()
             groups = [images[i : i + images_per_prompt] for i in range(0, len(images), images_per_prompt)]
             pending = [

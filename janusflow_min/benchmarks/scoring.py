@@ -49,9 +49,11 @@ class ChatOptions:
     """Of scoring by a chat endpoint."""
 
     judge_max_tokens: int | None = option(
-        "longest answer in tokens; without: the judge's usual", None, kind=int
+        "longest answer in tokens (default: the judge's usual)", None, kind=int
     )
-    judge_thinking: bool | None = option("let a reasoning judge think; without: as it likes", None, kind=bool)
+    judge_thinking: bool | None = option(
+        "let a reasoning judge think (default: as it likes)", None, kind=bool
+    )
     judge_extra: Mapping[str, Any] = option(
         "more fields of each request, a JSON object", None, kind=json_object
     )
@@ -80,17 +82,8 @@ class ChatOptions:
         self, chat: Chat, questions: Sequence[Question], parse: Parse, records: Records, progress: bool = True
     ) -> dict[Any, str]:
         """`judge_all` with these options."""
-        return judge_all(
-            chat,
-            questions,
-            parse,
-            records,
-            self.concurrency,
-            self.attempts,
-            progress,
-            self.wait,
-            self.stop_after,
-        )
+        own = (self.concurrency, self.attempts, progress, self.wait, self.stop_after)
+        return judge_all(chat, questions, parse, records, *own)
 
 
 class ScoringRun:

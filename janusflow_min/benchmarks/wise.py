@@ -52,9 +52,11 @@ class GenerateOptions(SubsetOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(GenerateOptions, ChatOptions, CommonOptions):
-    judge_model: str | Chat | None = option("name of the chat model; without: the data set's own judge", None)
+    judge_model: str | Chat | None = option(
+        "name of the chat model (default: the data set's own judge)", None
+    )
     judge_url: str | None = option(
-        "its endpoint, up to /v1; without: OpenAI's for legacy, a local vLLM's for verified", None
+        "its endpoint, up to /v1 (default: OpenAI's for legacy, a local vLLM's for verified)", None
     )
     judge_prompts: Path | None = option(
         "WISE_legacy/gpt_eval.py or vllm_eval.py of your checkout, for the official wording; or a .json file with "

@@ -67,7 +67,7 @@ def test_prompts_are_in_order_and_stripped(tmp_path):
 
 
 def test_questions_are_read_with_their_categories(tmp_path):
-    questions = dpg_bench.read_questions(write_csv(tmp_path / "q.csv", {"demo7": KETTLE}))
+    questions = dpg_rules.group(dpg_bench.read_rows(write_csv(tmp_path / "q.csv", {"demo7": KETTLE})))
     assert [q.parents for q in questions["demo7"]] == [(), (1,), (), (1, 3)]
     assert questions["demo7"][1] == Question(2, (1,), "attribute", "attribute - color", "Is the kettle blue?")
 
@@ -85,14 +85,14 @@ def test_questions_are_read_with_their_categories(tmp_path):
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
-        dpg_bench.read_questions(write_csv(tmp_path / "q.csv", {"demo": [KETTLE[0], row]}))
+        dpg_rules.group(dpg_bench.read_rows(write_csv(tmp_path / "q.csv", {"demo": [KETTLE[0], row]})))
 
 
 def test_missing_columns_are_named(tmp_path):
     path = tmp_path / "q.csv"
     path.write_text("item_id,text\n1,a\n")
     with pytest.raises(ValueError, match=r"q\.csv:1: the columns proposition_id, dependency, tuple"):
-        dpg_bench.read_questions(path)
+        dpg_rules.group(dpg_bench.read_rows(path))
 
 
 # Grids -----------------------------------------------------------------------
@@ -169,10 +169,10 @@ def test_categories_pool_all_tiles_or_as_the_official_scorer_the_last():
 def test_the_official_scorer_loses_its_first_row(tmp_path):
     """ELLA issue 61: without question 1 the item of the vector is dropped, since question 2 depends on it."""
     path = write_csv(tmp_path / "q.csv", {"first": KETTLE, "second": KETTLE[:1]})
-    official = dpg_bench.read_questions(path, official_compat=True)
+    official = dpg_rules.group(dpg_bench.read_rows(path), official_compat=True)
     assert [q.id for q in official["first"]] == [2, 3, 4]
     raw = {"first": [{1: 1, 2: 1, 3: 1, 4: 1}], "second": [{1: 0}]}
-    assert dpg_rules.headline(dpg_bench.read_questions(path), raw) == 50.0
+    assert dpg_rules.headline(dpg_rules.group(dpg_bench.read_rows(path)), raw) == 50.0
     assert dpg_rules.headline(official, raw, official_compat=True) == 0.0
 
 
