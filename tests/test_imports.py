@@ -213,7 +213,7 @@ BUDGETS = {  # lines at most
     "the package without training, benchmarks and server": 7250,  # 4600 is wanted
     "server": 1060,  # 450 is wanted
     "training": 3750,  # 2300 is wanted
-    "benchmarks": 8000,  # with the world of shapes; 5600 is wanted
+    "benchmarks": 8100,  # with the world of shapes; 5600 is wanted
     "scripts": 3100,  # 2200 is wanted
 }
 

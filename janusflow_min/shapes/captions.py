@@ -118,6 +118,11 @@ def caption(scene: Scene, family: str, rng: random.Random, style: str = "train")
     return f"a photo of {_join(_nouns(objects, coloured))}{where}"
 
 
+def plain_description(scene: Scene) -> str:
+    """Objects with their colours, in the scene's order, and the background."""
+    return f"{_join(_nouns(scene.objects, True))} on a {scene.background} background"
+
+
 # ---- questions ---------------------------------------------------------------------------------------------
 
 
