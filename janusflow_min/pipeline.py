@@ -15,8 +15,10 @@ Legend: B images, C h w latent.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
@@ -30,9 +32,9 @@ from .devices import DTYPES, SHORT_NAMES, pick_device, pick_dtype
 from .flow import Velocity
 from .model import JanusFlow
 from .pixels import ImageSource, to_uint8
-from .processor import Processor
+from .processor import SYSTEM_PROMPT, Processor
 from .progress import progress_bar
-from .sampling import PlainSampler, Sampler, draw_noise, guided_velocity, sample
+from .sampling import AnswerWatch, PlainSampler, Sampler, draw_noise, guided_velocity, sample
 from .sampling_options import SamplingOptions
 from .selection import Checker, Judge, best_candidates, choose, find_checker, score_all, scores_of
 from .solvers import SOLVERS, OnStep, Solver, time_grid
@@ -58,6 +60,8 @@ class AnswerOptions(TypedDict, total=False):
     top_p: float
     top_k: int
     seed: int | None
+    system_prompt: str | None
+    stop: str | Sequence[str] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,7 @@ class Answer:
     text: str  # without special tokens
     sft_format: str  # the prompt as the model read it
     token_ids: list[int]  # the EOS that ended it included
+    finish_reason: str = "stop"  # "length" where max_new_tokens or the model's positions cut it off
 
     def __hash__(self) -> int:
         return hash((self.text, self.sft_format, tuple(self.token_ids)))
@@ -437,6 +442,8 @@ class Pipeline:
         top_p: float = 0.95,
         top_k: int = 50,
         seed: int | None = None,
+        system_prompt: str | None = None,
+        stop: str | Sequence[str] | None = None,
     ) -> Answer | list[Answer]:
         """Answer a question, about images or none.
 
@@ -445,6 +452,39 @@ class Pipeline:
         images or None for each. An empty question about images means "Describe the image." The other options are
         `chat`'s.
         """
+        single, conversations = self._conversations(prompt, images)
+        answers = self._answer(
+            conversations, max_new_tokens, temperature, top_p, top_k, seed, system_prompt, stop
+        )()
+        return answers[0] if single else answers
+
+    @checks.known_arguments
+    def stream(
+        self,
+        prompt: Any,
+        images: Any = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        top_k: int = 50,
+        seed: int | None = None,
+        system_prompt: str | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Iterator[Any]:
+        """As `understand`, but yields the answer's text while it is decoded, whole characters alone: pieces of it, or
+        (index of the question, piece) for a list. The pieces add up to the answer's text.
+
+        Arguments are checked at once, the model runs from the first `next` on, in a thread of its own; closing the
+        iterator ends it at the next token.
+        """
+        single, conversations = self._conversations(prompt, images)
+        pieces = iterate(
+            self._answer(conversations, max_new_tokens, temperature, top_p, top_k, seed, system_prompt, stop)
+        )
+        return (text for _, text in pieces) if single else pieces
+
+    def _conversations(self, prompt: Any, images: Any) -> tuple[bool, list[list[Any]]]:
+        """Whether it is one question, and a conversation for each."""
         single = prompt is None or isinstance(prompt, str)
         if not single and not isinstance(prompt, list | tuple):
             raise ValueError(f"prompt must be a str or a list of str, got {checks.shown(prompt)}")
@@ -474,8 +514,7 @@ class Pipeline:
             self.processor.tokenizer.reject_special_tokens(text)
             content = f"{self.processor.tokenizer.image_tag}\n" * len(group) + text
             conversations.append([{"role": "User", "content": content, "images": group}])
-        answers = self._answer(conversations, max_new_tokens, temperature, top_p, top_k, seed)
-        return answers[0] if single else answers
+        return single, conversations
 
     @overload
     def chat(self, conversation: Sequence[Message], **options: Unpack[AnswerOptions]) -> Answer: ...
@@ -492,6 +531,8 @@ class Pipeline:
         top_p: float = 0.95,
         top_k: int = 50,
         seed: int | None = None,
+        system_prompt: str | None = None,
+        stop: str | Sequence[str] | None = None,
     ) -> Answer | list[Answer]:
         """Answer a conversation, or each of a list of them.
 
@@ -500,7 +541,8 @@ class Pipeline:
         where it does not end in one.
         max_new_tokens: most tokens of an answer; the model's positions are a limit too. temperature 0 is greedy; above
         it: temperature, top_k (0 keeps all tokens), top_p, then one draw a step over the batch from a CPU generator
-        seeded with `seed` (None: a fresh one). More than 16 conversations run in batches of 16.
+        seeded with `seed` (None: a fresh one). system_prompt: None is the usual one, "" none at all. stop: a string or
+        several; the answer ends before the first of them. More than 16 conversations run in batches of 16.
         Raises ValueError for conversations that do not fit, before any image is decoded; FloatingPointError where
         the logits become NaN or infinite.
         """
@@ -514,8 +556,15 @@ class Pipeline:
             if not isinstance(messages, list | tuple):
                 raise ValueError(f"a conversation is a list of messages, got {checks.shown(messages)}")
         answers = self._answer(
-            [list(c) for c in conversations], max_new_tokens, temperature, top_p, top_k, seed
-        )
+            [list(c) for c in conversations],
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k,
+            seed,
+            system_prompt,
+            stop,
+        )()
         return answers[0] if single else answers
 
     def _answer(
@@ -526,13 +575,22 @@ class Pipeline:
         top_p: float,
         top_k: int,
         seed: int | None,
-    ) -> list[Answer]:
+        system_prompt: str | None,
+        stop: str | Sequence[str] | None,
+    ) -> Callable[..., list[Answer]]:
+        """Checks all; returns what then runs the model: on_text(index, text) -> answers. See `AnswerWatch`."""
         self._need("understanding")
         max_new_tokens = checks.whole("max_new_tokens", max_new_tokens, most=checks.MAX_NEW_TOKENS)
         temperature = checks.number("temperature", temperature, least=0)
         top_p = checks.number("top_p", top_p, least=0, most=1, above=True)
         top_k = checks.whole("top_k", top_k, least=0)
         seed = fresh_seed() if seed is None else checks.seed("seed", seed)
+        system_prompt = SYSTEM_PROMPT if system_prompt is None else system_prompt
+        if not isinstance(system_prompt, str):
+            raise ValueError(f"system_prompt must be a str or None, got {checks.shown(system_prompt)}")
+        stops = [] if stop is None else checks.texts("stop", stop)
+        if "" in stops:
+            raise ValueError("stop must be text, got an empty string")
         rows = []
         for messages in conversations:  # all of them before the first image is decoded
             if not messages:
@@ -542,7 +600,7 @@ class Pipeline:
             )  # the processor says what is wrong
             if str(last.get("role", "")).lower() != "assistant" or str(last.get("content", "")).strip():
                 messages.append({"role": "Assistant", "content": ""})
-            row = self.processor.conversation(messages)
+            row = self.processor.conversation(messages, system_prompt)
             count = len(row[0])
             self._check_length(count + 1, f"the conversation's {count} tokens and an answer")
             rows.append(row)
@@ -551,17 +609,36 @@ class Pipeline:
         def sample_fn(logits: Tensor) -> Tensor:
             return sample(logits, temperature, top_p, top_k, generator)
 
-        limit, answers = self.model.config.llm.max_position_embeddings, []
-        for start in range(0, len(rows), MAX_BATCH):
-            batch = self.processor.collate(rows[start : start + MAX_BATCH])
-            room = min(max_new_tokens, limit - batch.input_ids.shape[1])
-            with torch.inference_mode():
-                tokens = self.sampler.generate_tokens(
-                    batch, room, self.processor.tokenizer.eos_id, sample_fn if temperature > 0 else None
-                )
-            for ids, sft_format in zip(tokens, batch.sft_format, strict=True):
-                answers.append(Answer(self.processor.tokenizer.decode(ids), sft_format, ids))
-        return answers
+        limit, tokenizer = self.model.config.llm.max_position_embeddings, self.processor.tokenizer
+
+        def run(on_text: Callable[[int, str], None] | None = None) -> list[Answer]:
+            answers: list[Answer] = []
+            for start in range(0, len(rows), MAX_BATCH):
+                batch = self.processor.collate(rows[start : start + MAX_BATCH])
+                room = min(max_new_tokens, limit - batch.input_ids.shape[1])
+                watch = None
+                if stops or on_text is not None:
+
+                    def tell(row: int, text: str, start: int = start) -> None:
+                        if on_text is not None:
+                            on_text(start + row, text)
+
+                    count = len(batch.input_ids)
+                    watch = AnswerWatch(count, sample_fn, tokenizer.eos_id, tokenizer.decode, stops, tell)
+                with torch.inference_mode():
+                    tokens = self.sampler.generate_tokens(
+                        batch, room, tokenizer.eos_id, watch or (sample_fn if temperature > 0 else None)
+                    )
+                if watch is not None:
+                    watch.finish()
+                    tokens = watch.tokens
+                for row, (ids, sft_format) in enumerate(zip(tokens, batch.sft_format, strict=True)):
+                    text = tokenizer.decode(ids) if watch is None else watch.texts[row]
+                    ended = ids[-1] == tokenizer.eos_id if watch is None else watch.ended[row]
+                    answers.append(Answer(text, sft_format, ids, "stop" if ended else "length"))
+            return answers
+
+        return run
 
     def _check_length(self, length: int, what: str) -> None:
         limit = self.model.config.llm.max_position_embeddings
@@ -624,6 +701,42 @@ class ProgressCallback:
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
         self.bar.update()
+
+
+class Closed(Exception):
+    """Nobody reads the stream any more."""
+
+
+def iterate(run: Callable[[Callable[[int, str], None]], Any]) -> Iterator[tuple[int, str]]:
+    """What `run`, in a thread of its own, hands to the function that it is given."""
+    pieces: SimpleQueue = SimpleQueue()
+    closed = threading.Event()
+
+    def on_text(index: int, text: str) -> None:
+        if closed.is_set():
+            raise Closed
+        pieces.put((index, text))
+
+    def work() -> None:
+        try:
+            run(on_text)
+        except Closed:
+            pass
+        except BaseException as error:  # raised where the stream is read
+            pieces.put(error)
+        finally:
+            pieces.put(None)
+
+    thread = threading.Thread(target=work, name="janusflow-stream", daemon=True)
+    thread.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        closed.set()
+        thread.join()
 
 
 def fresh_seed() -> int:

@@ -215,6 +215,65 @@ def sample(
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
 
 
+def settled(text: str, stop: Sequence[str], final: bool) -> tuple[str, bool]:
+    """What of an answer's text later tokens cannot change, and whether a stop string has ended it. Until it is final,
+    half a character and the start of a stop string wait."""
+    found = [at for at in (text.find(s) for s in stop) if at >= 0]
+    if found:
+        return text[: min(found)], True
+    if not final:
+        text = text.rstrip("\ufffd")
+        begun = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+        text = text[: len(text) - max(begun, default=0)]
+    return text, False
+
+
+class AnswerWatch:
+    """A `SampleFn` around another one that ends a row at a stop string and hands on its text as it is settled.
+
+    on_text(row, text): called with each new piece; the pieces of a row add up to its text.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        sample_fn: SampleFn,
+        eos_id: int,
+        decode: Callable[[list[int]], str],
+        stop: Sequence[str],
+        on_text: Callable[[int, str], None] | None,
+    ):
+        self.sample_fn, self.eos_id, self.decode = sample_fn, eos_id, decode
+        self.stop, self.on_text = stop, on_text
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.texts, self.ended = [""] * rows, [False] * rows
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        check_logits(logits.amax(-1))
+        ids = self.sample_fn(logits).tolist()
+        for row, token in enumerate(ids):
+            if not self.ended[row]:
+                self.tokens[row].append(token)
+                self._advance(row, final=token == self.eos_id)
+            if self.ended[row]:
+                ids[row] = self.eos_id
+        return torch.tensor(ids, device=logits.device)
+
+    def finish(self) -> None:
+        """No more tokens come: what waited is text after all."""
+        for row, ended in enumerate(self.ended):
+            if not ended:
+                self._advance(row, final=True)
+                self.ended[row] = False  # by its length
+
+    def _advance(self, row: int, final: bool) -> None:
+        text, stopped = settled(self.decode(self.tokens[row]), self.stop, final)
+        new, self.texts[row] = text[len(self.texts[row]) :], text
+        self.ended[row] = final or stopped
+        if new and self.on_text is not None:
+            self.on_text(row, new)
+
+
 def check_logits(best: Tensor) -> None:
     """FloatingPointError unless the largest logit of each row is finite; NaN counts as the largest."""
     if not torch.isfinite(best).all():

@@ -47,6 +47,11 @@ def add_parser(command: Command, option: Option) -> None:
     )
     option(new, "--top-k", "K", "keep the K likeliest tokens, 0 keeps all, if T > 0", 50, whole(0))
     option(new, "--seed", "N", "repeats an answer of a temperature above 0 (default: random)", None, seed)
+    option(new, "--system-prompt", "TEXT", 'in the place of the usual one; "" is none', None)
+    new.add_argument(
+        "--stop", metavar="TEXT", action="append", help="ends the answer before TEXT; may be repeated"
+    )
+    new.add_argument("--stream", action="store_true", help="print the answer while it is decoded")
     new.add_argument("--json", action="store_true", help="answer, prompt, token ids and settings as JSON")
 
 
@@ -56,14 +61,23 @@ def understand(args: argparse.Namespace) -> int:
     images = [open_image(path) for path in args.image]  # a broken file is named before the weights are read
     if not args.question.strip() and not images:
         raise ValueError("no question and no --image")
+    if args.stream and args.json:
+        raise ValueError("--stream prints text, so it cannot go with --json")
     pipe = load_pipeline(args, "understanding")
-    options = {key: getattr(args, key) for key in ("temperature", "top_p", "top_k", "seed", "max_new_tokens")}
+    names = ("temperature", "top_p", "top_k", "seed", "max_new_tokens", "system_prompt", "stop")
+    options = {key: getattr(args, key) for key in names}
+    if args.stream:
+        for piece in pipe.stream(args.question, images=images, **options):
+            print(printable(piece), end="", flush=True)
+        print()
+        return 0
     answer = pipe.understand(args.question, images=images, **options)
     if not args.json:
         say(answer.text.strip())
         return 0
     record = {"question": args.question, "images": args.image, "model": args.model} | options
     record |= {"answer": answer.text, "sft_format": answer.sft_format, "token_ids": answer.token_ids}
+    record["finish_reason"] = answer.finish_reason
     text = json.dumps(record, ensure_ascii=False, indent=2)
     if printable(text) != text or not _encodable(text):
         text = json.dumps(record, indent=2)  # JSON's own escapes

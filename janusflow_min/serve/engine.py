@@ -28,6 +28,7 @@ from torch import Tensor
 from ..pipeline import MAX_BATCH
 from ..pixels import ImageSource
 from ..sampling import check_logits, sample
+from ..sampling import settled as settled_text
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -292,13 +293,6 @@ def resolve(future: Future, result: Any) -> None:
 
 
 def settled(text: str, stop: Sequence[str], final: bool) -> tuple[str, bool]:
-    """What of an answer's text later tokens cannot change, without white space around it; whether a stop string
-    has ended it. Until it is final, half a character, the start of a stop string and white space at the end wait."""
-    found = [at for at in (text.find(s) for s in stop) if at >= 0]
-    if found:
-        return text[: min(found)].strip(), True
-    if not final:
-        text = text.rstrip("\ufffd")
-        begun = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
-        text = text[: len(text) - max(begun, default=0)]
-    return text.strip(), False
+    """As `sampling.settled`, without white space around the text: at its end it waits."""
+    text, stopped = settled_text(text, stop, final)
+    return text.strip(), stopped
