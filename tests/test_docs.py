@@ -204,6 +204,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(desk)
     for name in ("A", "B", "star", "dog"):
         write_image(desk / f"{name}.png")
+    write_image(desk / "mask.png", "white")
     (desk / "prompts.txt").write_text("a photo of a red star\n", encoding="utf-8")
     shutil.copytree(TINY, desk / "path/to/JanusFlow-1.3B")
     shutil.copytree(TINY / "vae", desk / "path/to/sdxl-vae")
@@ -252,7 +253,7 @@ def check(words: list[str], printed: str) -> None:
         assert (
             len(list(out.glob("*.png"))) == 3 and "What is in the" in printed
         )  # one prompt's two, and the sheet
-    elif name == "generate":
+    elif name in ("generate", "edit"):
         paths = [Path(line) for line in printed.splitlines()]
         assert paths and all(path.is_file() and path.parent == out for path in paths)
     elif name == "understand":

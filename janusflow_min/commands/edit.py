@@ -27,7 +27,7 @@ def add_parser(command: Command, option: Option) -> None:
         "as INDEX_PROMPT_seedSEED.png with prompts, seed and settings in the PNG's text chunks. The image's middle\n"
         "square is taken, at the model's size. Existing files are kept: a new one of the same name gets -2, -3, ...",
         """  janusflow-min edit star.png "a photo of a blue star"
-  janusflow-min edit room.jpg "a room with a red sofa" --source-prompt "a room with a grey sofa" --mask sofa.png
+  janusflow-min edit star.png "a blue star" --source-prompt "a red star" --mask mask.png
   janusflow-min edit star.png "a photo of a ring" "a photo of a cross" --strength 0.9 --seed 1""",
     )
     new.add_argument("image", metavar="IMAGE", help="the file to edit; it stays as it is")
