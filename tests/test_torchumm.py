@@ -125,10 +125,11 @@ def test_the_request_s_fields_are_torchumm_s():
 
 
 def test_the_backbone_is_torchumm_s():
-    """Stops: a class that TorchUMM cannot construct, or that claims to edit (its runners expect no such method)."""
+    """Stops: a class that TorchUMM cannot construct, or whose editing is called otherwise than its runners do."""
     backbone = JanusFlowBackbone()
     assert backbone.name == "janus_flow"
-    assert not hasattr(backbone, "editing") and not hasattr(backbone, "edit")
+    with pytest.raises(NotImplementedError, match="does not edit"):
+        backbone.editing(prompt="a", images=["a.png"], output_path="b.png", editing_cfg={})
     for method, names in {
         "generation": ["prompt", "output_path", "generation_cfg"],
         "understanding": ["prompt", "images", "videos", "understanding_cfg"],
@@ -525,6 +526,32 @@ def test_editing_is_not_implemented(pipeline, image):
     """Stops: another exception than the one that TorchUMM's runners catch."""
     with pytest.raises(NotImplementedError, match="does not edit"):
         pipeline.run(InferenceRequest("janus_flow", "editing", "make it red", images=[image("wide")]))
+
+
+def test_editing_that_is_turned_on(parity_dir, image, tmp_path):
+    """Stops: settings that do not reach the edit, a file that is not there, a seed that depends on the run's order."""
+    cfg = {"strength": 0.6, "num_inference_steps": 2, "source_prompt": "a square"}
+    pipeline, path = make(parity_dir, editing_cfg=cfg), tmp_path / "edited.png"
+
+    def edit(output_path=path, **params) -> dict:
+        asked = dict(
+            backbone="janus_flow", task="editing", prompt="a red square", images=[image("wide"), "?"]
+        )
+        return pipeline.run(asked | {"output_path": output_path, "params": params})
+
+    once, again = edit(), edit()
+    assert pixels(once) == pixels(again) and once["saved_paths"] == [str(path)]
+    assert Image.open(path).tobytes() == once["image"].tobytes() and once["images"] == [once["image"]]
+    assert pixels(edit(seed=1)) != pixels(edit(seed=2)) != pixels(edit(seed=2, method="sdedit"))
+    expected = pipeline.backbone.pipe.edit(image("wide"), "a red square", seed=3, cfg_weight=2, **cfg)
+    assert pixels(edit(None, seed=3, cfg_weight=2)) == [expected[0].tobytes()]
+    for wrong, message in ((dict(prompt=" "), "an image and a prompt"), (dict(images=[]), "0 images")):
+        with pytest.raises(ValueError, match=message):
+            pipeline.run(
+                dict(backbone="janus_flow", task="editing", prompt="a", images=[image("wide")]) | wrong
+            )
+    with pytest.raises(ValueError, match="method must be one of"):
+        edit(method="magic")
 
 
 def test_videos_are_not_implemented(pipeline, image):

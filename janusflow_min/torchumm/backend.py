@@ -28,10 +28,13 @@ TASKS = ("generation", "editing", "understanding")
 GENERATION = {"cfg_weight": 2.0, "num_inference_steps": 30, "parallel_size": 5, "img_size": 384}
 # TorchUMM's, and what transformers fills in there once `do_sample` is set: no top_p, top_k 50.
 UNDERSTANDING = {"max_new_tokens": 5120, "do_sample": False, "temperature": 0.0, "top_p": 1.0, "top_k": 50}
-# One dict of params may serve both tasks. use_cache is accepted and has no effect: the cache changes no answer.
-PARAMS = (*GENERATION, *UNDERSTANDING, "seed", "use_cache", "progress")
+# Used where backbone_cfg has an editing_cfg, {} at least. The model was not trained for it: see `Pipeline.edit`.
+EDITING = {"method": "flowedit", "strength": 0.8, "source_prompt": None, "num_inference_steps": 30}
+EDITING |= {"cfg_weight": 3.0, "source_cfg_weight": 1.5}
+# One dict of params may serve all tasks. use_cache is accepted and has no effect: the cache changes no answer.
+PARAMS = tuple(dict.fromkeys([*GENERATION, *UNDERSTANDING, *EDITING, "seed", "use_cache", "progress"]))
 BACKBONE_CFG: tuple[str, ...] = ("model_path", "janus_root", "vae_path", "seed", "torch_dtype", "device")
-BACKBONE_CFG += ("generation_cfg", "understanding_cfg")
+BACKBONE_CFG += ("generation_cfg", "understanding_cfg", "editing_cfg")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
@@ -55,10 +58,10 @@ class InferenceRequest:
 
 
 class JanusFlowBackbone:
-    """The backbone "janus_flow": `load(cfg)`, `generation(...)`, `understanding(...)`.
+    """The backbone "janus_flow": `load(cfg)`, `generation(...)`, `understanding(...)`, `editing(...)`.
 
-    There is no `editing`: JanusFlow generates from text, and TorchUMM's runners take a missing `editing` as a
-    NotImplementedError. A call before `load` loads the defaults.
+    Editing is off, a NotImplementedError as TorchUMM's runners expect of a model without it, unless `load` gets an
+    editing_cfg. A call before `load` loads the defaults.
     """
 
     name = NAME
@@ -76,12 +79,15 @@ class JanusFlowBackbone:
         self.pipe: Pipeline | None = None
         self.default_generation_cfg = dict(GENERATION)
         self.default_understanding_cfg = dict(UNDERSTANDING)
+        self.default_editing_cfg = dict(EDITING)
+        self.edits = False
         self.generated: Counter[str] = Counter()  # prompt -> images so far, of requests that gave no seed
 
     def load(self, cfg: Mapping[str, Any] | None = None) -> None:
         """cfg: model_path ("tiny", folder or hub id; default deepseek-ai/JanusFlow-1.3B), vae_path, seed (42),
-        torch_dtype (default bfloat16 on a GPU, else float32), device, generation_cfg, understanding_cfg.
-        janus_root is accepted and not needed. ValueError for any other key."""
+        torch_dtype (default bfloat16 on a GPU, else float32), device, generation_cfg, understanding_cfg, and
+        editing_cfg, which turns editing on, {} too. janus_root is accepted and not needed. ValueError for any other
+        key."""
         from ..loading import load
 
         cfg = _merge(self.cfg, cfg)
@@ -89,12 +95,14 @@ class JanusFlowBackbone:
         for name, defaults in (
             ("generation_cfg", self.default_generation_cfg),
             ("understanding_cfg", self.default_understanding_cfg),
+            ("editing_cfg", self.default_editing_cfg),
         ):
             changes = cfg.get(name) or {}
             if not isinstance(changes, Mapping):
                 raise ValueError(f"backbone_cfg.{name} must be a mapping, got {changes!r:.80}")
             _refuse_unknown(changes, PARAMS, f"backbone_cfg.{name}")
             defaults.update(_merge({}, changes))
+        self.edits = cfg.get("editing_cfg") is not None
         self.seed = _whole({"seed": self.seed} | cfg, "seed")
         self.generated.clear()
         self.pipe = load(
@@ -138,9 +146,7 @@ class JanusFlowBackbone:
         )
         if not names and cfg.get("seed") is None:
             self.generated[prompt] += count
-        for image, name in zip(out.images, names, strict=False):  # no names without output_path
-            with atomic_file(name, sync=False) as temporary:
-                image.save(temporary, format=_format(name) or "PNG")
+        _save(out.images, names)
         return {"image": out.images[0], "images": out.images, "saved_paths": [str(name) for name in names]}
 
     def understanding(
@@ -175,6 +181,50 @@ class JanusFlowBackbone:
         )
         return {"text": answer.text, "sft_format": answer.sft_format}
 
+    def editing(
+        self,
+        prompt: str | None,
+        images: Iterable[Any] | None = None,
+        output_path: str | Path | None = None,
+        editing_cfg: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Edit the first image without training for it, if `load` got an editing_cfg; else NotImplementedError.
+
+        prompt: what the edited image shows, better than an instruction. Returns what `generation` returns, for one
+        image of the model's size, seeded as there.
+        """
+        if not self.edits:
+            raise NotImplementedError(
+                "JanusFlow generates images from text and does not edit them; backbone_cfg.editing_cfg, {} at least, "
+                "turns on editing without training"
+            )
+        sources = [images] if isinstance(images, str | Path | Image.Image) else list(images or ())
+        if not sources or not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(
+                f"editing needs an image and a prompt, got {len(sources)} images and {prompt!r:.80}"
+            )
+        _warn_unknown(editing_cfg)
+        cfg = _merge(self.default_editing_cfg, editing_cfg)
+        names = _names(expand(output_path), 1) if output_path else []
+        seed = cfg.get("seed")
+        if seed is None:
+            seed = _file_seed(self.seed, prompt, names[0]) if names else self.seed
+        edited = self._pipe().edit(
+            sources[0],
+            prompt,
+            source_prompt=cfg["source_prompt"],
+            method=cfg["method"],
+            strength=_number(cfg, "strength"),
+            cfg_weight=_number(cfg, "cfg_weight"),
+            source_cfg_weight=_number(cfg, "source_cfg_weight"),
+            num_inference_steps=_whole(cfg, "num_inference_steps"),
+            seed=_whole({"seed": seed}, "seed"),
+            progress=bool(cfg.get("progress", False)),
+        )
+        _save(edited, names)
+        return {"image": edited[0], "images": edited, "saved_paths": [str(name) for name in names]}
+
     def generate(self, batch: Mapping[str, Any], gen_cfg: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return self.generation(batch["prompt"], batch.get("output_path"), gen_cfg)
 
@@ -204,7 +254,7 @@ class InferencePipeline:
 
     def run(self, request: InferenceRequest | Mapping[str, Any]) -> dict[str, Any]:
         """Run a request, or a dict with its fields. ValueError for one that is not whole, NotImplementedError for
-        editing."""
+        editing that is not turned on."""
         request = _request(request)
         if normalized_name(request.backbone) != self.backbone_name:
             raise ValueError(
@@ -222,7 +272,12 @@ class InferencePipeline:
                 understanding_cfg=request.params,
             )
         if request.task == "editing":
-            raise NotImplementedError("JanusFlow generates images from text; it does not edit them")
+            return self.backbone.editing(
+                prompt=request.prompt,
+                images=request.images,
+                output_path=request.output_path,
+                editing_cfg=request.params,
+            )
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {request.task!r}")
 
     def run_many(
@@ -314,6 +369,12 @@ def _number(cfg: Mapping[str, Any], key: str) -> float:
         return float(cfg[key])
     except (TypeError, ValueError):
         raise ValueError(f"{key} must be a number, got {cfg[key]!r:.80}") from None
+
+
+def _save(images: Iterable[Image.Image], names: Iterable[Path]) -> None:
+    for image, name in zip(images, names, strict=False):  # no names without output_path
+        with atomic_file(name, sync=False) as temporary:
+            image.save(temporary, format=_format(name) or "PNG")
 
 
 def _format(path: Path) -> str | None:

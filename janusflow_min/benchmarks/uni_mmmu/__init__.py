@@ -40,6 +40,7 @@ PUBLISHED = (
     ),
 )
 VL_MODEL, TEXT_MODEL = "Qwen/Qwen2.5-VL-72B-Instruct", "Qwen/Qwen3-32B"  # the official judges
+EDITING = ("flowedit", "invert", "sdedit")  # methods of `Pipeline.edit`
 JUDGED = ("code_text", "code_image", "science_text", "science_image", "math_overlay", "math_text")
 
 
@@ -57,6 +58,11 @@ class GenerateOptions(DataOptions):
         "native: what the model can do; torchumm: TorchUMM's calls, images from the text alone for an edit",
         "native",
         choices=("native", "torchumm"),
+    )
+    editing: str | None = option(
+        "with torchumm: edit the request's first image where an edit is asked for; the model was not trained for it",
+        None,
+        choices=EDITING,
     )
     max_new_tokens: int = option("longest answer", 512)
     prompts: Path | None = option(
@@ -107,6 +113,11 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> C
     mode, max_new_tokens = options.uni_mode, options.max_new_tokens
     if mode not in MODES:
         raise ValueError(f"uni_mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if options.editing is not None and (options.editing not in EDITING or mode != "torchumm"):
+        known = ", ".join(EDITING)
+        raise ValueError(
+            f"editing must be one of {known}, with uni_mode torchumm; got {options.editing!r} with {mode}"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     world = RankInfo.from_environment()
@@ -118,6 +129,8 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> C
         "prompts_sha256": prompts_hash(texts),
         "own_wording": options.prompts is None,
     }
+    if options.editing is not None:
+        choices["editing"] = options.editing
     with open_run("uni_mmmu", _hashes(options.data), out, settings, choices, SEED_RULE) as folder:
         run_tasks(
             lambda: load_pipe(settings, "all"),
@@ -128,6 +141,7 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> C
             settings,
             max_new_tokens,
             world,
+            options.editing,
         )
     write_summaries(folder, cases)
     usable = [case for of_task in cases.values() for case in of_task if case.usable]
@@ -250,15 +264,21 @@ def _notes(
     from .judging import TEXT_LEGS
     from .prompts import OFFICIAL_SHA256, prompts_hash
 
+    settings = (manifest or {}).get("settings", {})
     notes = ["code_shape_color and code_position are points of 5, the others shares of 1"]
     if mode == "native":
         notes.append(
             "mode native: geometry, jigsaw, maze and sliding are answered from the given images, without the visual "
             "scaffold of own images; images that need editing are not generated"
         )
+    elif editing := settings.get("editing"):
+        notes.append(
+            f"mode torchumm, but where an edit is asked for, the first image is edited by {editing}, which the model "
+            "was not trained for: not comparable with TorchUMM's numbers"
+        )
     else:
         notes.append("mode torchumm: where an edit is asked for, the image is generated from the text alone")
-    if (manifest or {}).get("settings", {}).get("own_wording"):
+    if settings.get("own_wording"):
         notes.append("the model was asked in our wording of the instructions, not in the official one")
     official = {leg: TEXT_MODEL if leg in TEXT_LEGS else VL_MODEL for leg in judging.chats}
     others = any(chat.name != official[leg] for leg, chat in judging.chats.items())

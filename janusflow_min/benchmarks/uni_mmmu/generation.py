@@ -9,7 +9,8 @@ Modes. `native` runs what JanusFlow can do: it generates from text and answers a
 all tasks, the image of `code`; geometry, jigsaw, maze and sliding are answered from the given images, without the
 images of its own that the benchmark means as a scaffold. `torchumm` runs the calls of TorchUMM's runner in its
 order, for numbers like its own: it falls back to generating from the text alone where an edit is asked for, and its
-JanusFlow adapter reads the first image of a request only.
+JanusFlow adapter reads the first image of a request only. With `editing`, a method of `Pipeline.edit`, that image is
+edited instead: without training, and so no number like TorchUMM's.
 
 Layout, official and TorchUMM's: `TASK/CASE/` with model_text.txt, model_image_NN.png or cand_01/*.png, result.json,
 and _done.ok last; `TASK/summary.json`, `TASK/manifest.csv`.
@@ -191,6 +192,7 @@ def run_block(
     texts: Mapping[str, str],
     settings: Settings,
     max_new_tokens: int,
+    editing: str | None = None,
 ) -> list[Run]:
     """Run the cases side by side: one batch of questions or of images at a time."""
     runs = [Run(case, program(case, mode, texts)) for case in cases]
@@ -201,9 +203,8 @@ def run_block(
         if asking:
             _ask(pipe, asking, mode, max_new_tokens)
         else:
-            _generate(
-                pipe, [(run, run.waiting) for run in waiting if isinstance(run.waiting, Generate)], settings
-            )
+            generating = [(run, run.waiting) for run in waiting if isinstance(run.waiting, Generate)]
+            _generate(pipe, generating, settings, editing)
     return runs
 
 
@@ -220,11 +221,15 @@ def _ask(pipe: Pipeline, waiting: Sequence[tuple[Run, Ask]], mode: str, max_new_
             run.send(answer.text.strip())
 
 
-def _generate(pipe: Pipeline, waiting: Sequence[tuple[Run, Generate]], settings: Settings) -> None:
+def _generate(
+    pipe: Pipeline, waiting: Sequence[tuple[Run, Generate]], settings: Settings, editing: str | None
+) -> None:
+    """editing: the method by which a request's first image is edited; None generates from the text alone."""
     ready = []
     for run, request in waiting:
         try:
             text, shortened = image_prompt(pipe, request)
+            source = _first_image(request) if editing else None
         except ValueError as error:
             run.stop(str(error))
             continue
@@ -232,20 +237,28 @@ def _generate(pipe: Pipeline, waiting: Sequence[tuple[Run, Generate]], settings:
         case = run.case
         first = settings.seed + 100_000 * TASKS.index(case.task) + 100 * case.index
         run.seeds.append(first + len(run.images))
-        ready.append((run, request.name, text))
-    if not ready:
-        return
-    images = pipe.generate(
-        [text for _, _, text in ready],
-        parallel_size=1,
-        cfg_weight=settings.cfg_weight,
-        num_inference_steps=settings.num_inference_steps,
-        seed=[run.seeds[-1] for run, _, _ in ready],
-        progress=False,
-    ).images
-    for (run, name, _), image in zip(ready, images, strict=True):
-        run.images[name] = image
-        run.send(image)
+        ready.append((run, request.name, text, source))
+    for edits in (False, True):
+        group = [entry for entry in ready if (entry[3] is not None) == edits]
+        if not group:
+            continue
+        texts, seeds = [text for _, _, text, _ in group], [run.seeds[-1] for run, *_ in group]
+        options = settings.resolved()
+        if edits and editing is not None:
+            kept = {name: options[name] for name in ("num_inference_steps", "solver", "timestep_shift")}
+            sources = [source for *_, source in group if source is not None]
+            images = pipe.edit(sources, texts, method=editing, seed=seeds, progress=False, **kept)
+        else:
+            images = pipe.generate(texts, parallel_size=1, seed=seeds, progress=False, **options).images
+        for (run, name, *_), image in zip(group, images, strict=True):
+            run.images[name] = image
+            run.send(image)
+
+
+def _first_image(request: Generate) -> Image.Image | None:
+    """Raises UnreadableImage."""
+    first = next((part for part in request.parts if not isinstance(part, str)), None)
+    return read_image(first) if isinstance(first, Path) else first
 
 
 def conversation(pipe: Pipeline, parts: Sequence[Part], first_image_only: bool) -> list[dict[str, Any]]:
@@ -400,6 +413,7 @@ def run_tasks(
     settings: Settings,
     max_new_tokens: int,
     world: RankInfo,
+    editing: str | None = None,
 ) -> None:
     """This rank's share of the blocks of all tasks. load: gives the pipeline, called only if something is missing."""
     from tqdm import tqdm
@@ -420,7 +434,7 @@ def run_tasks(
     hidden = not settings.progress or world.local_rank != 0
     with tqdm(total=sum(len(lacking) for _, lacking in todo), desc="Cases", disable=hidden) as bar:
         for block, lacking in todo:
-            for run in run_block(pipe, block, mode, texts, settings, max_new_tokens):
+            for run in run_block(pipe, block, mode, texts, settings, max_new_tokens, editing):
                 if run.case.index not in lacking:
                     continue
                 write_case(folder, run, mode)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from invented_uni import FAST, SQUARE, generate_in, plain, write
+from invented_uni import FAST, SQUARE, Judge, generate_in, plain, score_of, write
 
 from janusflow_min.benchmarks.ranks import RankInfo
 from janusflow_min.benchmarks.runner import Settings
@@ -106,6 +106,37 @@ def test_a_limit_counts_for_each_task(data, tmp_path):
     assert coverage.missing == ("science/case_03", "maze/case_00020")
 
 
+def test_editing_is_an_option(data, tmp_path):
+    """Stops: an edit that nobody asked for, that no score tells of, or that the image makes no difference to."""
+    run = tmp_path / "run"
+    options = dict(tasks=["math"], uni_mode="torchumm", editing="sdedit", max_new_tokens=2)
+    assert generate_in(FAST, run, data, **options).complete
+    assert json.loads((run / "manifest.json").read_text())["settings"]["editing"] == "sdedit"
+    generate_in(FAST, tmp_path / "plain", data, tasks=["math"], uni_mode="torchumm", max_new_tokens=2)
+    name = "math/set_A__1/model_image_01.png"
+    assert (run / name).read_bytes() != (tmp_path / "plain" / name).read_bytes()
+    notes = score_of(run, data, tasks=["math"], text_model=Judge("{}"), progress=False)["notes"]
+    assert any("edited by sdedit, which the model was not trained for" in note for note in notes)
+    with pytest.raises(ValueError, match=r'settings\.editing: "sdedit" there, null now'):
+        generate_in(FAST, run, data, tasks=["math"], uni_mode="torchumm", max_new_tokens=2)
+    for wrong in (dict(uni_mode="native"), dict(editing="magic")):
+        with pytest.raises(
+            ValueError, match="editing must be one of flowedit, invert, sdedit, with uni_mode"
+        ):
+            generate_in(FAST, tmp_path / "new", data, **options | wrong)
+    assert not (tmp_path / "new").exists()
+
+
+def test_sampling_options_reach_the_images(pipe, data):
+    """Stops: a solver or a preset that the manifest names and no image was made with."""
+    fake = Fake(pipe)
+    settings = Settings(preset="quick", negative_prompt="blurred")
+    (run,) = generation.run_block(
+        fake, [readers.read(data, "code")[0]], "native", prompts.PROMPTS, settings, 6
+    )
+    assert run.images and settings.resolved().items() <= fake.options.items()
+
+
 class Fake:
     """A pipeline that records what it is asked; answers are numbered."""
 
@@ -119,6 +150,7 @@ class Fake:
         return [type("Answer", (), {"text": text}) for text in answers]
 
     def generate(self, texts, **options):
+        self.options = options
         self.prompts += list(zip(texts, options["seed"], strict=True))
         return type("Generation", (), {"images": [plain("red") for _ in texts]})
 
