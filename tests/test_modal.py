@@ -112,7 +112,7 @@ def test_every_plan_is_a_command_line(app):
 
 
 def test_ranks(app, commands):
-    """Stops: containers that all paint the same share; scoring on many; an environment left behind."""
+    """Stops: containers that all generate the same share; scoring on many; an environment left behind."""
     before = dict(os.environ)
     app.main(model="tiny", eval_config="shapes", mode="full", gpus=3)
     assert [(a[2], rank, world) for a, rank, world in commands] == [
@@ -160,7 +160,7 @@ def test_the_image_and_the_volumes(app):
 
 @pytest.mark.parametrize("real", [False, True], ids=["stand-in", "modal"])
 def test_the_default_through_the_local_call(real, monkeypatch, tmp_path):
-    """Stops: a function that cannot be called. The embedded default paints one item as rank 0 of 1."""
+    """Stops: a function that cannot be called. The embedded default generates one item as rank 0 of 1."""
     if real:
         pytest.importorskip("modal")
     app = load(monkeypatch, None if real else stand_in())

@@ -47,7 +47,7 @@ def asked(pipeline, monkeypatch) -> dict:
     return caught
 
 
-def paint(pipeline: InferencePipeline, prompt: str = "a cat", output_path=None, **params) -> dict:
+def generate(pipeline: InferencePipeline, prompt: str = "a cat", output_path=None, **params) -> dict:
     params = ONE | params
     return pipeline.run(
         InferenceRequest("janus_flow", "generation", prompt, params=params, output_path=output_path)
@@ -87,7 +87,7 @@ def test_the_seed_api_word_for_word(parity_dir, tmp_path):
     )
     image = tmp_path / "image.jpg"
     Image.new("RGB", (40, 30), "red").save(image)
-    painted = pipeline.run(
+    generated = pipeline.run(
         InferenceRequest(backbone="janus_flow", task="generation", prompt="A cat sitting on a rainbow")
     )
     answered = pipeline.run(
@@ -99,9 +99,9 @@ def test_the_seed_api_word_for_word(parity_dir, tmp_path):
             params={"max_new_tokens": 3},
         )
     )
-    assert set(painted) == {"image", "images", "saved_paths"} and painted["saved_paths"] == []
-    assert len(painted["images"]) == 5 and painted["image"] is painted["images"][0]
-    assert {(i.mode, i.size) for i in painted["images"]} == {("RGB", (384, 384))}
+    assert set(generated) == {"image", "images", "saved_paths"} and generated["saved_paths"] == []
+    assert len(generated["images"]) == 5 and generated["image"] is generated["images"][0]
+    assert {(i.mode, i.size) for i in generated["images"]} == {("RGB", (384, 384))}
     assert set(answered) == {"text", "sft_format"} and all(isinstance(v, str) for v in answered.values())
     assert "User: <image_placeholder>\nDescribe this image\n\nAssistant:" in answered["sft_format"]
     assert str(pipeline.backbone.pipe.model.dtype) == "torch.bfloat16"
@@ -151,16 +151,16 @@ def test_a_call_before_load_loads_what_the_constructor_names(parity_dir):
     backbone = JanusFlowBackbone(str(parity_dir), seed=9, torch_dtype="fp32")
     first = backbone.generation("a cat", generation_cfg=ONE)
     assert str(backbone.pipe.model.dtype) == "torch.float32"
-    assert pixels(first) == pixels(paint(make(parity_dir, seed=9)))
+    assert pixels(first) == pixels(generate(make(parity_dir, seed=9)))
 
 
 def test_batches_go_the_same_way(pipeline, image, tmp_path):
     """Stops: the alternative entrances `generate` and `understand` with other meanings."""
     backbone = pipeline.backbone
     path = str(tmp_path / "a.png")
-    painted = backbone.generate({"prompt": "a cat", "output_path": path}, ONE | {"seed": 3})
-    assert painted["saved_paths"] == [path]
-    assert pixels(painted) == pixels(backbone.generation("a cat", generation_cfg=ONE | {"seed": 3}))
+    generated = backbone.generate({"prompt": "a cat", "output_path": path}, ONE | {"seed": 3})
+    assert generated["saved_paths"] == [path]
+    assert pixels(generated) == pixels(backbone.generation("a cat", generation_cfg=ONE | {"seed": 3}))
     batch = {"prompt": "What?", "images": [image("wide")]}
     cfg = {"max_new_tokens": 4}
     assert backbone.understand(batch, cfg) == backbone.understanding(**batch, understanding_cfg=cfg)
@@ -224,7 +224,7 @@ def test_a_null_of_a_yaml_file_means_the_default(parity_dir, asked, pipeline, mo
     nulls = dict.fromkeys(["seed", "torch_dtype", "vae_path", "janus_root", "generation_cfg"])
     other = make(parity_dir, understanding_cfg={"temperature": None}, **nulls | {"device": None})
     monkeypatch.setattr(other.backbone, "pipe", pipeline.backbone.pipe)
-    paint(other, cfg_weight=None, seed=None)
+    generate(other, cfg_weight=None, seed=None)
     assert asked["cfg_weight"] == 2.0 and asked["seed"] == 42
     ask(other, "hi", temperature=None, top_p=None, seed=None)
     assert (asked["temperature"], asked["top_p"], asked["seed"]) == (0.0, 1.0, None)
@@ -290,7 +290,7 @@ def test_other_spellings_of_the_name(parity_dir, name):
 
 def test_numbers_may_come_as_text(pipeline, asked):
     """Stops: "30" out of an environment variable refused; 4.5 images or `true` steps accepted."""
-    paint(pipeline, num_inference_steps="30", img_size=64.0, cfg_weight="2.5")
+    generate(pipeline, num_inference_steps="30", img_size=64.0, cfg_weight="2.5")
     assert (asked["num_inference_steps"], asked["img_size"], asked["cfg_weight"]) == (30, 64, 2.5)
     for key, value in (
         ("parallel_size", 4.5),
@@ -299,9 +299,9 @@ def test_numbers_may_come_as_text(pipeline, asked):
         ("seed", [1]),
     ):
         with pytest.raises(ValueError, match=f"{key} must be a whole number"):
-            paint(pipeline, **{key: value})
+            generate(pipeline, **{key: value})
     with pytest.raises(ValueError, match="cfg_weight must be a number, got 'high'"):
-        paint(pipeline, cfg_weight="high")
+        generate(pipeline, cfg_weight="high")
 
 
 @pytest.mark.parametrize("key", ["parallel_size", "num_inference_steps", "img_size"])
@@ -309,7 +309,7 @@ def test_numbers_may_come_as_text(pipeline, asked):
 def test_sizes_and_steps_of_zero_are_refused(pipeline, tmp_path, key, value):
     """Stops: an IndexError for no images, or a stream of seeds that runs backwards."""
     with pytest.raises(ValueError, match=f"{key} must be a whole number"):
-        paint(pipeline, output_path=str(tmp_path / "a.png"), **{key: value})
+        generate(pipeline, output_path=str(tmp_path / "a.png"), **{key: value})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,7 +319,7 @@ def test_sizes_and_steps_of_zero_are_refused(pipeline, tmp_path, key, value):
 def test_one_image_is_saved_under_its_very_name(pipeline, tmp_path):
     """Stops: `NNNNN_0.png`, which GenEval's runner does not find; and a missing parent folder."""
     path = tmp_path / "deep" / "er" / "00003.png"
-    result = paint(pipeline, output_path=str(path))
+    result = generate(pipeline, output_path=str(path))
     assert result["saved_paths"] == [str(path)]
     assert Image.open(path).tobytes() == result["image"].tobytes()
     assert [p.name for p in path.parent.iterdir()] == ["00003.png"]
@@ -327,7 +327,7 @@ def test_one_image_is_saved_under_its_very_name(pipeline, tmp_path):
 
 def test_several_images_are_numbered(pipeline, tmp_path):
     """Stops: images that overwrite each other, and paths in another order than the images."""
-    result = paint(pipeline, output_path=tmp_path / "out.v2.png", parallel_size=3)
+    result = generate(pipeline, output_path=tmp_path / "out.v2.png", parallel_size=3)
     paths = [tmp_path / f"out.v2_{i}.png" for i in range(3)]
     assert result["saved_paths"] == [str(p) for p in paths] and sorted(tmp_path.iterdir()) == paths
     assert [Image.open(p).tobytes() for p in paths] == pixels(result)
@@ -338,7 +338,7 @@ def test_several_images_are_numbered(pipeline, tmp_path):
 )
 def test_the_extension_says_the_format(pipeline, tmp_path, name, form):
     """Stops: PNG bytes under another name, and a crash without an extension."""
-    (path,) = paint(pipeline, output_path=str(tmp_path / name))["saved_paths"]
+    (path,) = generate(pipeline, output_path=str(tmp_path / name))["saved_paths"]
     assert Path(path).name == (name if "." in name else "a.png")
     assert Image.open(path).format == form
 
@@ -353,7 +353,7 @@ def test_names_are_torchumm_s(pipeline, tmp_path, monkeypatch):
         ("three/.hidden", 1, [".hidden.png"]),
     ):
         path = name if name.startswith("~") else str(tmp_path / name)
-        result = paint(pipeline, output_path=path, parallel_size=count)
+        result = generate(pipeline, output_path=path, parallel_size=count)
         folder = tmp_path / Path(name).parent.name
         assert result["saved_paths"] == [str(folder / file) for file in files]
         assert [Image.open(folder / file).format for file in files] == ["PNG"] * count
@@ -364,7 +364,7 @@ def test_a_folder_s_name_is_refused_before_the_work(pipeline, tmp_path, monkeypa
     monkeypatch.setattr(pipeline.backbone.pipe, "generate", lambda *a, **k: pytest.fail("generated first"))
     (tmp_path / "v1.5_out").mkdir()
     with pytest.raises(IsADirectoryError, match=r"output_path: .*v1\.5_out is a folder"):
-        paint(pipeline, output_path=str(tmp_path / "v1.5_out"))
+        generate(pipeline, output_path=str(tmp_path / "v1.5_out"))
 
 
 def test_nothing_half_written_stays(pipeline, tmp_path, monkeypatch):
@@ -381,7 +381,7 @@ def test_nothing_half_written_stays(pipeline, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        paint(pipeline, output_path=tmp_path / "a.png", parallel_size=3)
+        generate(pipeline, output_path=tmp_path / "a.png", parallel_size=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a_0.png", "a_1.png"]
     assert (tmp_path / "a_1.png").read_bytes() == b"old" and Image.open(tmp_path / "a_0.png").size == (64, 64)
 
@@ -390,7 +390,7 @@ def test_without_a_path_nothing_is_saved(pipeline, tmp_path, monkeypatch):
     """Stops: files in the working folder, and DPG's runner counting an image twice."""
     monkeypatch.chdir(tmp_path)
     for path in (None, ""):
-        assert paint(pipeline, output_path=path)["saved_paths"] == []
+        assert generate(pipeline, output_path=path)["saved_paths"] == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -400,9 +400,9 @@ def test_without_a_path_nothing_is_saved(pipeline, tmp_path, monkeypatch):
 def test_seeds_go_on_from_request_to_request(parity_dir):
     """Stops: four identical samples for DPG-Bench's four requests with one prompt."""
     stream = make(parity_dir, seed=7)
-    first, second = paint(stream, parallel_size=2), paint(stream, parallel_size=2)
+    first, second = generate(stream, parallel_size=2), generate(stream, parallel_size=2)
     assert len({*pixels(first), *pixels(second)}) == 4
-    assert pixels(paint(make(parity_dir, seed=9), parallel_size=2)) == pixels(second)
+    assert pixels(generate(make(parity_dir, seed=9), parallel_size=2)) == pixels(second)
 
 
 def test_a_resumed_run_gives_the_same_images(parity_dir, tmp_path):
@@ -411,7 +411,8 @@ def test_a_resumed_run_gives_the_same_images(parity_dir, tmp_path):
     def samples(folder, jobs, **params):
         pipe = make(parity_dir)
         return {
-            job: paint(pipe, job[0], tmp_path / folder / job[1], **params)["image"].tobytes() for job in jobs
+            job: generate(pipe, job[0], tmp_path / folder / job[1], **params)["image"].tobytes()
+            for job in jobs
         }
 
     jobs = [(prompt, f"{k:05d}.png") for prompt in ("a cat", "a dog") for k in range(3)]
@@ -420,32 +421,32 @@ def test_a_resumed_run_gives_the_same_images(parity_dir, tmp_path):
     assert samples("two", jobs[2:4]) == {job: whole[job] for job in jobs[2:4]}
     assert samples("three", jobs[::-1]) == whole
     assert samples("four", jobs, seed=5) != whole and samples("five", jobs[:1])[jobs[0]] == whole[jobs[0]]
-    without_files = [paint(make(parity_dir), prompt)["image"].tobytes() for prompt in ("a cat", "a dog")]
+    without_files = [generate(make(parity_dir), prompt)["image"].tobytes() for prompt in ("a cat", "a dog")]
     stream = make(parity_dir)
-    assert [paint(stream, prompt)["image"].tobytes() for prompt in ("a cat", "a dog")] == without_files
+    assert [generate(stream, prompt)["image"].tobytes() for prompt in ("a cat", "a dog")] == without_files
 
 
 def test_a_request_that_fails_moves_no_seed(parity_dir):
     """Stops: another image because an earlier request was wrong."""
     stream = make(parity_dir)
     with pytest.raises(ValueError, match="img_size"):
-        paint(stream, img_size=0)
-    assert pixels(paint(stream)) == pixels(paint(make(parity_dir)))
+        generate(stream, img_size=0)
+    assert pixels(generate(stream)) == pixels(generate(make(parity_dir)))
 
 
 def test_a_pipeline_s_seed_repeats_its_sequence(parity_dir):
     """Stops: a benchmark that nobody can run again; and a seed without effect."""
-    runs = [[pixels(paint(p)) for _ in range(2)] for p in (make(parity_dir), make(parity_dir, seed=42))]
+    runs = [[pixels(generate(p)) for _ in range(2)] for p in (make(parity_dir), make(parity_dir, seed=42))]
     assert runs[0] == runs[1]  # 42 is the default
-    assert pixels(paint(make(parity_dir, seed=1))) != runs[0][0]
+    assert pixels(generate(make(parity_dir, seed=1))) != runs[0][0]
 
 
 def test_a_request_s_seed_is_its_own(parity_dir):
     """Stops: a request's seed that shifts the stream of the others, or has no effect."""
     stream, plain = make(parity_dir), make(parity_dir)
-    a, b = paint(stream, seed=5), paint(stream, seed=5)
-    assert pixels(a) == pixels(b) == pixels(paint(plain, seed=5))
-    assert pixels(paint(stream)) == pixels(paint(plain)) != pixels(a)
+    a, b = generate(stream, seed=5), generate(stream, seed=5)
+    assert pixels(a) == pixels(b) == pixels(generate(plain, seed=5))
+    assert pixels(generate(stream)) == pixels(generate(plain)) != pixels(a)
 
 
 def test_answers_may_be_seeded(pipeline):
@@ -489,7 +490,7 @@ def test_a_dict_is_a_request(pipeline, tmp_path):
         ({"backbone": "janus_flow", "prompt": "a"}, "missing: task"),
         ({"backbone": None, "task": None}, "missing: backbone, task"),
         ({"backbone": "janus_flow", "task": "generation", "promt": "a", "image": 1}, "unknown: image, promt"),
-        ({"backbone": "janus_flow", "task": "paint", "prompt": "a"}, "task must be one of .*got 'paint'"),
+        ({"backbone": "janus_flow", "task": "draw", "prompt": "a"}, "task must be one of .*got 'draw'"),
         ({"backbone": "janus_pro", "task": "generation", "prompt": "a"}, "for backbone 'janus_pro', this"),
     ],
 )
@@ -515,9 +516,9 @@ def test_another_backbone_s_name_is_refused(name):
 
 @pytest.mark.parametrize("prompt", [None, "", " \n"])
 def test_a_generation_needs_a_prompt(pipeline, prompt):
-    """Stops: a sample painted from nothing that enters a benchmark's average."""
+    """Stops: a sample generated from nothing that enters a benchmark's average."""
     with pytest.raises(ValueError, match="needs a prompt"):
-        paint(pipeline, prompt)
+        generate(pipeline, prompt)
     with pytest.raises(ValueError, match="prompt"):
         pipeline.backbone.generation(prompt)
 
@@ -600,9 +601,9 @@ def test_neither_question_nor_image(pipeline):
 
 
 def test_images_in_other_forms(pipeline, image):
-    """Stops: a single path taken apart into letters, and pictures in memory refused."""
-    path, picture = image("square"), Image.open(image("square")).convert("RGB")
-    forms = ([path], path, (path,), Path(path), [picture], picture, [np.asarray(picture)])
+    """Stops: a single path taken apart into letters, and images in memory refused."""
+    path, opened = image("square"), Image.open(image("square")).convert("RGB")
+    forms = ([path], path, (path,), Path(path), [opened], opened, [np.asarray(opened)])
     backbone = pipeline.backbone
     texts = {
         backbone.understanding("What?", form, understanding_cfg={"max_new_tokens": 4})["text"]

@@ -271,7 +271,7 @@ def test_the_current_card_is_used(monkeypatch):
 
 @pytest.mark.parametrize("name", launcher.RUNNERS)
 def test_the_shipped_configurations(name):
-    """Stops: a configuration whose images are painted for nothing, or one of JanusFlow's published settings wrong."""
+    """Stops: a configuration whose images are generated for nothing, or one of JanusFlow's published settings wrong."""
     yaml = pytest.importorskip("yaml")
     cfg = yaml.safe_load((launcher.CONFIGS / f"{name}.yaml").read_text())
     assert cfg["eval"]["benchmark"] == name and name in cfg
@@ -279,9 +279,9 @@ def test_the_shipped_configurations(name):
     assert inference["backbone"] == "janus_flow" and "seed" not in inference.get("request", {}).get(
         "params", {}
     )
-    painting = inference["backbone_cfg"]["generation_cfg"]
+    generation = inference["backbone_cfg"]["generation_cfg"]
     size = 4 if name == "dpg_bench" else 1
-    assert painting == {
+    assert generation == {
         "cfg_weight": 2.0,
         "num_inference_steps": 30,
         "parallel_size": size,
@@ -425,8 +425,8 @@ def test_its_pipeline_for_both_tasks(checkout, tmp_path):
         env=env,
         timeout=300,
     )
-    painted, answered = json.loads((tmp_path / "out.json").read_text())
-    assert painted["saved_paths"] == [image] and isinstance(answered["text"], str)
+    generated, answered = json.loads((tmp_path / "out.json").read_text())
+    assert generated["saved_paths"] == [image] and isinstance(answered["text"], str)
 
     program = tmp_path / "own.py"
     program.write_text(
