@@ -31,10 +31,9 @@ SAMPLED = 50  # questions whose size is measured for a dry run
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
+class LimitOptions:
     """Of every scoring."""
 
-    images: Path | None = option("folder of images made elsewhere, instead of the run's", None, kind=Path)
     limit: int | None = option("score only the first prompts", None, kind=int)
     dry_run: bool = option("say how much there is to judge, and ask nothing", False)
     progress: bool = True
@@ -42,6 +41,13 @@ class ScoreOptions:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(LimitOptions):
+    """Of every scoring of a folder of images."""
+
+    images: Path | None = option("folder of images made elsewhere, instead of the run's", None, kind=Path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from ..ranks import RankInfo
 from ..report import Published
 from ..run_folder import RunFolder
 from ..runner import Coverage, Settings
-from ..scoring import ChatOptions, ScoringRun
+from ..scoring import ChatOptions, LimitOptions, ScoringRun
 from .readers import RELEASED, SOURCES, Case, data_folder, read, tasks_of
 from .rules import COLUMNS, table
 
@@ -71,7 +71,7 @@ class GenerateOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(DataOptions, ChatOptions):
+class ScoreOptions(DataOptions, LimitOptions, ChatOptions):
     """vl_model, text_model: an endpoint's name of the model, or a `judges.Chat`. dreamsim: its cache folder, or a
     `judging.Distance`."""
 
@@ -96,9 +96,7 @@ class ScoreOptions(DataOptions, ChatOptions):
         "read answers, images and judges' replies exactly as the official scorer does", False
     )
     limit: int | None = option("score only the first cases of each task", None, kind=int)
-    dry_run: bool = option("say how much there is to judge, and ask nothing", False)
     timeout: float = option("of a request, in seconds", 600.0)
-    progress: bool = True
 
 
 OPTIONS = {"generate": GenerateOptions, "score": ScoreOptions}

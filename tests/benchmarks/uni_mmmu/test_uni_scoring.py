@@ -298,9 +298,11 @@ def test_the_command_line(native, data, tmp_path, capsys):
 
 
 def test_limit_dry_run_and_items(native, data, tmp_path):
-    """Stops: a limit that still claims the whole; a dry run that asks or writes; a run that `compare` cannot read."""
+    """Stops: a limit that claims the whole, or of -1 drops a case; a dry run that asks or writes; items of no use."""
     run, judge = copy(native, tmp_path), Judge(YES)
     options = dict(tasks=["science"], vl_model=judge, progress=False)
+    with pytest.raises(ValueError, match="limit must be at least 1, got -1"):
+        score_of(run, data, limit=-1, **options)
     assert score_of(run, data, dry_run=True, **options)["dry_run"].startswith("2 requests")
     assert not judge.messages and not (run / "score.json").exists() and not (run / "eval/science").exists()
     part = score_of(run, data, limit=1, **options)
