@@ -19,9 +19,9 @@ def add_parser(command: Command, option: Option) -> None:
     new = command(
         serve,
         "serve chat and images to any client of OpenAI's API",
-        "Serve /v1/chat/completions, /v1/images/generations, /v1/models, /health and /metrics. Needs the extra\n"
-        "`serve`: pip install 'janusflow-min[serve]'. Requests that wait run together. The log on stderr holds sizes\n"
-        "and times, nothing of what is asked. SIGTERM or Ctrl-C ends the server when what it has accepted is done.",
+        "Serve /v1/chat/completions, /v1/images/generations and edits, /v1/models, /health and /metrics. Needs the\n"
+        "extra `serve`: pip install 'janusflow-min[serve]'. Requests that wait run together. The log on stderr holds\n"
+        "sizes and times, nothing of what is asked. SIGTERM or Ctrl-C: the server does what it has accepted, and ends.",
         """  janusflow-min serve
   janusflow-min serve --model deepseek-ai/JanusFlow-1.3B --device cuda --port 9000 --name janusflow""",
     )

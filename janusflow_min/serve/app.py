@@ -90,8 +90,7 @@ class Server:
         app.get("/v1/models/{model:path}")(self.model)
         app.post("/v1/chat/completions")(self.chat)
         app.post("/v1/images/generations")(self.generate)
-        if hasattr(engine.pipe, "edit"):
-            app.post("/v1/images/edits")(self.edit)
+        app.post("/v1/images/edits")(self.edit)
         self.routes = {getattr(route, "path", "") for route in app.routes}
 
     # Around every request -----------------------------------------------------------------------

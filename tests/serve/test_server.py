@@ -222,8 +222,6 @@ def half_transparent(size: tuple[int, int]) -> Image.Image:
 
 def test_edits_are_edit_s(pipe, client, star):
     """Stops: an edit of another image, of what the mask protects, or with other settings than were asked for."""
-    if not hasattr(pipe, "edit"):
-        pytest.skip("this pipeline does not edit")
     settings = dict(
         strength=0.6, num_inference_steps=4, source_prompt="a photo of a red star", method="flowedit"
     )
@@ -265,8 +263,6 @@ def test_edits_are_edit_s(pipe, client, star):
 )
 def test_bad_edits(pipe, server, star, files, fields, words):
     """Stops: bad edits that are tried, or that end the engine."""
-    if not hasattr(pipe, "edit"):
-        pytest.skip("this pipeline does not edit")
     contents = {None: png(star), "opaque": png(star), "small": png(half_transparent((9, 9)))}
     contents["large"] = png(Image.new("1", (6000, 6000)))
     sent = [(key.split()[0], ("a.png", contents.get(value, value))) for key, value in files.items()]
@@ -276,8 +272,6 @@ def test_bad_edits(pipe, server, star, files, fields, words):
 
 def test_forms_of_other_pages_are_refused(pipe, server, star):
     """Stops: a web page that has its visitors' own server edit images, which needs no permission of the browser."""
-    if not hasattr(pipe, "edit"):
-        pytest.skip("this pipeline does not edit")
     sent = dict(files={"image": png(star)}, data={"prompt": " "})
     for origin, status in (("https://elsewhere.example", 403), ("null", 403), (server.root, 400)):
         done = httpx.post(f"{server.url}/images/edits", headers={"Origin": origin}, **sent)
