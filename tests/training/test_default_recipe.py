@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -31,12 +32,17 @@ def script() -> ModuleType:
         return importlib.import_module("train_shapes")
 
 
-def test_the_default_learns_by_the_trainer_s_objective(script):
+@pytest.fixture(scope="module")
+def data(script) -> ModuleType:
+    return importlib.import_module("shapes_data")
+
+
+def test_the_default_learns_by_the_trainer_s_objective(data):
     """Stops: a default made by another objective; a prompt that is hidden otherwise, an image at other positions, a
     label too late; shapes that depend on the data, which no CUDA graph can hold."""
-    recipe = script.replace(script.Recipe(), conversation_length=192)
-    pairs = script.make_chunk(("generation", 0, 4, recipe, TINY))
-    talks = script.make_chunk(("conversation", 0, 2, recipe, TINY))
+    recipe = replace(data.Recipe(), conversation_length=192)
+    pairs = data.make_chunk(("generation", 0, 4, recipe, TINY))
+    talks = data.make_chunk(("conversation", 0, 2, recipe, TINY))
     model = load_model(TINY, progress=False).requires_grad_(True)
     torch.manual_seed(0)
     head = AlignmentHead(256, 128)
@@ -59,8 +65,8 @@ def test_the_default_learns_by_the_trainer_s_objective(script):
 
     def losses() -> torch.Tensor:
         count = model.num_image_tokens
-        first = objective(script.generation_batch(ids, pad, drop, count, t, noise, latents, images))
-        second = objective(script.conversation_batch(asked, labels, places, about, weight=len(ids)))
+        first = objective(data.generation_batch(ids, pad, drop, count, t, noise, latents, images))
+        second = objective(data.conversation_batch(asked, labels, places, about, weight=len(ids)))
         return (first.total + second.total) / len(ids)
 
     parameters = [*model.parameters(), *head.parameters()]
@@ -77,13 +83,13 @@ def test_the_default_learns_by_the_trainer_s_objective(script):
 
 
 @pytest.fixture
-def training(script, tmp_path):
+def training(script, data, tmp_path):
     """The model's training over a few scenes, on the CPU."""
-    recipe = script.replace(script.Recipe(), **script.SMOKE)
+    recipe = replace(data.Recipe(), **data.SMOKE)
     shutil.copytree(TINY, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("vae", "*.safetensors"))
     shutil.copytree(TINY / "vae", tmp_path / "vae")
     for kind, count in (("generation", 20), ("conversation", 5)):
-        chunk = script.make_chunk((kind, 0, count, recipe, TINY))
+        chunk = data.make_chunk((kind, 0, count, recipe, TINY))
         np.savez(tmp_path / f"{kind}.npz", **chunk)
     return lambda **options: script.ModelTraining(
         recipe, tmp_path, torch.device("cpu"), **{"compiled": False, "init": None, **options}
