@@ -15,6 +15,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import pairwise
@@ -324,3 +326,22 @@ def test_every_snippet_runs(page, desk):
         exec(compile(block, f"{page.name}, Python block {k + 1}", "exec"), names)
     if page.name == "README.md":
         assert os.path.getsize("star.png") > 0 and (desk / "my-checkpoint/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_snippets_type_check(tmp_path):
+    """Stops: a call on the front page that an editor underlines in red, as `ans.text` once was."""
+    pytest.importorskip("mypy")
+    pages = [
+        page for page in PAGES if blocks(page, "python") and page.name != "serving.md"
+    ]  # openai's own types
+    files = [tmp_path / f"snippets_{k}.py" for k in range(len(pages))]
+    for page, file in zip(pages, files, strict=True):
+        file.write_text("\n".join(blocks(page, "python")), encoding="utf-8")
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import janusflow_min as jf\njf.load(device=3)\n")  # what must be found
+    config = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "mypy", *config, *map(str, [*files, wrong])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    errors = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert len(files) >= 2 and len(errors) == 1 and "wrong.py:2" in errors[0], done.stdout + done.stderr
