@@ -590,3 +590,23 @@ def test_demo_on_random_weights(parity_dir, tmp_path, capsys, monkeypatch):
     assert main(["demo", "--model", str(parity_dir), "--out", str(tmp_path), "--quiet"]) == 0
     assert len(list(tmp_path.glob("*.png"))) == demo.PARALLEL_SIZE * len(demo.PROMPTS) + 1
     assert "How many objects are there?" in capsys.readouterr().out
+
+
+def test_the_steps_of_each_image_are_saved(parity_dir, tmp_path, capsys):
+    """Stops: the steps of another image of the batch, or a strip that is drawn from the noise alone."""
+    line = ["generate", "a cat", "two red cups", "--model", str(parity_dir), "--device", "cpu", "--seed", "3"]
+    line += ["--parallel-size", "1", "--num-inference-steps", "4", "--save-steps", "--no-sheet", "--quiet"]
+    assert main([*line, "--out", str(tmp_path)]) == 0
+    paths = [Path(text) for text in capsys.readouterr().out.split("\n") if text]
+    assert [path.name.endswith("_steps.png") for path in paths] == [False, True, False, True]
+    for plain, strip in (paths[:2], paths[2:]):
+        image, steps = Image.open(plain).convert("RGB"), Image.open(strip).convert("RGB")
+        side = image.width
+        assert steps.width >= 4 * side and steps.height >= side
+        assert image.tobytes() in {
+            steps.crop((x, y, x + side, y + side)).tobytes()
+            for x in range(steps.width - side + 1)
+            for y in range(0, 40)
+        }  # the last step ends where it was heading
+    assert main([*line, "--best-of", "2", "--out", str(tmp_path)]) == 2
+    assert "--save-steps" in capsys.readouterr().err

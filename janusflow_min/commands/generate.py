@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MAX_PARALLEL_SIZE = 10_000
 MAX_FILES = 100_000  # of one command: prompts x parallel size
 MAX_BATCH_SIZE = 256
+STRIP = 6  # images of --save-steps, one row of a contact sheet
 
 
 def add_parser(command: Command, option: Option) -> None:
@@ -74,6 +75,11 @@ def add_parser(command: Command, option: Option) -> None:
     new.add_argument(
         "--sheet", action=argparse.BooleanOptionalAction, default=True, help="make a contact sheet"
     )
+    new.add_argument(
+        "--save-steps",
+        action="store_true",
+        help="also the way from noise to each image, where the flow was heading, as a strip NAME_steps.png",
+    )
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -92,6 +98,8 @@ def generate(args: argparse.Namespace) -> int:
         )
     out = check_folder(args.out, "--out")
     settings = read_options(SamplingOptions, args).resolved() | {"img_size": args.img_size}
+    if args.save_steps and args.best_of > 1:
+        raise ValueError("--save-steps shows one image's way, so it does not go with --best-of")
     if args.img_size is not None:
         checks.image_bytes(min(args.batch_size, count), args.img_size, "--batch-size or --img-size")
     pipe = load_pipeline(args, "generation" if args.best_of == 1 else "all")
@@ -99,7 +107,16 @@ def generate(args: argparse.Namespace) -> int:
     # Not up to 2**63, the library's bound: a random seed should be short enough to type.
     first = secrets.randbelow(2**31) if args.seed is None else args.seed
     generate_files(
-        pipe, args, prompts, out, args.parallel_size, first, args.batch_size, args.sheet, **settings
+        pipe,
+        args,
+        prompts,
+        out,
+        args.parallel_size,
+        first,
+        args.batch_size,
+        args.sheet,
+        save_steps=args.save_steps,
+        **settings,
     )
     say(f"generated in {since(start)}; --seed {first} repeats it", args.quiet, remark=True)
     return 0
@@ -114,10 +131,13 @@ def generate_files(
     first_seed: int,
     batch_size: int,
     sheet: bool = True,
+    save_steps: bool = False,
     **settings: Any,
 ) -> list[Path]:
-    """Generate in batches, saving each at once; returns the images' paths, the sheet's last."""
+    """Generate in batches, saving each at once; returns the images' paths, the sheet's last. save_steps: a strip of
+    where the flow was heading after each of some steps, beside each image."""
     from ..contact_sheet import contact_sheet, save_png, sheet_side, slug, thumbnail
+    from ..pipeline import MAX_BATCH
     from ..progress import progress_bar
 
     settings = SamplingOptions().resolved() | {"img_size": None} | settings
@@ -137,10 +157,18 @@ def generate_files(
     common |= {key: value for key, value in settings.items() if key != "img_size" and value is not None}
     groups: list[tuple[str, list]] = [(prompt, []) for prompt in prompts]
     paths: list[Path] = []
-    several = len(jobs) > batch_size
+    if save_steps:
+        batch_size = min(batch_size, MAX_BATCH)  # the steps of more images would come in turn
+    several, told = len(jobs) > batch_size, 0
     with progress_bar(not args.quiet and several, total=len(jobs), desc="Images", unit="image") as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
+            kept: list[Any] = []  # of each step shown: a list of images, one for each prompt of the batch
+            if save_steps:
+                settings |= {
+                    "callback_on_step_end": keep_steps(kept, settings["num_inference_steps"]),
+                    "preview": True,
+                }
             result = pipe.generate(
                 [prompts[i] for i, _ in batch],
                 parallel_size=1,
@@ -154,16 +182,31 @@ def generate_files(
                 if result.scores is not None and result.seeds is not None:
                     own |= {"chosen_seed": result.seeds[k], "scores": result.scores[k]}
                 paths.append(save_png(image, out / name, own | common))
+                if save_steps:
+                    strip = contact_sheet([(prompts[i], [images[k] for images in kept])])
+                    paths.append(save_png(strip, out / f"{paths[-1].stem}_steps.png", own | common))
                 if sheet:
                     groups[i][1].append(thumbnail(image, side))
             bar.clear()
-            for path in paths[-len(batch) :]:
+            for path in paths[told:]:
                 say(str(path))
+            told = len(paths)
             bar.update(len(batch))
     if sheet:
         paths.append(save_png(contact_sheet(groups), out / "sheet.png", {"first_seed": first_seed} | common))
         say(str(paths[-1]))
     return paths
+
+
+def keep_steps(kept: list[Any], steps: int) -> Callable[..., None]:
+    """A callback that keeps the previews of up to STRIP steps, evenly spread."""
+    shown = {round(k * (steps - 1) / (STRIP - 1)) for k in range(STRIP)}
+
+    def told(step: int, t: float, latents: Any, images: list[Any]) -> None:
+        if step in shown:
+            kept.append(images)
+
+    return told
 
 
 def read_prompts(path: str) -> list[str]:
