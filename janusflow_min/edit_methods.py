@@ -15,7 +15,7 @@ from torch import Tensor
 from .flow import TIME_SCALE, Velocity, classifier_free_guidance, interpolate
 from .sampling import Sampler, draw_noise, plan_rows
 
-INVERSION_ITERATIONS = 4  # evaluations for each step that is undone
+INVERSION_ITERATIONS = 4  # evaluations for each step that is undone; docs/editing.md compares
 
 
 def undo_euler(

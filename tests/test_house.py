@@ -38,7 +38,7 @@ CALLS = [
     "ruff format --check .",
     "mypy ",
     "pip install -q -e .[train,bench,serve]",
-    "python -m pytest tests/training tests/benchmarks tests/serve tests/test_docs.py",
+    "python -m pytest tests/training tests/benchmarks tests/serve tests/test_docs.py tests/test_walkthrough.py",
 ]
 
 

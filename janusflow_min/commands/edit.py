@@ -15,8 +15,8 @@ from ..options import finite, whole
 from ..sampling_options import EDIT_METHODS, SOLVER_NAMES
 from .common import Command, Option, dtype_name, load_pipeline, model_options, say, seed, since
 
-SETTINGS = ("strength", "method", "cfg_weight", "source_cfg_weight", "num_inference_steps", "solver")
-SETTINGS += ("timestep_shift",)
+NAMES = "strength method cfg_weight source_cfg_weight num_inference_steps solver timestep_shift"
+SETTINGS = tuple(NAMES.split())
 
 
 def add_parser(command: Command, option: Option) -> None:
@@ -82,7 +82,7 @@ def edit(args: argparse.Namespace) -> int:
         "dtype": dtype_name(pipe.model.dtype),
     }
     for i, (prompt, image) in enumerate(zip(args.prompts, edited, strict=True)):
-        about = {key: value for key, value in (image.info | common).items() if value is not None}
+        about = {str(key): value for key, value in (image.info | common).items() if value is not None}
         say(str(save_png(image, out / f"{i:02d}_{slug(prompt)}_seed{image.info['seed']}.png", about)))
     if asks:
         say(f"the model calls the image {edited[0].info['source_prompt']!r}", args.quiet, remark=True)
