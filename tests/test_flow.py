@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -212,7 +213,7 @@ def test_the_shifted_grid_is_diffusers(start, shift):
     if start == 0:
         diffusers = pytest.importorskip("diffusers")
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(sigmas=[1 - i / 10 for i in range(10)])
+        scheduler.set_timesteps(sigmas=np.array([1 - i / 10 for i in range(10)]))
         assert_close(
             1 - scheduler.sigmas.double(), torch.tensor(times, dtype=torch.float64), atol=1e-6, rtol=0
         )
