@@ -397,7 +397,7 @@ def test_a_hub_id_is_downloaded_and_loaded(parity_dir, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     pipe = jf.load("someone/some-model", device="cpu", progress=False)
-    small = {"config.json", INDEX, *PROCESSOR_FILES}
+    small = {"config.json", INDEX, "vae/config.json", *PROCESSOR_FILES}
     large = {WEIGHTS, "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
     assert asked == [("someone/some-model", small), ("someone/some-model", large)]
     assert pipe.model.config.llm.vocab_size == 640
