@@ -104,6 +104,12 @@ def seed(name: str, value: Any) -> int:
     return int(value)
 
 
+def function(name: str, value: Any) -> None:
+    """ValueError unless `value` can be called or is None."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} must be a function, got {shown(value)}")
+
+
 def texts(name: str, value: Any) -> list[str]:
     """A str, or a list or tuple of them that is not empty, as a list."""
     if not isinstance(value, str | list | tuple):

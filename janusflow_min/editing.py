@@ -28,7 +28,7 @@ from .pixels import ImageSource, open_image, to_pixels
 from .progress import progress_bar
 from .sampling import draw_noise, guided_velocity
 from .sampling_options import EDIT_METHODS, SamplingOptions
-from .solvers import SOLVERS, Solver, time_grid
+from .solvers import Solver, find_solver, time_grid
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -75,10 +75,9 @@ def edit(
     options = SamplingOptions(
         num_inference_steps=num_inference_steps, solver=solver, timestep_shift=timestep_shift
     ).resolved()
-    integrate = SOLVERS[options["solver"]] if isinstance(solver, str) else solver
+    integrate = find_solver(options["solver"])
     times = time_grid(options["num_inference_steps"], 1 - strength, options["timestep_shift"])
-    if callback_on_step_end is not None and not callable(callback_on_step_end):
-        raise ValueError(f"callback_on_step_end must be a function, got {checks.shown(callback_on_step_end)}")
+    checks.function("callback_on_step_end", callback_on_step_end)
     progress = checks.flag("progress", progress)
     images, prompts = _inputs(pipe, image, prompt)
     masks = None if mask is None else _masks(pipe, mask, images)

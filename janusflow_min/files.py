@@ -22,6 +22,12 @@ def expand(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def public_name(source: str) -> str:
+    """A hub id as it is; of a folder its own name: a path says nothing on another machine."""
+    local = expand(source)
+    return local.resolve().name if local.is_dir() else source
+
+
 # Control characters but tab and new line, marks that turn the direction of the text, lone surrogates.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"

@@ -37,7 +37,7 @@ from .progress import progress_bar
 from .sampling import AnswerWatch, PlainSampler, Sampler, draw_noise, guided_velocity, sample
 from .sampling_options import SamplingOptions
 from .selection import Checker, Judge, best_candidates, choose, find_checker, score_all, scores_of
-from .solvers import SOLVERS, OnStep, Solver, time_grid
+from .solvers import OnStep, Solver, find_solver, time_grid
 from .vae import VAE
 
 if TYPE_CHECKING:
@@ -227,10 +227,7 @@ class Pipeline:
         if best_of > 1 and judge is None:
             self._need("understanding")
         negative = self._negative_prompts(negative_prompt, len(prompts))
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(
-                f"callback_on_step_end must be a function, got {checks.shown(callback_on_step_end)}"
-            )
+        checks.function("callback_on_step_end", callback_on_step_end)
         if checks.flag("preview", preview) and callback_on_step_end is None:
             raise ValueError("preview is for callback_on_step_end, which is not given")
         if output_type not in OUTPUT_TYPES:
@@ -350,8 +347,7 @@ class Pipeline:
         """Noise (B, C, h, w) to final latents, MAX_BATCH images at a time. options: `SamplingOptions.resolved`."""
         model, final = self.model, []
         times = time_grid(options["num_inference_steps"], shift=options["timestep_shift"])
-        solver = options["solver"]
-        solver = SOLVERS[solver] if isinstance(solver, str) else solver
+        solver = find_solver(options["solver"])
         dtype = model.dtype if model.llm.upstream_rounding else torch.float32
         parts = [slice(i, i + MAX_BATCH) for i in range(0, len(noise), MAX_BATCH)]
         total = (len(times) - 1) * len(parts)

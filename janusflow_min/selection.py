@@ -10,6 +10,7 @@ Legend: B rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import math
@@ -43,33 +44,38 @@ MAX_CANDIDATES = 16  # images that are generated before they are scored
 def log_likelihoods(pipe: Pipeline, rows: Sequence[tuple[ImageSource, str, str]]) -> list[float]:
     """The log-probability of each answer, its end included, after (image, question, answer); natural logarithm."""
     pipe._need("understanding")
-    found: list[float] = []
+    processor, found = pipe.processor, list[float]()
+
+    @functools.cache  # the same for every image: a checker asks all candidates the same
+    def encoded(question: str, answer: str) -> tuple[list[int], int]:
+        """Token ids of question and answer, and how many are the answer's."""
+        content = f"{processor.tokenizer.image_tag}\n{question}"
+        asked = [{"role": "User", "content": content, "images": [rows[0][0]]}]
+        prompt, _, _ = processor.conversation([*asked, {"role": "Assistant", "content": ""}])
+        whole, _, _ = processor.conversation([*asked, {"role": "Assistant", "content": answer}])
+        pipe._check_length(len(whole), f"the question and the answer {answer!r}")
+        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        return whole, len(whole) - same
+
     for start in range(0, len(rows), MAX_ROWS):
-        found += _read_answers(pipe, rows[start : start + MAX_ROWS])
+        part = rows[start : start + MAX_ROWS]
+        found += _read_answers(pipe, [image for image, _, _ in part], [encoded(q, a) for _, q, a in part])
     return found
 
 
 @torch.inference_mode()
-def _read_answers(pipe: Pipeline, rows: Sequence[tuple[ImageSource, str, str]]) -> list[float]:
-    model, processor = pipe.model, pipe.processor
-    images: dict[int, ImageSource] = {id(image): image for image, _, _ in rows}  # each is encoded once
-    encoded: list[tuple[list[int], str, list[ImageSource]]] = []
-    answer_lengths: list[int] = []
-    for _, question, answer in rows:
-        content = f"{processor.tokenizer.image_tag}\n{question}"
-        asked = [{"role": "User", "content": content, "images": list(images.values())[:1]}]
-        prompt, _, _ = processor.conversation([*asked, {"role": "Assistant", "content": ""}])
-        whole, text, _ = processor.conversation([*asked, {"role": "Assistant", "content": answer}])
-        pipe._check_length(len(whole), f"the question and the answer {answer!r}")
-        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-        encoded.append((whole, text, []))
-        answer_lengths.append(len(whole) - same)
-    batch = processor.collate(encoded)
-    device = model.device
+def _read_answers(
+    pipe: Pipeline, sources: Sequence[ImageSource], encoded: Sequence[tuple[list[int], int]]
+) -> list[float]:
+    """sources: the image of each row. encoded: its token ids, and how many of them are the answer's."""
+    model, processor, device = pipe.model, pipe.processor, pipe.device
+    images: dict[int, ImageSource] = {id(image): image for image in sources}  # each is encoded once
+    answer_lengths = [length for _, length in encoded]
+    batch = processor.collate([(ids, "", []) for ids, _ in encoded])
     pixels = torch.stack([processor.image_processor(image) for image in images.values()])
     features = model.embed_images(pixels.to(device, model.dtype))
     order = {key: k for k, key in enumerate(images)}
-    features = features[torch.tensor([order[id(image)] for image, _, _ in rows], device=device)]
+    features = features[torch.tensor([order[id(image)] for image in sources], device=device)]
     ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device).bool()
     embeds = merge_image_embeds(model.llm.embed_tokens(ids), features, batch.images_seq_mask.to(device))
     last = max(answer_lengths) + 1  # padding is on the left, so all answers end together

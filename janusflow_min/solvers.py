@@ -81,6 +81,11 @@ def ab2(velocity: Velocity, z: Tensor, times: Sequence[float], on_step: OnStep |
 SOLVERS: dict[str, Solver] = {"euler": euler, "midpoint": midpoint, "heun": heun, "ab2": ab2}
 
 
+def find_solver(solver: str | Solver) -> Solver:
+    """A solver by its name, or the function itself."""
+    return SOLVERS[solver] if isinstance(solver, str) else solver
+
+
 def _advance(z: Tensor, step: float, v: Tensor) -> Tensor:
     return z + torch.tensor(step, dtype=z.dtype, device="cpu") * v.to(
         z.dtype

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import sha256
+from ..files import public_name, sha256
 from ..sampling_options import SamplingOptions
 from .run_folder import RunFolder
 
@@ -97,9 +97,9 @@ def checkpoint_identity(settings: Settings) -> dict[str, str]:
     folder = resolve(settings.model)
     vae = resolve_vae(folder, settings.vae)
     return {
-        "model": _public_name(settings.model),
+        "model": public_name(settings.model),
         "model_sha256": _weights_sha256(folder),
-        "vae": "the checkpoint's" if vae == folder / "vae" else _public_name(settings.vae or SDXL_VAE),
+        "vae": "the checkpoint's" if vae == folder / "vae" else public_name(settings.vae or SDXL_VAE),
         "vae_sha256": _weights_sha256(vae),
     }
 
@@ -109,12 +109,6 @@ def _weights_sha256(folder: Path) -> str:
     for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         digest.update(f"{file.name}\0{sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _public_name(source: str) -> str:
-    """A hub id as it is; of a folder its own name: a path says nothing on another machine."""
-    local = Path(source).expanduser()
-    return local.resolve().name if local.is_dir() else source
 
 
 def generation_settings(settings: Settings) -> dict[str, Any]:

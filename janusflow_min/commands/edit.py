@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..checks import MAX_STEPS
-from ..files import check_folder, expand
+from ..files import check_folder, expand, public_name
 from ..options import finite, whole
 from ..sampling_options import EDIT_METHODS, SOLVER_NAMES
 from .common import Command, Option, dtype_name, load_pipeline, model_options, say, seed, since
@@ -73,11 +73,11 @@ def edit(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         **settings,
     )
-    local, mask = expand(args.model), None if args.mask is None else expand(args.mask).name
+    mask = None if args.mask is None else expand(args.mask).name
     common = settings | {
         "image": expand(args.image).name,
         "mask": mask,
-        "model": local.resolve().name if local.is_dir() else args.model,
+        "model": public_name(args.model),
         "janusflow_min": __version__,
         "dtype": dtype_name(pipe.model.dtype),
     }

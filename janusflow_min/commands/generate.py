@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__, checks
 from ..checks import MAX_IMG_SIZE
-from ..files import check_folder, expand
+from ..files import check_folder, expand, public_name
 from ..options import add_options, read_options, whole
 from ..sampling_options import SamplingOptions
 from .common import (
@@ -146,9 +146,8 @@ def generate_files(
         (i, i * parallel_size + k + first_seed) for i in range(len(prompts)) for k in range(parallel_size)
     ]
     side, digits = sheet_side(len(jobs)), max(2, len(str(len(prompts) - 1)))
-    local = expand(args.model)
     common = {
-        "model": local.resolve().name if local.is_dir() else args.model,
+        "model": public_name(args.model),
         "janusflow_min": __version__,
         "dtype": dtype_name(pipe.model.dtype),
         "vae_dtype": dtype_name(pipe.vae.dtype if pipe.vae else None),

@@ -10,9 +10,10 @@ import socket
 from dataclasses import fields
 from functools import partial
 
-from ..files import expand
+from ..files import public_name
+from ..options import whole
 from ..serve import Limits
-from .common import Command, Option, load_pipeline, model_options, say, whole
+from .common import Command, Option, load_pipeline, model_options, say
 
 
 def add_parser(command: Command, option: Option) -> None:
@@ -57,8 +58,7 @@ def serve(args: argparse.Namespace) -> int:
     with sock:
         key = args.api_key or os.environ.get("JANUSFLOW_API_KEY")
         limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
-        local = expand(args.model)
-        name = args.name or (local.resolve().name if local.is_dir() else args.model)
+        name = args.name or public_name(args.model)
         log = partial(say, quiet=args.quiet, remark=True)
         engine = Engine(load_pipeline(args, "all"), args.max_batch)
         app = Server(engine, name, limits, key, frozenset(args.allow_urls), log).app

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...files import sha256
 from ...options import option
+from ...sampling_options import EDIT_METHODS
 from .. import report as reports
 from ..judges import Chat
 from ..ranks import RankInfo
@@ -40,7 +41,6 @@ PUBLISHED = (
     ),
 )
 VL_MODEL, TEXT_MODEL = "Qwen/Qwen2.5-VL-72B-Instruct", "Qwen/Qwen3-32B"  # the official judges
-EDITING = ("flowedit", "invert", "sdedit")  # methods of `Pipeline.edit`
 JUDGED = ("code_text", "code_image", "science_text", "science_image", "math_overlay", "math_text")
 
 
@@ -62,7 +62,7 @@ class GenerateOptions(DataOptions):
     editing: str | None = option(
         "with torchumm: edit the request's first image where an edit is asked for; the model was not trained for it",
         None,
-        choices=EDITING,
+        choices=EDIT_METHODS,
     )
     max_new_tokens: int = option("longest answer", 512)
     prompts: Path | None = option(
@@ -111,8 +111,8 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions) -> C
     mode, max_new_tokens = options.uni_mode, options.max_new_tokens
     if mode not in MODES:
         raise ValueError(f"uni_mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if options.editing is not None and (options.editing not in EDITING or mode != "torchumm"):
-        known = ", ".join(EDITING)
+    if options.editing is not None and (options.editing not in EDIT_METHODS or mode != "torchumm"):
+        known = ", ".join(EDIT_METHODS)
         raise ValueError(
             f"editing must be one of {known}, with uni_mode torchumm; got {options.editing!r} with {mode}"
         )
