@@ -23,6 +23,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from janusflow_min.serve.app import PREPARING
+
 CHAT, IMAGES = "chat/completions", "images/generations"
 BROKEN = [(CHAT, {"messages": []}), (IMAGES, {"prompt": "a star", "n": 1000}), (IMAGES, "no object")]
 QUESTIONS = ("hi", "What is in the picture?", "Describe the picture.", "How many objects are there?")
@@ -108,6 +110,31 @@ def equal(one, other):
     return isinstance(one, str) and one == other
 
 
+def read_metrics(url):
+    """What the server holds now."""
+    lines = [line.split() for line in httpx.get(url.replace("/v1", "/metrics")).text.splitlines()]
+    now = {name: float(value) for name, value, *more in lines if name[0] != "#" and not more}
+    held = {key: now[f"janusflow_{key}"] for key in ("requests_in_hand", "threads")}
+    return held | {"files": now["process_open_fds"], "bytes": now["process_resident_memory_bytes"]}
+
+
+def settle(url, idle):
+    """What is left over, and what the server holds, once it is back at rest or 20 s have passed.
+
+    Its threads that prepare images stay for the next request, `PREPARING` at most; a connection closes a while after
+    its client. So a leak is what goes on after that, not what one round holds more than another.
+    """
+    most = {"requests_in_hand": 0, "threads": idle["threads"] + PREPARING, "files": idle["files"] + 2}
+    for _ in range(40):
+        time.sleep(0.5)
+        now = read_metrics(url)
+        if not (
+            over := [f"{key} left over: {now[key]}, not {most[key]}" for key in most if now[key] > most[key]]
+        ):
+            break
+    return over, now
+
+
 def run(options, count, rounds):
     """The report; its "errors" should be empty."""
     work, errors, table = make_requests(count, seed=0), [], []
@@ -115,6 +142,7 @@ def run(options, count, rounds):
     with serve(*options, "--max-batch", "1") as url:
         alone, one_at_a_time = asyncio.run(send(url, good))
     with serve(*options) as url:
+        idle = read_metrics(url)
         batched = asyncio.run(send(url, good))[1]
         for _ in range(rounds):
             got, seconds = asyncio.run(send(url, work))
@@ -122,17 +150,11 @@ def run(options, count, rounds):
             errors += ["an answer differs" for a, b in zip(alone, mine, strict=True) if not equal(a[1], b[1])]
             refused = [result[0] for result, (kind, *_) in zip(got, work, strict=True) if kind == "broken"]
             errors += [f"a broken request got {status}" for status in refused if status != 400]
-            time.sleep(1.0)
-            lines = [line.split() for line in httpx.get(url.replace("/v1", "/metrics")).text.splitlines()]
-            now = {name: float(value) for name, value, *more in lines if name[0] != "#" and not more}
             times = sorted(result[2] for result in mine)
             row = {"requests a second": count / seconds, "p95 in s": times[int(0.95 * len(times))]}
-            row |= {key: now[f"janusflow_{key}"] for key in ("requests_in_hand", "threads")}
-            table.append(
-                row | {"files": now["process_open_fds"], "bytes": now["process_resident_memory_bytes"]}
-            )
-    errors += [f"{key} left over" for key in ("threads", "files") if table[-1][key] > table[0][key] + 2]
-    errors += ["requests left over" for row in table if row["requests_in_hand"]]
+            over, now = settle(url, idle)
+            errors += over
+            table.append(row | now)
     times = {"one at a time": one_at_a_time, "batched": batched, "factor": one_at_a_time / batched}
     return {"good": len(good), "errors": errors, "rounds": table, "seconds": times}
 
