@@ -4,7 +4,8 @@
     python scripts/load_test.py --requests 200 --model tiny
 
 The good requests go to a server that runs each alone, then to one that batches; then all go there, in rounds. Every
-answer must equal the one given alone: text to the letter, images to one of 255 levels. Prints a JSON object; exit
+answer must equal the one given alone: text to the letter, images to one of 255 levels. `--url` tests a server that
+runs already instead, for instance replicas that scripts/serve_ray.py has started. Prints a JSON object; exit
 status 1 if an answer differs, a broken request is not refused, or requests, threads or files are left over.
 """
 
@@ -17,7 +18,7 @@ import random
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import httpx
 import numpy as np
@@ -135,24 +136,24 @@ def settle(url, idle):
     return over, now
 
 
-def run(options, count, rounds):
-    """The report; its "errors" should be empty."""
+def run(options, count, rounds, url=None):
+    """The report; its "errors" should be empty. At `url` runs the server to test; by default one is started."""
     work, errors, table = make_requests(count, seed=0), [], []
     good = [request for request in work if request[0] == "good"]
-    with serve(*options, "--max-batch", "1") as url:
-        alone, one_at_a_time = asyncio.run(send(url, good))
-    with serve(*options) as url:
-        idle = read_metrics(url)
-        batched = asyncio.run(send(url, good))[1]
+    with serve(*options, "--max-batch", "1") as single:
+        alone, one_at_a_time = asyncio.run(send(single, good))
+    with nullcontext(url) if url else serve(*options) as tested:
+        idle = read_metrics(tested) if url is None else None  # one process's
+        batched = asyncio.run(send(tested, good))[1]
         for _ in range(rounds):
-            got, seconds = asyncio.run(send(url, work))
+            got, seconds = asyncio.run(send(tested, work))
             mine = [result for result, (kind, *_) in zip(got, work, strict=True) if kind == "good"]
             errors += ["an answer differs" for a, b in zip(alone, mine, strict=True) if not equal(a[1], b[1])]
             refused = [result[0] for result, (kind, *_) in zip(got, work, strict=True) if kind == "broken"]
             errors += [f"a broken request got {status}" for status in refused if status != 400]
             times = sorted(result[2] for result in mine)
             row = {"requests a second": count / seconds, "p95 in s": times[int(0.95 * len(times))]}
-            over, now = settle(url, idle)
+            over, now = settle(tested, idle) if idle else ([], {})
             errors += over
             table.append(row | now)
     times = {"one at a time": one_at_a_time, "batched": batched, "factor": one_at_a_time / batched}
@@ -167,7 +168,12 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--requests", type=int, default=200, help="of a round (default: 200)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
+    parser.add_argument(
+        "--url", help="a server of the same model that runs already, as http://127.0.0.1:8000/v1; its --max-queue"
+        " must hold a round's requests, and what it leaves over is not looked at",
+    )  # fmt: skip
     args = parser.parse_args()
-    report = run(["--model", args.model, "--device", args.device], args.requests, args.rounds)
+    options = ["--model", args.model, "--device", args.device]
+    report = run(options, args.requests, args.rounds, args.url)
     print(json.dumps(report, indent=1))
     sys.exit(1 if report["errors"] else 0)

@@ -55,6 +55,8 @@ NOT_RUN = {  # how a command begins: why no test here runs it
     "python scripts/examples/new_concept.py": "half an hour",
     "curl ": "a server; tests/serve/test_serving_page.py runs them",
     "python scripts/load_test.py": "minutes; tests/serve/test_load.py runs a short one",
+    "python scripts/serve_ray.py": "the same; tests/serve/test_serve_ray.py starts it",
+    "pytest -m ray": "the extra serve-ray",
     "janusflow-min serve": "it serves until it is told to end; tests/serve starts it as a command",
     "janusflow-min info deepseek-ai/JanusFlow-1.3B": "the hub",
 }

@@ -9,11 +9,15 @@ import signal
 import socket
 from dataclasses import fields
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ..files import public_name
 from ..options import whole
 from ..serve import Limits
 from .common import Command, Option, load_pipeline, model_options, say
+
+if TYPE_CHECKING:
+    from ..serve.app import Server
 
 
 def add_parser(command: Command, option: Option) -> None:
@@ -41,14 +45,25 @@ def add_parser(command: Command, option: Option) -> None:
         option(new, flag, "N", limit.metadata["help"], limit.default, whole())
 
 
-def serve(args: argparse.Namespace) -> int:
+def make_server(args: argparse.Namespace) -> Server:
+    """The server that a command line describes, with its model."""
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from ..serve.app import Server
         from ..serve.engine import Engine
     except ImportError as error:
         raise ImportError(f"{error}; the server needs: pip install 'janusflow-min[serve]'") from None
+    key = args.api_key or os.environ.get("JANUSFLOW_API_KEY")
+    limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
+    log = partial(say, quiet=args.quiet, remark=True)
+    if key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+        log("everyone who can reach this address can use it; --api-key asks for a key")
+    engine = Engine(load_pipeline(args, "all"), args.max_batch)
+    return Server(engine, args.name or public_name(args.model), limits, key, frozenset(args.allow_urls), log)
+
+
+def serve(args: argparse.Namespace) -> int:
     sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -56,17 +71,12 @@ def serve(args: argparse.Namespace) -> int:
     except OSError as error:
         raise OSError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from None
     with sock:
-        key = args.api_key or os.environ.get("JANUSFLOW_API_KEY")
-        limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
-        name = args.name or public_name(args.model)
-        log = partial(say, quiet=args.quiet, remark=True)
-        engine = Engine(load_pipeline(args, "all"), args.max_batch)
-        app = Server(engine, name, limits, key, frozenset(args.allow_urls), log).app
-        say(f"{name} at http://{args.host}:{sock.getsockname()[1]}/v1")
-        if key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
-            log("everyone who can reach this address can use it; --api-key asks for a key")
+        server = make_server(args)
+        import uvicorn
+
+        say(f"{server.name} at http://{args.host}:{sock.getsockname()[1]}/v1")
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends by raising its signal again
             signal.signal(number, lambda *_: None)
-        config = uvicorn.Config(app, log_level="error", access_log=False, server_header=False)
+        config = uvicorn.Config(server.app, log_level="error", access_log=False, server_header=False)
         uvicorn.Server(config).run(sockets=[sock])
     return 0

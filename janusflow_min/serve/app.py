@@ -121,7 +121,7 @@ class Server:
                 if scope["method"] == "POST":
                     self.check_place()
                     self.in_hand, holds = self.in_hand + 1, True
-                    body = await self.read(scope, receive)
+                    body = await read_body(scope, receive, self.limits.max_body)
                     received = len(body)
                 await until_gone(app, scope, body, receive, counted_send)
             except Problem as problem:
@@ -157,22 +157,6 @@ class Server:
             message = f"{self.in_hand} requests are in hand already; try again later"
             seconds = min(60, math.ceil(self.usual_seconds))
             raise Problem(429, message, "queue_full", headers={"Retry-After": str(seconds)})
-
-    async def read(self, scope: Json, receive: Any) -> bytes:
-        """A request's body."""
-        body, most = bytearray(), self.limits.max_body
-        too_large = Problem(413, f"a request may have {most} bytes", "request_too_large")
-        if int(dict(scope["headers"]).get(b"content-length", 0)) > most:
-            raise too_large
-        with anyio.move_on_after(READ_SECONDS):
-            while (message := await receive())["type"] == "http.request":
-                body += message.get("body", b"")
-                if len(body) > most:
-                    raise too_large
-                if not message.get("more_body"):
-                    return bytes(body)
-            raise ClientDisconnect
-        raise Problem(408, f"the request did not arrive within {READ_SECONDS} s", "timeout")
 
     async def prepared(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function` in a thread, of which there are few."""
@@ -281,9 +265,11 @@ class Server:
         question.future.add_done_callback(lambda _: put(None))
         try:
             self.engine.submit(question)
+            piece = await queue.get()  # nothing is sent before there is something to say
             yield chunk({"role": "assistant", "content": ""})
-            while (piece := await queue.get()) is not None:
+            while piece is not None:
                 yield chunk({"content": piece})
+                piece = await queue.get()
             question.future.result()
             yield chunk({}, question.finish_reason)
             if usage:
@@ -345,6 +331,23 @@ class Server:
         for image, seed in zip(made, work.seeds, strict=True):
             data.append({"b64_json": await self.prepared(png, image, side), "seed": seed})
         return {"created": int(time.time()), "data": data, "output_format": "png", "size": f"{side}x{side}"}
+
+
+async def read_body(scope: Json, receive: Any, most: int) -> bytes:
+    """A request's body of at most `most` bytes. Problem or ClientDisconnect where that fails."""
+    body = bytearray()
+    too_large = Problem(413, f"a request may have {most} bytes", "request_too_large")
+    if int(dict(scope["headers"]).get(b"content-length", 0)) > most:
+        raise too_large
+    with anyio.move_on_after(READ_SECONDS):
+        while (message := await receive())["type"] == "http.request":
+            body += message.get("body", b"")
+            if len(body) > most:
+                raise too_large
+            if not message.get("more_body"):
+                return bytes(body)
+        raise ClientDisconnect
+    raise Problem(408, f"the request did not arrive within {READ_SECONDS} s", "timeout")
 
 
 async def until_gone(app: Any, scope: Json, body: bytes, receive: Any, send: Any) -> None:

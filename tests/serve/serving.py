@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from PIL import Image
 
 from janusflow_min.pipeline import Pipeline
 from janusflow_min.sampling import PlainSampler
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def data_url(image: Image.Image) -> str:
@@ -84,6 +89,14 @@ class Running:
         self.thread.join(60)
         self.socket.close()
         assert not self.thread.is_alive() and not self.engine.is_alive, "the server does not end"
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def wait_until(true: Any, seconds: float = 30.0) -> None:
