@@ -11,10 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .answering import Answer
     from .config import JanusFlowConfig
     from .loading import load, save
     from .model import JanusFlow
-    from .pipeline import Answer, Generation, Pipeline
+    from .pipeline import Generation, Pipeline
     from .torchumm import InferencePipeline, InferenceRequest, JanusFlowBackbone
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ __all__ = [
     "save",
 ]
 _MODULES = {"JanusFlowConfig": "config", "JanusFlow": "model", "load": "loading", "save": "loading"}
-_MODULES |= dict.fromkeys(("Answer", "Generation", "Pipeline"), "pipeline")
+_MODULES |= {"Answer": "answering", "Generation": "pipeline", "Pipeline": "pipeline"}
 _MODULES |= dict.fromkeys(("InferencePipeline", "InferenceRequest", "JanusFlowBackbone"), "torchumm")
 
 

@@ -43,20 +43,28 @@ NAMES_ELSEWHERE = {
 }
 
 
-def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """A method whose TypeError for an unknown argument names ours, where another library calls it so."""
-    ours = list(inspect.signature(function).parameters)[1:]
+def known_arguments(*more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a method: its TypeError for an unknown argument names ours, where another library calls it so.
 
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
-            if name not in ours:
-                elsewhere = NAMES_ELSEWHERE.get(name)
-                hint = f"here it is {elsewhere}" if elsewhere else f"there are {', '.join(ours)}"
-                raise TypeError(f"{function.__name__} has no argument {name}: {hint}")
-        return function(*args, **kwargs)
+    more: those of its `**options`.
+    """
 
-    return checked
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        named = inspect.signature(function).parameters.values()
+        ours = [p.name for p in named if p.kind is not p.VAR_KEYWORD][1:] + list(more)
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in ours:
+                    elsewhere = NAMES_ELSEWHERE.get(name)
+                    hint = f"here it is {elsewhere}" if elsewhere else f"there are {', '.join(ours)}"
+                    raise TypeError(f"{function.__name__} has no argument {name}: {hint}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def is_whole(value: Any) -> bool:

@@ -14,12 +14,10 @@ Legend: B images, C h w latent.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from functools import partial
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -27,41 +25,23 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks, editing
+from . import answering, checks, editing
 from .devices import DTYPES, SHORT_NAMES, pick_device, pick_dtype
 from .flow import Velocity
 from .model import JanusFlow
 from .pixels import ImageSource, to_uint8
-from .processor import SYSTEM_PROMPT, Processor
+from .processor import Processor
 from .progress import progress_bar
-from .sampling import AnswerWatch, PlainSampler, Sampler, draw_noise, guided_velocity, sample
+from .sampling import MAX_BATCH, PlainSampler, Sampler, draw_noise, fresh_seed, guided_velocity
 from .sampling_options import SamplingOptions
 from .selection import Checker, Judge, best_candidates, choose, find_checker, score_all, scores_of
 from .solvers import OnStep, Solver, find_solver, time_grid
 from .vae import VAE
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-DEFAULT_QUESTION = "Describe the image."
 VAE_IMAGES = 8  # decoded at once on a GPU
-MAX_BATCH = 16  # images generated or questions answered at once; more would not be faster, only larger
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 OnStepEnd = Callable[..., Any]  # (step, t, latents), with preview (step, t, latents, images)
-Message = Mapping[str, Any]  # "role", "content" and, if there are any, "images"
-
-
-class AnswerOptions(TypedDict, total=False):
-    """`chat` says what each means."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
-    system_prompt: str | None
-    stop: str | Sequence[str] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +60,6 @@ class Generation:
         shown = isinstance(self.images, list) and self.images
         size = f" of {self.images[0].width}x{self.images[0].height}" if shown else ""
         return f"Generation({len(self.prompts)} images{size}, seeds={self.seeds}, prompts={self.prompts})"
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str  # without special tokens
-    sft_format: str  # the prompt as the model read it
-    token_ids: list[int]  # the EOS that ended it included
-    finish_reason: str = "stop"  # "length" where max_new_tokens or the model's positions cut it off
-
-    def __hash__(self) -> int:
-        return hash((self.text, self.sft_format, tuple(self.token_ids)))
 
 
 class Pipeline:
@@ -159,7 +128,7 @@ class Pipeline:
 
     # Generation -----------------------------------------------------------------------
 
-    @checks.known_arguments
+    @checks.known_arguments()
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -246,7 +215,9 @@ class Pipeline:
         if negative is not None:
             negative = [ids for ids in negative for _ in range(parallel_size)]
         prompts = [text for text in prompts for _ in range(parallel_size)]
-        watch = StepWatch(callback_on_step_end, self._decode if preview else None)
+        watch = None
+        if callback_on_step_end is not None:
+            watch = partial(watched, callback_on_step_end, self._decode if preview else None)
 
         def make(places: list[int], noise: Tensor, decode: bool) -> tuple[Tensor, list[Image.Image]]:
             """Final latents and images of the prompts at these places."""
@@ -288,7 +259,7 @@ class Pipeline:
         prompt: list[str],
         checker: str | Checker | None = None,
     ) -> list[float]: ...
-    @checks.known_arguments
+    @checks.known_arguments()
     def score(
         self,
         image: Any,
@@ -309,7 +280,7 @@ class Pipeline:
         values = score_all(self, images, prompts, asks)
         return values[0] if single else values
 
-    @checks.known_arguments
+    @checks.known_arguments()
     def choose(self, image: ImageSource, question: str, options: Sequence[str]) -> dict[str, float]:
         """The probability of each option as the answer to a question about an image, given that it is one of them:
         they add up to 1. One batched pass."""
@@ -342,7 +313,7 @@ class Pipeline:
         noise: Tensor,
         options: Mapping[str, Any],
         progress: bool,
-        watch: StepWatch,
+        watch: Callable[[Velocity, Sequence[float], OnStep], tuple[Velocity, OnStep]] | None,
     ) -> Tensor:
         """Noise (B, C, h, w) to final latents, MAX_BATCH images at a time. options: `SamplingOptions.resolved`."""
         model, final = self.model, []
@@ -362,8 +333,10 @@ class Pipeline:
                     options["guidance_interval"],
                     options["guidance_rescale"],
                 )
-                on_step = ProgressCallback(bar, z.device)
-                final.append(solver(*watch.over(velocity, times, on_step, z)))
+                on_step: OnStep = ProgressCallback(bar, z.device)
+                if watch is not None:
+                    velocity, on_step = watch(velocity, times, on_step)
+                final.append(solver(velocity, z, times, on_step))
         return torch.cat(final)
 
     def _decode(self, latents: Tensor, prompts: Sequence[str]) -> list[Image.Image]:
@@ -417,224 +390,9 @@ class Pipeline:
 
     # Understanding -----------------------------------------------------------------------
 
-    @overload
-    def understand(
-        self, prompt: str | None, images: Any = None, **options: Unpack[AnswerOptions]
-    ) -> Answer: ...
-    @overload
-    def understand(
-        self,
-        prompt: list[str] | list[str | None] | tuple[str | None, ...],
-        images: Any = None,
-        **options: Unpack[AnswerOptions],
-    ) -> list[Answer]: ...
-    @checks.known_arguments
-    def understand(
-        self,
-        prompt: Any,
-        images: Any = None,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        top_k: int = 50,
-        seed: int | None = None,
-        system_prompt: str | None = None,
-        stop: str | Sequence[str] | None = None,
-    ) -> Answer | list[Answer]:
-        """Answer a question, about images or none.
-
-        prompt: one question or a list. images: for one question an image (path, bytes of a file, file object, PIL
-        image or uint8 array [H, W, 3]) or a list of them; for a list of questions a list with an image, a list of
-        images or None for each. An empty question about images means "Describe the image." The other options are
-        `chat`'s.
-        """
-        single, conversations = self._conversations(prompt, images)
-        answers = self._answer(
-            conversations, max_new_tokens, temperature, top_p, top_k, seed, system_prompt, stop
-        )()
-        return answers[0] if single else answers
-
-    @checks.known_arguments
-    def stream(
-        self,
-        prompt: Any,
-        images: Any = None,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        top_k: int = 50,
-        seed: int | None = None,
-        system_prompt: str | None = None,
-        stop: str | Sequence[str] | None = None,
-    ) -> Iterator[Any]:
-        """As `understand`, but yields the answer's text while it is decoded, whole characters alone: pieces of it, or
-        (index of the question, piece) for a list. The pieces add up to the answer's text.
-
-        Arguments are checked at once, the model runs from the first `next` on, in a thread of its own; closing the
-        iterator ends it at the next token.
-        """
-        single, conversations = self._conversations(prompt, images)
-        pieces = iterate(
-            self._answer(conversations, max_new_tokens, temperature, top_p, top_k, seed, system_prompt, stop)
-        )
-        return (text for _, text in pieces) if single else pieces
-
-    def _conversations(self, prompt: Any, images: Any) -> tuple[bool, list[list[Any]]]:
-        """Whether it is one question, and a conversation for each."""
-        single = prompt is None or isinstance(prompt, str)
-        if not single and not isinstance(prompt, list | tuple):
-            raise ValueError(f"prompt must be a str or a list of str, got {checks.shown(prompt)}")
-        prompts = [prompt] if single else list(prompt)
-        if not prompts:
-            raise ValueError("prompt is an empty list")
-        if single:
-            groups = [_as_list(images)]
-        elif images is None:
-            groups = [[] for _ in prompts]
-        elif isinstance(images, list | tuple) and len(images) == len(prompts):
-            groups = [_as_list(group) for group in images]
-        else:
-            raise ValueError(
-                f"{len(prompts)} prompts need a list of {len(prompts)} images, lists of images or None, got "
-                + (f"{len(images)}" if isinstance(images, list | tuple) else checks.shown(images))
-            )
-        conversations = []
-        for i, (text, group) in enumerate(zip(prompts, groups, strict=True)):
-            name = "prompt" if single else f"prompt[{i}]"
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"{name} must be a str or None, got {checks.shown(text)}")
-            if text is None or not text.strip():
-                if not group:
-                    raise ValueError(f"{name} is empty and there is no image to describe")
-                text = DEFAULT_QUESTION
-            self.processor.tokenizer.reject_special_tokens(text)
-            content = f"{self.processor.tokenizer.image_tag}\n" * len(group) + text
-            conversations.append([{"role": "User", "content": content, "images": group}])
-        return single, conversations
-
-    @overload
-    def chat(self, conversation: Sequence[Message], **options: Unpack[AnswerOptions]) -> Answer: ...
-    @overload
-    def chat(
-        self, conversation: Sequence[Sequence[Message]], **options: Unpack[AnswerOptions]
-    ) -> list[Answer]: ...
-    @checks.known_arguments
-    def chat(
-        self,
-        conversation: Any,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        top_k: int = 50,
-        seed: int | None = None,
-        system_prompt: str | None = None,
-        stop: str | Sequence[str] | None = None,
-    ) -> Answer | list[Answer]:
-        """Answer a conversation, or each of a list of them.
-
-        A conversation is a list of messages in the reference's form: {"role": "User" or "Assistant", "content":
-        text with an <image_placeholder> for each image, "images": [...]}; an empty message of the assistant is added
-        where it does not end in one.
-        max_new_tokens: most tokens of an answer; the model's positions are a limit too. temperature 0 is greedy; above
-        it: temperature, top_k (0 keeps all tokens), top_p, then one draw a step over the batch from a CPU generator
-        seeded with `seed` (None: a fresh one). system_prompt: None is the usual one, "" none at all. stop: a string or
-        several; the answer ends before the first of them. More than 16 conversations run in batches of 16.
-        Raises ValueError for conversations that do not fit, before any image is decoded; FloatingPointError where
-        the logits become NaN or infinite.
-        """
-        if not isinstance(conversation, list | tuple):
-            raise ValueError(f"a conversation is a list of messages, got {checks.shown(conversation)}")
-        if not conversation:
-            raise ValueError("the conversation is empty")
-        single = isinstance(conversation[0], Mapping)
-        conversations = [conversation] if single else conversation
-        for messages in conversations:
-            if not isinstance(messages, list | tuple):
-                raise ValueError(f"a conversation is a list of messages, got {checks.shown(messages)}")
-        answers = self._answer(
-            [list(c) for c in conversations],
-            max_new_tokens,
-            temperature,
-            top_p,
-            top_k,
-            seed,
-            system_prompt,
-            stop,
-        )()
-        return answers[0] if single else answers
-
-    def _answer(
-        self,
-        conversations: list[list[Any]],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        seed: int | None,
-        system_prompt: str | None,
-        stop: str | Sequence[str] | None,
-    ) -> Callable[..., list[Answer]]:
-        """Checks all; returns what then runs the model: on_text(index, text) -> answers. See `AnswerWatch`."""
-        self._need("understanding")
-        max_new_tokens = checks.whole("max_new_tokens", max_new_tokens, most=checks.MAX_NEW_TOKENS)
-        temperature = checks.number("temperature", temperature, least=0)
-        top_p = checks.number("top_p", top_p, least=0, most=1, above=True)
-        top_k = checks.whole("top_k", top_k, least=0)
-        seed = fresh_seed() if seed is None else checks.seed("seed", seed)
-        system_prompt = SYSTEM_PROMPT if system_prompt is None else system_prompt
-        if not isinstance(system_prompt, str):
-            raise ValueError(f"system_prompt must be a str or None, got {checks.shown(system_prompt)}")
-        stops = [] if stop is None else checks.texts("stop", stop)
-        if "" in stops:
-            raise ValueError("stop must be text, got an empty string")
-        rows = []
-        for messages in conversations:  # all of them before the first image is decoded
-            if not messages:
-                raise ValueError("the conversation is empty")
-            last = (
-                messages[-1] if isinstance(messages[-1], Mapping) else {}
-            )  # the processor says what is wrong
-            if str(last.get("role", "")).lower() != "assistant" or str(last.get("content", "")).strip():
-                messages.append({"role": "Assistant", "content": ""})
-            row = self.processor.conversation(messages, system_prompt)
-            count = len(row[0])
-            self._check_length(count + 1, f"the conversation's {count} tokens and an answer")
-            rows.append(row)
-        generator = torch.Generator("cpu").manual_seed(seed)
-
-        def sample_fn(logits: Tensor) -> Tensor:
-            return sample(logits, temperature, top_p, top_k, generator)
-
-        limit, tokenizer = self.model.config.llm.max_position_embeddings, self.processor.tokenizer
-
-        def run(on_text: Callable[[int, str], None] | None = None) -> list[Answer]:
-            answers: list[Answer] = []
-            for start in range(0, len(rows), MAX_BATCH):
-                batch = self.processor.collate(rows[start : start + MAX_BATCH])
-                room = min(max_new_tokens, limit - batch.input_ids.shape[1])
-                watch = None
-                if stops or on_text is not None:
-
-                    def tell(row: int, text: str, start: int = start) -> None:
-                        if on_text is not None:
-                            on_text(start + row, text)
-
-                    count = len(batch.input_ids)
-                    watch = AnswerWatch(count, sample_fn, tokenizer.eos_id, tokenizer.decode, stops, tell)
-                with torch.inference_mode():
-                    tokens = self.sampler.generate_tokens(
-                        batch, room, tokenizer.eos_id, watch or (sample_fn if temperature > 0 else None)
-                    )
-                if watch is not None:
-                    watch.finish()
-                    tokens = watch.tokens
-                for row, (ids, sft_format) in enumerate(zip(tokens, batch.sft_format, strict=True)):
-                    text = tokenizer.decode(ids) if watch is None else watch.texts[row]
-                    ended = ids[-1] == tokenizer.eos_id if watch is None else watch.ended[row]
-                    answers.append(Answer(text, sft_format, ids, "stop" if ended else "length"))
-            return answers
-
-        return run
+    understand = answering.understand
+    stream = answering.stream
+    chat = answering.chat
 
     def _check_length(self, length: int, what: str) -> None:
         limit = self.model.config.llm.max_position_embeddings
@@ -654,33 +412,29 @@ class Pipeline:
             raise ValueError("this pipeline has no VAE, which generation needs")
 
 
-class StepWatch:
-    """Calls the user's function after each step of a solver, with where the flow is heading if `decode` is given."""
+def watched(
+    callback: OnStepEnd,
+    decode: Callable[..., list[Image.Image]] | None,
+    velocity: Velocity,
+    times: Sequence[float],
+    on_step: OnStep,
+) -> tuple[Velocity, OnStep]:
+    """A solver's velocity and on_step that call the user's function after each step, with where the flow is heading
+    if `decode` is given."""
+    estimate: Tensor | None = None
 
-    def __init__(self, callback: OnStepEnd | None, decode: Callable[..., list[Image.Image]] | None):
-        self.callback, self.decode = callback, decode
+    def velocity_seen(z: Tensor, t: float) -> Tensor:
+        nonlocal estimate
+        v = velocity(z, t)
+        estimate = z + (1 - t) * v
+        return v
 
-    def over(
-        self, velocity: Velocity, times: Sequence[float], on_step: OnStep, z: Tensor
-    ) -> tuple[Velocity, Tensor, Sequence[float], OnStep]:
-        """A solver's arguments, watched."""
-        callback, decode = self.callback, self.decode
-        if callback is None:
-            return velocity, z, times, on_step
-        estimate = z
+    def after(step: int, z: Tensor) -> None:
+        on_step(step, z)
+        more = [] if decode is None else [decode(estimate, ["the preview"] * len(z))]
+        callback(step, times[step + 1], z, *more)
 
-        def seen(z: Tensor, t: float) -> Tensor:
-            nonlocal estimate
-            v = velocity(z, t)
-            estimate = z + (1 - t) * v
-            return v
-
-        def after(step: int, z: Tensor) -> None:
-            on_step(step, z)
-            more = [] if decode is None else [decode(estimate, ["the preview"] * len(z))]
-            callback(step, times[step + 1], z, *more)
-
-        return seen, z, times, after
+    return velocity_seen, after
 
 
 class ProgressCallback:
@@ -699,46 +453,6 @@ class ProgressCallback:
         self.bar.update()
 
 
-class Closed(Exception):
-    """Nobody reads the stream any more."""
-
-
-def iterate(run: Callable[[Callable[[int, str], None]], Any]) -> Iterator[tuple[int, str]]:
-    """What `run`, in a thread of its own, hands to the function that it is given."""
-    pieces: SimpleQueue = SimpleQueue()
-    closed = threading.Event()
-
-    def on_text(index: int, text: str) -> None:
-        if closed.is_set():
-            raise Closed
-        pieces.put((index, text))
-
-    def work() -> None:
-        try:
-            run(on_text)
-        except Closed:
-            pass
-        except BaseException as error:  # raised where the stream is read
-            pieces.put(error)
-        finally:
-            pieces.put(None)
-
-    thread = threading.Thread(target=work, name="janusflow-stream", daemon=True)
-    thread.start()
-    try:
-        while (piece := pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
-    finally:
-        closed.set()
-        thread.join()
-
-
-def fresh_seed() -> int:
-    return int.from_bytes(os.urandom(4), "big")
-
-
 def _not_finite(batch: Tensor) -> list[int]:
     """Indices of the rows that hold NaN or infinite values."""
     finite = torch.isfinite(batch).flatten(1).all(1).tolist()
@@ -750,10 +464,3 @@ def _described(value: Any) -> str:
     if not isinstance(value, Tensor | np.ndarray):
         return checks.shown(value)
     return f"{checks.shown(value)} of {value.dtype} {list(value.shape)}"
-
-
-def _as_list(images: Any) -> list[Any]:
-    """An image or a list of them, as a list; what is no image is refused where it is opened."""
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]

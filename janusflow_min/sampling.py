@@ -14,6 +14,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +30,7 @@ from .processor import Batch
 RowsVelocity = Callable[
     [Tensor, Tensor], Tensor
 ]  # z (B, C, h, w), timestep (B,) in [0, 1000] -> (R, C, h, w)
+MAX_BATCH = 16  # images generated or questions answered at once; more would not be faster, only larger
 SampleFn = Callable[[Tensor], Tensor]  # fp32 logits (B, V) -> the next token's id of each row (B,)
 
 
@@ -114,6 +116,10 @@ def guided_velocity(
         return rescale_guidance(v, v_cond, guidance_rescale) if guidance_rescale else v
 
     return velocity
+
+
+def fresh_seed() -> int:
+    return int.from_bytes(os.urandom(4), "big")
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:

@@ -30,7 +30,7 @@ def threads() -> int:
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_the_pieces_of_a_stream_are_the_answer(pipe, monkeypatch, temperature):
     """Stops: pieces lost, twice or of another row, half characters, other tokens than without a stream."""
-    monkeypatch.setattr("janusflow_min.pipeline.MAX_BATCH", 2)
+    monkeypatch.setattr("janusflow_min.answering.MAX_BATCH", 2)
     wanted = [answer.text for answer in pipe.understand(QUESTIONS, temperature=temperature, **OPTIONS)]
     texts = [""] * 3
     for index, piece in pipe.stream(QUESTIONS, temperature=temperature, **OPTIONS):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import janusflow_min as jf
 from janusflow_min import devices, loading, pipeline
-from janusflow_min.pipeline import DEFAULT_QUESTION
+from janusflow_min.answering import DEFAULT_QUESTION
 from janusflow_min.sampling import sample
 from janusflow_min.solvers import euler
 

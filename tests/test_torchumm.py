@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from janusflow_min import InferencePipeline, InferenceRequest, JanusFlowBackbone
-from janusflow_min.pipeline import DEFAULT_QUESTION
+from janusflow_min.answering import DEFAULT_QUESTION
 from janusflow_min.torchumm import backend
 
 FAST = {"num_inference_steps": 1, "parallel_size": 2, "img_size": 64}

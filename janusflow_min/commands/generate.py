@@ -137,8 +137,8 @@ def generate_files(
     """Generate in batches, saving each at once; returns the images' paths, the sheet's last. save_steps: a strip of
     where the flow was heading after each of some steps, beside each image."""
     from ..contact_sheet import contact_sheet, save_png, sheet_side, slug, thumbnail
-    from ..pipeline import MAX_BATCH
     from ..progress import progress_bar
+    from ..sampling import MAX_BATCH
 
     settings = SamplingOptions().resolved() | {"img_size": None} | settings
     pipe.check_prompts(list(prompts))  # the last prompt's error should not wait for the first's image

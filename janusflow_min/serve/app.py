@@ -35,8 +35,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .. import __version__
-from ..pipeline import DEFAULT_QUESTION, fresh_seed
+from ..answering import DEFAULT_QUESTION
 from ..processor import SYSTEM_PROMPT
+from ..sampling import fresh_seed
 from ..sampling_options import SamplingOptions
 from . import Limits, protocol
 from .engine import Engine, ImageRequest, Question

@@ -25,9 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..pipeline import MAX_BATCH
 from ..pixels import ImageSource
-from ..sampling import check_logits, sample
+from ..sampling import MAX_BATCH, check_logits, sample
 from ..sampling import settled as settled_text
 
 if TYPE_CHECKING:

@@ -261,7 +261,9 @@ def evaluate(model: str, count: int, old: int, batch: int = 20) -> dict[str, Sco
         for (name, scene, _), image in zip(part, out.images, strict=True):
             verdicts[f"images: {name}"].append(shows(image, scene)[0])
         asked = [(name, draw(scene), told(scene, rng)) for name, scene, rng in part]
-        replies = pipe.understand([qa.question for *_, qa in asked], [image for _, image, _ in asked], 16)
+        replies = pipe.understand(
+            [qa.question for *_, qa in asked], [image for _, image, _ in asked], max_new_tokens=16
+        )
         for (name, _, qa), reply in zip(asked, replies, strict=True):
             right = captions.answer_is_right("what", qa.answer, reply.text)
             verdicts[f"answers: {name}"].append(right)
