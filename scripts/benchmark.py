@@ -4,13 +4,15 @@
     python scripts/benchmark.py --json speed.json --plot speed.png                    # ours, one GPU
     python scripts/benchmark.py --janus-root ../Janus --modes fast compile reference "reference compiled"
     python scripts/benchmark.py --growth                                              # time and memory as things grow
+    python scripts/benchmark.py --throughput --gpus 2 --janus-root ../Janus --modes fast reference  # benchmark images
     python scripts/benchmark.py --size small --device cpu --dtype float32             # minutes on a CPU
 
 Official architecture with random weights (nobody's speed depends on their values), bfloat16, written once to
 --work in the official layout with an SDXL-shaped VAE. Every figure is the median of --runs runs after a warm-up,
-wall clock with the device synchronised, from prompt to pixels or from prepared inputs to tokens.
+wall clock with the device synchronised, from prompt to pixels or from prepared inputs to tokens. `throughput.py` says
+what --throughput measures; it exits with 1 if GPUs or passes differ in a byte.
 
-- limit of the card: its measured matrix rate and copy bandwidth. Floor of painting: the LLM's products at that
+- limit of the card: its measured matrix rate and copy bandwidth. Floor of generating: the LLM's products at that
   rate. Floor of answering: its weights and the row's keys and values read once a token.
 - modes: "fast" is the default, "compile" is `load(compile=True)`, "plain" is `load(fast=False)`; "reference" is the
   published loop over the published classes, "reference compiled" has its LLM in torch.compile (5 images alone).
@@ -27,15 +29,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import throughput
 import torch
-from common import helper, log, median, name_of, release, save_random, seconds
+from common import helper, log, median, name_of, random_checkpoint, release, seconds
 from PIL import Image
+from torch import Tensor
 
 import janusflow_min as jf
-from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
-from janusflow_min.hub import TINY
+from janusflow_min.config import JanusFlowConfig
 from janusflow_min.model import JanusFlow
 from janusflow_min.pipeline import Pipeline
+from janusflow_min.pixels import to_uint8
 from janusflow_min.processor import Batch
 from janusflow_min.sampling import PlainSampler
 
@@ -48,9 +52,18 @@ def main() -> int:
     args = parse()
     device = torch.device(args.device)
     report: dict[str, Any] = {"device": name_of(device), "torch": torch.__version__, "dtype": args.dtype}
-    report |= {"size": args.size, "runs": args.runs, "steps": args.steps}
+    report |= {"size": args.size, "runs": args.runs, "steps": args.num_inference_steps}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = make_checkpoint(args, (args.work or Path(scratch)) / f"random-{args.size}")
+        folder = (args.work or Path(scratch)) / f"random-{args.size}"
+        random_checkpoint(args.size, folder, args.device, args.janus_root)
+        if args.throughput:
+            painter = None
+            if "reference" in args.modes:
+                painter = reference_painter(folder, args, *load_reference(folder, args))
+            report["throughput"] = measured = throughput.measure(folder, Path(scratch), args, painter)
+            print(json.dumps(report, indent=2))
+            write(report, args.json)
+            return 1 if False in measured.values() else 0
         config = JanusFlowConfig.from_file(folder / "config.json")
         report["limits"] = limits = card_limits(device, args.dtype)
         if args.growth:
@@ -88,9 +101,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=("official", "small"), default="official")
     parser.add_argument("--modes", nargs="+", default=["fast"], choices=MODES)
     parser.add_argument("--growth", action="store_true", help="curves instead of the table, fast mode only")
+    parser.add_argument("--throughput", action="store_true", help="images per second of a benchmark's run")
+    parser.add_argument("--gpus", type=int, default=1, help="with --throughput: also by so many ranks")
+    parser.add_argument("--prompts", type=int, default=64, help="with --throughput (default: 64)")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=128, help="length of an answer")
+    parser.add_argument("--num-inference-steps", type=int, default=30)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer")
     args = parser.parse_args()
     if args.janus_root is None and any(mode.startswith("reference") for mode in args.modes):
         parser.error("the reference's modes need --janus-root")
@@ -103,49 +119,6 @@ def write(report: dict[str, Any], path: Path | None) -> None:
 
 
 # What is measured -----------------------------------------------------------------------
-
-
-def small_config() -> JanusFlowConfig:
-    uvit = UViTConfig(in_channels=4, out_channels=128, channels=128, hidden_size=512)
-    return JanusFlowConfig(
-        llm=LlamaConfig(4096, 512, 1408, 8, 8),
-        siglip=SiglipConfig(image_size=128, patch_size=16, width=256, layers=6, heads=4),
-        uvit_encoder=uvit,
-        uvit_decoder=UViTConfig(in_channels=128, out_channels=4, channels=128, hidden_size=512),
-    )
-
-
-def make_checkpoint(args: argparse.Namespace, folder: Path) -> Path:
-    """Random weights in the official layout with the default's tokenizer and a VAE of SDXL's shape."""
-    if (folder / "vae").is_dir():
-        return folder
-    from diffusers import AutoencoderKL
-
-    log(f"writing {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    config = JanusFlowConfig() if args.size == "official" else small_config()
-    save_random(config, folder, args.device, 0, args.janus_root)
-    for path in TINY.glob("*.json"):
-        if path.name in ("config.json", "recipe.json"):
-            continue
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if path.name == "processor_config.json":
-            content["num_image_tokens"] = config.siglip.num_patches
-        if path.name == "preprocessor_config.json":
-            content["image_size"] = config.siglip.image_size
-        (folder / path.name).write_text(json.dumps(content), encoding="utf-8")
-    channels = (128, 256, 512, 512) if args.size == "official" else (32, 64, 64, 64)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=channels,
-        layers_per_block=2,
-        latent_channels=4,
-        scaling_factor=0.13025,
-        sample_size=config.siglip.image_size,
-    )
-    vae.to(torch.bfloat16).save_pretrained(folder / "vae")
-    return folder
 
 
 def prompt_of(pipe: Pipeline, tokens: int, number: int = 0) -> str:
@@ -202,7 +175,7 @@ def measure_ours(folder: Path, args: argparse.Namespace, mode: str, note: Note) 
     note("load, s", median(lambda: load(folder, args, mode), 2))
     release()
     pipe = load(folder, args, mode)
-    settings = dict(num_inference_steps=args.steps, progress=False, seed=0)
+    settings = dict(num_inference_steps=args.num_inference_steps, progress=False, seed=0)
 
     def paint(count: int, tokens: int = 32) -> Callable[[], Any]:
         prompt = prompt_of(pipe, tokens)
@@ -223,8 +196,8 @@ def measure_ours(folder: Path, args: argparse.Namespace, mode: str, note: Note) 
     note("first token, ms", 1000 * median(lambda: answer(pipe, one, 1), args.runs))
     for batch, name in ((one, "tokens/s, one question"), (many, "tokens/s, 16 questions")):
         start = median(lambda batch=batch: answer(pipe, batch, 1), args.runs)
-        whole = median(lambda batch=batch: answer(pipe, batch, args.tokens), args.runs)
-        note(name, len(batch.input_ids) * (args.tokens - 1) / (whole - start))
+        whole = median(lambda batch=batch: answer(pipe, batch, args.max_new_tokens), args.runs)
+        note(name, len(batch.input_ids) * (args.max_new_tokens - 1) / (whole - start))
     if mode != "plain":
         note("distance to plain, latents", distance(pipe, folder, args))
     release()
@@ -232,7 +205,7 @@ def measure_ours(folder: Path, args: argparse.Namespace, mode: str, note: Note) 
 
 def distance(pipe: Pipeline, folder: Path, args: argparse.Namespace) -> float:
     """Relative L2 norm of the difference of the final latents between this path and the plain one."""
-    settings = dict(parallel_size=2, num_inference_steps=args.steps, seed=0, progress=False)
+    settings = dict(parallel_size=2, num_inference_steps=args.num_inference_steps, seed=0, progress=False)
     prompt = prompt_of(pipe, 32)
     ours, fast = pipe.generate(prompt, **settings).latents, pipe.sampler
     pipe.sampler = PlainSampler(pipe.model)
@@ -244,39 +217,49 @@ def distance(pipe: Pipeline, folder: Path, args: argparse.Namespace) -> float:
 # The reference -----------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def measure_reference(folder: Path, args: argparse.Namespace, mode: str, note: Note) -> None:
+def load_reference(folder: Path, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and VAE."""
     from diffusers import AutoencoderKL
 
-    reference, dtype, device = helper(), getattr(torch, args.dtype), args.device
+    reference, dtype = helper(), getattr(torch, args.dtype)
+    if args.size == "official":
+        kind = reference.import_reference(args.janus_root).modeling.MultiModalityCausalLM
+        model = kind.from_pretrained(str(folder)).to(dtype).to(args.device).eval()
+    else:  # its SigLIP presets know no other size
+        model = reference.load(folder, args.janus_root, dtype, args.device)
+    return model, AutoencoderKL.from_pretrained(folder / "vae").to(dtype).to(args.device).eval()
+
+
+def reference_painter(folder: Path, args: argparse.Namespace, model: Any, vae: Any) -> Callable[..., Tensor]:
+    """(prompt, count) -> pixels (count, 3, H, W) in [-1, 1]."""
+    ours, reference = Pipeline(*ours_without_model(folder)), helper()
+
+    @torch.inference_mode()
+    def paint(prompt: str, count: int) -> Tensor:
+        ids = ours.processor.generation_prompt(prompt)[0]
+        noise = torch.randn((count, *ours.model.latent_shape))
+        steps, pad_id = args.num_inference_steps, ours.processor.tokenizer.pad_id
+        z = reference.paint(model, ids, noise, 2.0, steps, pad_id)["z"][-1]
+        return vae.decode(z / vae.config.scaling_factor).sample
+
+    return paint
+
+
+@torch.inference_mode()
+def measure_reference(folder: Path, args: argparse.Namespace, mode: str, note: Note) -> None:
+    dtype, device = getattr(torch, args.dtype), args.device
     processor = Pipeline(*ours_without_model(folder))  # prompts and images are prepared by us for both
-
-    def load_reference():
-        if args.size == "official":
-            kind = reference.import_reference(args.janus_root).modeling.MultiModalityCausalLM
-            model = kind.from_pretrained(str(folder)).to(dtype).to(device).eval()
-        else:  # its SigLIP presets know no other size
-            model = reference.load(folder, args.janus_root, dtype, device)
-        vae = AutoencoderKL.from_pretrained(folder / "vae").to(dtype).to(device).eval()
-        return model, vae
-
     if mode == "reference":
-        note("load, s", median(load_reference, 1))
+        note("load, s", median(lambda: load_reference(folder, args), 1))
         release()
-    model, vae = load_reference()
+    model, vae = load_reference(folder, args)
     if mode == "reference compiled":
         model.language_model.model = torch.compile(model.language_model.model)
+    painter = reference_painter(folder, args, model, vae)
 
     def paint(count: int, tokens: int = 32) -> Callable[[], Any]:
-        ids = processor.processor.generation_prompt(prompt_of(processor, tokens))[0]
-        shape = (count, *processor.model.latent_shape)
-
-        def work() -> None:
-            z = reference.paint(model, ids, torch.randn(shape), 2.0, args.steps, 2)["z"][-1]
-            pixels = vae.decode(z / vae.config.scaling_factor).sample.float().clip(-1, 1).permute(0, 2, 3, 1)
-            ((pixels.cpu().numpy() + 1) / 2 * 255).astype("uint8")
-
-        return work
+        prompt = prompt_of(processor, tokens)
+        return lambda: to_uint8(painter(prompt, count))
 
     note("first painting, s", seconds(paint(5)))
     if device.startswith("cuda"):
@@ -316,7 +299,7 @@ def measure_reference(folder: Path, args: argparse.Namespace, mode: str, note: N
     one, many = question(processor, 1), question(processor, 16)
     note("first answer, s", seconds(answers(one, 2)))
     note("first token, ms", 1000 * median(answers(one, 1), args.runs))
-    tokens = min(48, args.tokens)
+    tokens = min(48, args.max_new_tokens)
     for batch, name in ((one, "tokens/s, one question"), (many, "tokens/s, 16 questions")):
         start, whole = (median(answers(batch, n), min(2, args.runs)) for n in (1, tokens))
         note(name, len(batch.input_ids) * (tokens - 1) / (whole - start))
@@ -363,10 +346,12 @@ def floors(config: JanusFlowConfig, limits: dict[str, float], args: argparse.Nam
     attention = llm.num_hidden_layers * 4 * d * tokens * (tokens / 2 + 32)
     step = 2 * (2 * weights * tokens + attention)
     size = getattr(torch, args.dtype).itemsize
-    result = {f"{n} image{'s' * (n > 1)}": n * args.steps * step / limits["flops"] for n in (1, 5, 16)}
-    result["64 prompts, per image"] = args.steps * step / limits["flops"]
+    result = {
+        f"{n} image{'s' * (n > 1)}": n * args.num_inference_steps * step / limits["flops"] for n in (1, 5, 16)
+    }
+    result["64 prompts, per image"] = args.num_inference_steps * step / limits["flops"]
     read = size * (weights + llm.vocab_size * d)
-    cache = size * 2 * llm.num_hidden_layers * kv * (tokens + 20 + args.tokens / 2)
+    cache = size * 2 * llm.num_hidden_layers * kv * (tokens + 20 + args.max_new_tokens / 2)
     for rows, name in ((1, "tokens/s, one question"), (16, "tokens/s, 16 questions")):
         result[name] = rows * limits["bytes"] / (read + rows * cache)
     return result
@@ -388,7 +373,7 @@ def growth(folder: Path, args: argparse.Namespace) -> dict[str, list[tuple[float
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         curves.setdefault(curve, []).append((x, value, peak))
 
-    def paint(count: int = 2, tokens: int = 32, steps: int = args.steps) -> Callable[[], Any]:
+    def paint(count: int = 2, tokens: int = 32, steps: int = args.num_inference_steps) -> Callable[[], Any]:
         prompt = prompt_of(pipe, tokens)
         return lambda: pipe.generate(
             prompt, parallel_size=count, num_inference_steps=steps, progress=False, seed=0

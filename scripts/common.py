@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import os
 import statistics
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from janusflow_min.checkpoint import save_model
 from janusflow_min.config import JanusFlowConfig, LlamaConfig, SiglipConfig, UViTConfig
+from janusflow_min.hub import TINY
 from janusflow_min.model import JanusFlow
 
 
@@ -112,3 +114,45 @@ def save_random(
     theirs = {} if janus_root is None else helper().build(config.to_dict(), janus_root).state_dict()
     model.extra_tensors = {name: draw(name, p.shape) for name, p in theirs.items() if ".attn_pool." in name}
     save_model(model, folder)
+
+
+def small_config() -> JanusFlowConfig:
+    uvit = UViTConfig(in_channels=4, out_channels=128, channels=128, hidden_size=512)
+    return JanusFlowConfig(
+        llm=LlamaConfig(4096, 512, 1408, 8, 8),
+        siglip=SiglipConfig(image_size=128, patch_size=16, width=256, layers=6, heads=4),
+        uvit_encoder=uvit,
+        uvit_decoder=UViTConfig(in_channels=128, out_channels=4, channels=128, hidden_size=512),
+    )
+
+
+def random_checkpoint(size: str, folder: Path, device: str, janus_root: Path | None) -> None:
+    """Random weights, "official" or "small", with the default's tokenizer and a VAE of SDXL's shape."""
+    if (folder / "vae").is_dir():
+        return
+    from diffusers import AutoencoderKL
+
+    log(f"writing {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = JanusFlowConfig() if size == "official" else small_config()
+    save_random(config, folder, device, 0, janus_root)
+    for path in TINY.glob("*.json"):
+        if path.name in ("config.json", "recipe.json"):
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "processor_config.json":
+            content["num_image_tokens"] = config.siglip.num_patches
+        if path.name == "preprocessor_config.json":
+            content["image_size"] = config.siglip.image_size
+        (folder / path.name).write_text(json.dumps(content), encoding="utf-8")
+    channels = (128, 256, 512, 512) if size == "official" else (32, 64, 64, 64)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=2,
+        latent_channels=4,
+        scaling_factor=0.13025,
+        sample_size=config.siglip.image_size,
+    )
+    vae.to(torch.bfloat16).save_pretrained(folder / "vae")

@@ -50,7 +50,6 @@ NOT_RUN = {  # how a command begins: why no test here runs it
     "python scripts/benchmark.py": "a GPU",
     "python scripts/benchmark_training.py": "a GPU",
     "torchrun --nproc-per-node 2 scripts/benchmark_training.py": "two GPUs",
-    "python scripts/benchmark_generation.py": "a GPU and a checkout of the reference",
     "python scripts/train_shapes.py": "a GPU",
     "python scripts/examples/new_concept.py": "half an hour",
     "curl ": "a server; tests/serve/test_serving_page.py runs them",
