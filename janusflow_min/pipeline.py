@@ -52,9 +52,7 @@ class Generation:
     latents: Tensor  # (B, C, h, w) fp32 on the CPU, final latents before the VAE
     seeds: list[int] | None  # None where the caller gave the noise
     prompts: list[str]  # of each image
-    scores: list[list[float]] | None = (
-        None  # with best_of: of all candidates of each image, the image's own the best
-    )
+    scores: list[list[float]] | None = None  # with best_of: of each image's candidates, its own the best
 
     def __repr__(self) -> str:
         shown = isinstance(self.images, list) and self.images

@@ -27,9 +27,8 @@ from .llama import mask_positions
 from .model import JanusFlow
 from .processor import Batch
 
-RowsVelocity = Callable[
-    [Tensor, Tensor], Tensor
-]  # z (B, C, h, w), timestep (B,) in [0, 1000] -> (R, C, h, w)
+# z (B, C, h, w), timestep (B,) in [0, 1000] -> (R, C, h, w)
+RowsVelocity = Callable[[Tensor, Tensor], Tensor]
 MAX_BATCH = 16  # images generated or questions answered at once; more would not be faster, only larger
 SampleFn = Callable[[Tensor], Tensor]  # fp32 logits (B, V) -> the next token's id of each row (B,)
 
@@ -100,9 +99,7 @@ def guided_velocity(
     unconditional rows are not computed. guidance_rescale: see `flow.rescale_guidance`.
     """
     low, high = guidance_interval
-    prefilled: dict[
-        bool, RowsVelocity
-    ] = {}  # guided or not -> what reads the prompts, made when first needed
+    prefilled: dict[bool, RowsVelocity] = {}  # guided or not -> the rows', made when first needed
 
     def velocity(z: Tensor, t: float) -> Tensor:
         guided = cfg_weight != 1.0 and low <= t and (t < high or high == 1.0)

@@ -87,6 +87,5 @@ def find_solver(solver: str | Solver) -> Solver:
 
 
 def _advance(z: Tensor, step: float, v: Tensor) -> Tensor:
-    return z + torch.tensor(step, dtype=z.dtype, device="cpu") * v.to(
-        z.dtype
-    )  # the CPU's scalar: no transfer
+    scalar = torch.tensor(step, dtype=z.dtype, device="cpu")  # on the CPU: no transfer
+    return z + scalar * v.to(z.dtype)

@@ -105,9 +105,8 @@ def build_vae(
     Raises FileNotFoundError for missing files; ValueError for broken ones, for weights that do not fit, and for
     settings that are not computed here.
     """
-    from diffusers import (
-        AutoencoderKL,
-    )  # before torch's default device is meta, where old versions cannot be imported
+    # Before torch's default device is meta, where old versions cannot be imported.
+    from diffusers import AutoencoderKL
 
     folder = Path(folder)
     if (folder / "vae" / CONFIG).is_file():

@@ -33,14 +33,8 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 SLICE = 16  # tokens that a question gets before another one's turn
-COUNTS = (
-    "tokens",
-    "images",
-    "question_batches",
-    "question_rows",
-    "image_batches",
-    "image_rows",
-)  # for the metrics
+# For the metrics.
+COUNTS = ("tokens", "images", "question_batches", "question_rows", "image_batches", "image_rows")
 RUN = 256  # tokens at most between two readings of a prompt, which bounds the cache
 
 
@@ -56,9 +50,7 @@ class Question:
     temperature: float = 0.0
     top_p: float = 0.95
     top_k: int = 50
-    on_text: Callable[[str], None] | None = (
-        None  # called in the engine's thread with each new piece of the text
-    )
+    on_text: Callable[[str], None] | None = None  # gets each new piece of the text in the engine's thread
     future: Future = field(default_factory=Future)
     tokens: list[int] = field(default_factory=list)  # the EOS that ended the answer included
     text: str = ""
@@ -115,9 +107,7 @@ class Engine:
 
     def __init__(self, pipe: Pipeline, max_batch: int = MAX_BATCH):
         self.pipe, self.max_batch = pipe, max_batch
-        self.round_rows = (
-            pipe.model.device.type == "cuda"
-        )  # to a power of two: graphs belong to a number of rows
+        self.round_rows = pipe.device.type == "cuda"  # to a power of two: graphs belong to a number of rows
         self.questions: deque[Question] = deque()
         self.images: deque[ImageRequest] = deque()
         self.counts = dict.fromkeys(COUNTS, 0)

@@ -23,16 +23,8 @@ from ..pixels import FORMATS, open_image
 # Fields without effect: who asks, and wishes about cost, style or format that have one answer here.
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "name"}
 IGNORED |= {"parallel_tool_calls", "quality", "style", "background", "moderation", "input_fidelity"}
-NOTHING: tuple[Any, ...] = (
-    None,
-    False,
-    0,
-    "",
-    "auto",
-    [],
-    {},
-    {"type": "text"},
-)  # what a field may hold that asks for nothing
+# What a field may hold that asks for nothing.
+NOTHING: tuple[Any, ...] = (None, False, 0, "", "auto", [], {}, {"type": "text"})
 FETCH_SECONDS, REDIRECTS = 10, 3
 
 
@@ -43,13 +35,8 @@ class Problem(Exception):
         self, status: int, message: str, code: str | None = None, param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):  # fmt: skip
-        kind = (
-            "server_error"
-            if status >= 500
-            else "rate_limit_error"
-            if status == 429
-            else "invalid_request_error"
-        )
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if status == 429 else kind
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.response = JSONResponse(self.body, status, headers)
 

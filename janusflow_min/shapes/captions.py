@@ -45,11 +45,8 @@ CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left
 CELL_MARGIN = 5.0  # px; a centre nearer than this to a line of the 3x3 grid is not asked for
 ORDER_MARGIN = 8.0  # px; objects whose centres differ by less in x are not put in order
 KINDS = ("what", "color", "count", "where", "yes_no", "describe")
-NAMED_WHOLE = (
-    "single_object",
-    "two_object",
-    "counting",
-)  # held-out captions say more than their family's form
+# Held-out captions say more than their family's form.
+NAMED_WHOLE = ("single_object", "two_object", "counting")
 RELATIVE = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
 
 _COLOURS = tuple(COLOURS)

@@ -27,14 +27,8 @@ SOURCES = {  # task, named as its output folder -> what it is read from
 }
 TASKS = tuple(SOURCES)
 OTHER_NAMES = {"math_geo": "math", "geometry": "math", "code_rendering": "code"}  # TorchUMM's and the paper's
-RELEASED = {
-    "science": 157,
-    "math": 140,
-    "jigsaw": 150,
-    "maze": 149,
-    "sliding": 84,
-    "code": 200,
-}  # second-hand
+# Second-hand.
+RELEASED = {"science": 157, "math": 140, "jigsaw": 150, "maze": 149, "sliding": 84, "code": 200}
 MOST_MOVES = 99
 DEMONSTRATION = "00015"  # the maze that the official run shows as its example and so leaves out
 
@@ -185,9 +179,8 @@ def _jigsaw(root: Path, source: Path) -> Iterator[Case]:
             _find(root, source.parent, str(item[key]))[0] if item.get(key) else None
             for key in ("gt_completed_2x2_path", "gt_wrong_2x2_path")
         ]
-        slots = (
-            finished if label == 0 else finished[::-1]
-        )  # what the images with candidate 0 and 1 should show
+        # What the images with candidate 0 and 1 should show.
+        slots = finished if label == 0 else finished[::-1]
         truth = {"label": label, "slots": tuple(slots)}
         yield Case("jigsaw", i, safe_name(identity), {"id": identity}, images, truth)
 
