@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The benchmarks on Modal's GPUs. Written after Modal's documentation and **not run on Modal itself**: what is tested
-is each function through its local call, and the arguments that it is given (`tests/test_modal.py`).
+is each function through its local call, and the arguments that it is given (`tests/test_modal_app.py`).
 
     pip install -e '.[modal]' && modal setup                          # once: an account and a token
     modal volume put janusflow-min-data evaluation_metadata.jsonl geneval/evaluation_metadata.jsonl

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -31,6 +32,7 @@ from janusflow_min.options import whole
 from janusflow_min.serve.app import read_body
 from janusflow_min.serve.protocol import Problem
 
+GRACE = 600  # seconds for a process that is told to end to do what it has
 TRIES = 4  # replicas that may die under a request
 # What the ASGI application reads of a request; Ray's proxy adds objects that stay where they are.
 SCOPE = (
@@ -124,7 +126,7 @@ def build(args: argparse.Namespace, extra: argparse.Namespace) -> serve.Applicat
         max_ongoing_requests=args.max_queue,
         autoscaling_config={**scaling, "target_ongoing_requests": args.max_batch},
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=600,  # of a replica that is no longer needed: it does what it has
+        graceful_shutdown_timeout_s=GRACE,
     )
 
     def door() -> Starlette:
@@ -133,7 +135,11 @@ def build(args: argparse.Namespace, extra: argparse.Namespace) -> serve.Applicat
         return Starlette(routes=[Mount("/", Door(handle, most, args.max_body))])
 
     ingress = serve.deployment(
-        serve.ingress(door)(), name="Door", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10**6
+        serve.ingress(door)(),
+        name="Door",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=10**6,
+        graceful_shutdown_timeout_s=GRACE,
     )
     return ingress.bind(replicas.bind(args))
 
@@ -155,10 +161,12 @@ def main() -> None:
     serve.start(proxy_location="EveryNode", http_options={"host": args.host, "port": args.port})
     serve.run(build(args, extra), logging_config={"enable_access_log": False})
     print(f"{args.name or public_name(args.model)} at http://{args.host}:{args.port}/v1", flush=True)
-    try:
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
-    finally:
-        serve.shutdown()
+    told_to_end = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told_to_end.set())
+    told_to_end.wait()
+    serve.delete("default")  # waits for what is in hand
+    serve.shutdown()
 
 
 if __name__ == "__main__":

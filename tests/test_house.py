@@ -88,6 +88,35 @@ def test_tools_have_one_version():
     assert dev and re.search(r'"ruff==[\d.]+"', dev[1]) and re.search(r'"mypy==[\d.]+"', dev[1])
 
 
+# tests/ mirrors the package
+
+TOPICS = {  # tests of what no one file holds
+    "": "ambient bad_input docs extending fuzz house imports parity reference_live torchumm_launch walkthrough",
+    "benchmarks": "official_dpg official_geneval official_wise shapes_benchmark",
+    "benchmarks/uni_mmmu": "official",
+    "serve": "serve_command server serving_page",
+    "training": "ambient_training default_recipe extending_losses loader mixed_batches run_config runs sources "
+    "training_data",
+}
+
+
+def test_tests_stand_where_one_looks_for_them():
+    """Stops: a test file under a name or in a folder that says nothing of the module it tests."""
+    scripts, package = {path.stem for path in (ROOT / "scripts").rglob("*.py")}, ROOT / "janusflow_min"
+    topics = {(folder, name) for folder, names in TOPICS.items() for name in names.split()}
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    assert len({path.name for path in files}) == len(files)
+    for path in files:
+        folder = path.parent.relative_to(ROOT / "tests").as_posix().removeprefix(".")
+        name = path.stem.removeprefix("test_uni_" if folder.endswith("uni_mmmu") else "test_")
+        below = {module.stem for module in (package / folder).rglob("*")} | scripts | {path.parent.name}
+        assert (folder, name) in topics or name in below, (
+            f"{path}: no module {name}, and no topic of {folder}"
+        )
+        topics.discard((folder, name))
+    assert not topics, f"no test file has these topics: {topics}"
+
+
 # What is shipped
 
 
