@@ -31,7 +31,7 @@ from typing import Any
 
 import throughput
 import torch
-from common import helper, log, median, name_of, random_checkpoint, release, seconds
+from common import helper, log, median, name_of, pyplot, random_checkpoint, release, seconds
 from PIL import Image
 from torch import Tensor
 
@@ -415,11 +415,7 @@ def table(report: dict[str, Any]) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bars: time as a multiple of the floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     results, floor = report["results"], report["floors"]
     measures = [m for m in results if m in floor]
     modes = [mode for mode in MODES if any(mode in results[m] for m in measures)]
@@ -444,11 +440,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_growth(report: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     curves = report["growth"]
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.6))
     for axis, (name, points) in zip(axes, curves.items(), strict=True):

@@ -66,6 +66,16 @@ def median(work: Callable[[], Any], runs: int) -> float:
     return statistics.median(seconds(work) for _ in range(runs))
 
 
+def pyplot() -> ModuleType:
+    """matplotlib's, without a window."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 # Models -----------------------------------------------------------------------
 
 

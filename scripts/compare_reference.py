@@ -2,10 +2,10 @@
 """Our numbers beside the public reference's at the official size, with a control that must fail.
 
     python scripts/compare_reference.py --janus-root ../Janus --json parity.json   # one GPU
-    python scripts/compare_reference.py --janus-root ../Janus --checkpoint FOLDER  # the real weights
+    python scripts/compare_reference.py --janus-root ../Janus --model FOLDER  # the real weights
     python scripts/compare_reference.py --janus-root ../Janus --tiny --device cpu  # seconds, to try it
 
-Without --checkpoint it draws seeded random weights of the official architecture, every parameter away from
+Without --model it draws seeded random weights of the official architecture, every parameter away from
 where training would start, and writes them in the official layout (bfloat16, 4.1 GB) into --work. The
 reference, through its own classes (`tests/reference.py` says which checkout and packages), and ours then read
 that folder, in fp32 and in bf16. The truth is the reference in fp32, TF32 off. Inputs: one generation prompt
@@ -29,7 +29,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import helper, release, save_random, tiny_config
+from common import helper, log, release, save_random, tiny_config
 from torch import Tensor, nn
 
 from janusflow_min import llama
@@ -75,20 +74,6 @@ Run = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
-    janus_root: Path
-    checkpoint: Path | None
-    work: Path | None
-    json: Path | None
-    device: str
-    num_inference_steps: int
-    parallel_size: int
-    cfg_weight: float
-    seed: int
-    tiny: bool
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What every run reads; tensors on the device, values exact in bfloat16."""
 
@@ -102,21 +87,16 @@ def main() -> int:
     options = parse()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     reference = helper()
-    started = time.perf_counter()
-
-    def log(text: str) -> None:
-        print(f"{time.perf_counter() - started:6.1f} s  {text}", file=sys.stderr, flush=True)
-
     with tempfile.TemporaryDirectory(dir=options.work) as scratch:
-        if options.checkpoint is not None:
-            folder = options.checkpoint
+        if options.model is not None:
+            folder = options.model
         else:
             folder = (options.work or Path(scratch)) / "random"
             folder.mkdir(parents=True, exist_ok=True)
             config = tiny_config() if options.tiny else JanusFlowConfig()
             save_random(config, folder, options.device, options.seed, options.janus_root)
             log(f"random weights written to {folder}")
-        runs = evaluate(folder, reference, options, log)
+        runs = evaluate(folder, reference, options)
     table = compare(runs, options.device)
     failures = judge(table)
     log("compared")
@@ -125,11 +105,7 @@ def main() -> int:
     print("\n" + ("\n".join(failures) or "All within the limits; the control fails."))
     if options.json is not None:
         report = {
-            "weights": options.checkpoint.name
-            if options.checkpoint
-            else "tiny"
-            if options.tiny
-            else "random",
+            "weights": options.model.name if options.model else "tiny" if options.tiny else "random",
             "num_inference_steps": options.num_inference_steps,
             "parallel_size": options.parallel_size,
             "cfg_weight": options.cfg_weight,
@@ -140,19 +116,16 @@ def main() -> int:
             "limits": {"fp32": FP32_LIMIT, "bf16_ratio": BF16_RATIO, "control": CONTROL_LIMIT},
             "relative_l2": table,
             "failures": failures,
-            "seconds": round(time.perf_counter() - started, 1),
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 1 if failures else 0
 
 
-def parse() -> Options:
+def parse() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--janus-root", type=Path, required=True, help="checkout of deepseek-ai/Janus")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="folder with real weights; else random ones are drawn"
-    )
+    parser.add_argument("--model", type=Path, help="folder with real weights; else random ones are drawn")
     parser.add_argument("--work", type=Path, help="keep the random checkpoint here; else a temporary folder")
     parser.add_argument("--json", type=Path, help="also write the table here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -161,7 +134,7 @@ def parse() -> Options:
     parser.add_argument("--cfg-weight", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="random weights of a small architecture")
-    options = Options(**vars(parser.parse_args()))
+    options = parser.parse_args()
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
     return options
@@ -170,7 +143,7 @@ def parse() -> Options:
 # Weights and inputs -----------------------------------------------------------------------
 
 
-def make_inputs(config: JanusFlowConfig, options: Options) -> Inputs:
+def make_inputs(config: JanusFlowConfig, options: argparse.Namespace) -> Inputs:
     """Fixed random ids, an image of soft blobs, noise: see the file's first lines."""
     generator = torch.Generator().manual_seed(options.seed)
     device, tokens = options.device, config.siglip.num_patches
@@ -203,7 +176,7 @@ def make_inputs(config: JanusFlowConfig, options: Options) -> Inputs:
 # Runs -----------------------------------------------------------------------
 
 
-def evaluate(folder: Path, reference: ModuleType, options: Options, log) -> dict[str, Run]:
+def evaluate(folder: Path, reference: ModuleType, options: argparse.Namespace) -> dict[str, Run]:
     """Every run by its name; one model at a time."""
     inputs = make_inputs(JanusFlowConfig.from_file(folder / "config.json"), options)
     runs: dict[str, Run] = {}
@@ -231,7 +204,9 @@ def evaluate(folder: Path, reference: ModuleType, options: Options, log) -> dict
     return runs
 
 
-def run_reference(model: nn.Module, reference: ModuleType, inputs: Inputs, options: Options) -> Run:
+def run_reference(
+    model: nn.Module, reference: ModuleType, inputs: Inputs, options: argparse.Namespace
+) -> Run:
     run = reference.understand(model, inputs.question)
     prompt, noise, pad_id = inputs.prompt, inputs.noise, inputs.pad_id
     painted = reference.paint(model, prompt, noise, options.cfg_weight, options.num_inference_steps, pad_id)
@@ -240,7 +215,7 @@ def run_reference(model: nn.Module, reference: ModuleType, inputs: Inputs, optio
 
 
 @torch.inference_mode()
-def run_ours(model: JanusFlow, inputs: Inputs, options: Options) -> Run:
+def run_ours(model: JanusFlow, inputs: Inputs, options: argparse.Namespace) -> Run:
     """Through the calls that the pipeline makes. z: latents in the model's dtype; z_default: in fp32."""
     q = inputs.question
     embeds = model.prepare_inputs_embeds(q.input_ids, q.pixel_values, q.images_seq_mask, q.images_emb_mask)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import log, name_of
+from common import log, name_of, pyplot
 
 import janusflow_min as jf
 from janusflow_min.benchmarks.bootstrap import wilson
@@ -107,11 +107,7 @@ def name(r: dict[str, Any]) -> str:
 
 
 def write(out: Path, records: list[dict[str, Any]], where: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     lines = [f"{records[0]['images']} images a setting, one run, {where}.", ""]
     lines += ["| | rows an image | right | 95 % | off 500 steps |", "| --- | ---: | ---: | --- | ---: |"]
     for r in sorted(records, key=lambda r: (r.get("best_of", 1) > 1, r["rows"])):

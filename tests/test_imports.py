@@ -214,7 +214,7 @@ BUDGETS = {  # lines at most
     "server": 1040,  # 450 is wanted
     "training": 3750,  # 2300 is wanted
     "benchmarks": 8100,  # with the world of shapes; 5600 is wanted
-    "scripts": 3061,  # 2200 is wanted
+    "scripts": 3042,  # 2200 is wanted
 }
 
 
