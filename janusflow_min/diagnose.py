@@ -14,8 +14,8 @@ from .official import INDEX, PREFIXES, SHARDS, WEIGHTS
 _MARKS = "_orig_mod. _fsdp_wrapped_module. _checkpoint_wrapped_module. _forward_module. module."
 WRAPPERS = re.compile("|".join(re.escape(mark) for mark in _MARKS.split()))  # in the names of weights
 FILES = (  # patterns of names, what they are, what to do; the first that fits counts
-    ("adapter_config.json adapter_model.*", "a LoRA adapter", "merge it into its base model with peft "
-     "(PeftModel.from_pretrained(...).merge_and_unload()) and save the merged model"),
+    ("adapter_config.json adapter_model.*", "a LoRA adapter", "load its base model, and then the adapter "
+     "with --lora or Pipeline.load_lora"),
     ("model_index.json", "a pipeline of diffusers", "JanusFlow's own checkpoint is needed"),
     (SHARDS, "shards without their index", f"download {INDEX}, too"),
     ("*.safetensors", "weights under another name", "rename the file to {} if it holds the whole model"),

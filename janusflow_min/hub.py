@@ -20,24 +20,35 @@ TINY = Path(__file__).parent / "assets" / "tiny"
 SDXL_VAE = "stabilityai/sdxl-vae"
 
 
-def resolve(source: str | Path, progress: bool = True, weights: bool = True) -> Path:
+def resolve(
+    source: str | Path, progress: bool = True, weights: bool = True, revision: str | None = None
+) -> Path:
     """The folder of a checkpoint: "tiny" (inside the package), a folder, or a hub id, which is downloaded.
 
     An interrupted download resumes; without a network the cache is enough. `config.json` is checked before the
-    weights are fetched; weights=False leaves them. Raises FileNotFoundError, and ValueError for the configuration
-    of another model.
+    weights are fetched; weights=False leaves them. revision: a branch, tag or commit of a hub id. Raises
+    FileNotFoundError, and ValueError for the configuration of another model.
     """
-    if str(source) == "tiny":
+    if str(source) == "tiny" and revision is None:
         return TINY
-    if (folder := _local("source", source)) is not None:
-        return folder
     small = [CONFIG, INDEX, *PROCESSOR_FILES, f"vae/{CONFIG}"]
-    folder = _download("source", str(source), small, progress)
+    if (local := _local("source", source, revision)) is not None:
+        return local
+    folder = _download("source", str(source), small, progress, revision)
     read_config(folder)
     if not weights:
         return folder
     files = sorted(set(read_index(folder).values())) if (folder / INDEX).is_file() else [WEIGHTS]
-    return _download("source", str(source), [*files, *(f"vae/{name}" for name in VAE_FILES)], progress)
+    files += [f"vae/{name}" for name in VAE_FILES]
+    return _download("source", str(source), files, progress, revision)
+
+
+def find_folder(
+    name: str, source: str | Path, files: list[str], progress: bool = True, revision: str | None = None
+) -> Path:
+    """A folder as it is, or that of a hub id with these files of it downloaded. name: the argument, for errors."""
+    local = _local(name, source, revision)
+    return _download(name, str(source), files, progress, revision) if local is None else local
 
 
 def resolve_vae(
@@ -48,10 +59,8 @@ def resolve_vae(
     if vae_path is None and (folder / "vae").is_dir():
         return folder / "vae"
     source = SDXL_VAE if vae_path is None else vae_path
-    found = _local("vae_path", source)
-    if found is None:
-        names = VAE_FILES if weights else (CONFIG,)
-        found = _download("vae_path", str(source), [*names, *(f"vae/{name}" for name in names)], progress)
+    names = VAE_FILES if weights else (CONFIG,)
+    found = find_folder("vae_path", source, [*names, *(f"vae/{name}" for name in names)], progress)
     return found / "vae" if (found / "vae" / CONFIG).is_file() else found
 
 
@@ -91,10 +100,12 @@ def _fetch_header(repository: str, path: Path) -> dict[str, Stored] | None:
         raise ValueError(f"{name} in {repository!r} is not a whole safetensors file ({error})") from error
 
 
-def _local(name: str, source: str | Path) -> Path | None:
+def _local(name: str, source: str | Path, revision: str | None = None) -> Path | None:
     """A folder that is there; None for a hub id."""
     path, text = expand(source), str(source)
-    if path.is_dir():
+    if path.is_dir() or text == "tiny":
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} is for hub ids; {name} {text!r} is on this machine")
         return path
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.exists():
         hint = "; it is a file: give the folder that holds it" if path.is_file() else ""
@@ -104,17 +115,26 @@ def _local(name: str, source: str | Path) -> Path | None:
     return None
 
 
-def _download(name: str, repository: str, files: list[str], progress: bool) -> Path:
+def _download(
+    name: str, repository: str, files: list[str], progress: bool, revision: str | None = None
+) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub import utils as hub
 
     try:
         with _bars(progress and is_terminal()):
-            return Path(snapshot_download(repository, allow_patterns=files))
-    except Exception as error:  # offline, not found, gated: the hub's client raises a family of its own
+            return Path(snapshot_download(repository, allow_patterns=files, revision=revision))
+    except Exception as error:  # the hub's client raises a family of its own
+        causes = {
+            hub.GatedRepoError: f"ask for access on https://huggingface.co/{repository}, then `hf auth login`",
+            hub.RepositoryNotFoundError: "check its name; a private one needs `hf auth login`",
+            hub.RevisionNotFoundError: f"it has no branch, tag or commit {revision!r}",
+        }
+        other = "Without a network, copy the repository's files (*.json, *.safetensors) to a folder and pass its path"
+        what = next((text for kind, text in causes.items() if isinstance(error, kind)), other)
         raise FileNotFoundError(
             f"{name} {repository!r} is no folder here, and could not be downloaded ({type(error).__name__}: "
-            f"{error}). Without a network, copy the repository's files (*.json, *.safetensors) to a folder and pass "
-            "its path"
+            f"{error}). {what[0].upper()}{what[1:]}"
         ) from error
 
 

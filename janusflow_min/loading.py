@@ -29,6 +29,7 @@ def load(
     fast: bool = True,
     compile: bool = False,
     upstream_rounding: bool = False,
+    revision: str | None = None,
 ) -> Pipeline:
     """Load a checkpoint in the official layout.
 
@@ -40,7 +41,8 @@ def load(
     fast: on an NVIDIA GPU in bfloat16 use the kernels and CUDA graphs of `fast/`; False is the plain path. compile:
     torch.compile what those leave over (UViT, SigLIP, VAE), a minute or more at the first use, then from torch's
     cache on disk. upstream_rounding: round time, step, latents and rotary frequencies to the model's dtype as the
-    published code does; by default they stay in fp32, which is closer to the true flow.
+    published code does; by default they stay in fp32, which is closer to the true flow. revision: a branch, tag or
+    commit of a hub id.
     Raises FileNotFoundError or ValueError, which name what is wrong.
     """
     if parts not in PARTS:
@@ -50,7 +52,7 @@ def load(
     if parts != "understanding":
         usual = torch.float32 if dtype == torch.float16 else dtype  # float16 is no dtype for the VAE
         its_dtype = check_vae_dtype(usual if vae_dtype is None else pick_dtype(vae_dtype, device))
-    folder = resolve(source, progress)
+    folder = resolve(source, progress, revision=revision)
     config = read_config(folder)  # the commonest mistake first: not a JanusFlow checkpoint
     processor = Processor.from_folder(folder, config.llm.vocab_size)
     check_processor_matches(folder, config, processor)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from . import answering, checks, editing
 from .devices import DTYPES, SHORT_NAMES, pick_device, pick_dtype
 from .flow import Velocity
+from .lora import LoraMixin
 from .model import JanusFlow
 from .pixels import ImageSource, to_uint8
 from .processor import Processor
@@ -60,7 +61,7 @@ class Generation:
         return f"Generation({len(self.prompts)} images{size}, seeds={self.seeds}, prompts={self.prompts})"
 
 
-class Pipeline:
+class Pipeline(LoraMixin):
     """A loaded model with its processor and VAE. Made by `load`; `fast` and `compile` are explained there."""
 
     def __init__(
@@ -71,6 +72,7 @@ class Pipeline:
         fast: bool = False,
         compile: bool = False,
     ):
+        super().__init__()
         self.model, self.processor, self.vae = model, processor, vae
         self.fast, self.compile = fast, compile
         self._sampler: Sampler | None = None
@@ -102,7 +104,10 @@ class Pipeline:
             else:
                 device = pick_device(value)
         self._sampler = None  # its buffers go first
+        adapters = self.adapters
+        self.set_adapters([])  # they are merged anew, in the new dtype
         self.model.to(device, dtype)
+        self.set_adapters(list(adapters), list(adapters.values()))
         if self.vae is not None:
             self.vae.to(device, torch.float32 if dtype == torch.float16 else dtype)
         return self

@@ -391,7 +391,7 @@ def test_a_hub_id_is_downloaded_and_loaded(parity_dir, monkeypatch):
     """Stops: other files than a checkpoint's fetched: pickles, other formats, the checkpoints of a training run."""
     asked = []
 
-    def download(repo, allow_patterns):
+    def download(repo, allow_patterns, revision):
         asked.append((repo, set(allow_patterns)))
         return str(parity_dir)
 

@@ -53,8 +53,8 @@ def edit(path: Path, *keys: str, **changes) -> None:
 @pytest.mark.parametrize(
     "name, what",
     [
-        ("adapter_model.safetensors", r"a LoRA adapter \(adapter_model.*merge_and_unload"),
-        ("adapter_config.json", r"a LoRA adapter .*merge_and_unload"),
+        ("adapter_model.safetensors", r"a LoRA adapter \(adapter_model.*Pipeline.load_lora"),
+        ("adapter_config.json", r"a LoRA adapter .*Pipeline.load_lora"),
         ("pytorch_model.bin", r"pickled weights, which can run code .*convert them"),
         ("model.pt", "pickled weights"),
         ("model-Q4_K.gguf", r"llama\.cpp"),

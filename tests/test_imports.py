@@ -210,7 +210,9 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the package without training, benchmarks and server": 7450,  # 4600 is wanted
+    "the rest of the package": 7297,  # 4600 is wanted
+    "LoRA": 193,  # 120 is wanted
+    "hub": 153,
     "server": 1040,  # 450 is wanted
     "training": 3750,  # 2300 is wanted
     "benchmarks": 8100,  # with the world of shapes; 5600 is wanted
@@ -226,7 +228,8 @@ def test_each_part_keeps_its_budget(part):
     scripts = set((PACKAGE.parent / "scripts").rglob("*.py"))
     server = {*(PACKAGE / "serve").rglob("*.py"), PACKAGE / "commands" / "serve.py"}
     files = {"training": training, "benchmarks": benchmarks, "scripts": scripts, "server": server}
-    counted = files.get(part, set(FILES) - training - benchmarks - server)
+    files |= {"LoRA": {PACKAGE / "lora.py"}, "hub": {PACKAGE / "hub.py"}}
+    counted = files.get(part, set(FILES).difference(*files.values()))
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted)
     assert lines <= BUDGETS[part]
 
