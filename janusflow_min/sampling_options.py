@@ -14,6 +14,7 @@ from .options import finite, option, whole
 
 SOLVER_NAMES = ("euler", "midpoint", "heun", "ab2")  # of solvers.SOLVERS, which needs torch
 EDIT_METHODS = ("flowedit", "invert", "sdedit")  # editing.py says what they do
+SHARED_OPTIONS = ("num_inference_steps", "solver", "timestep_shift")  # those that `edit` takes as well
 DEFAULTS: Mapping[str, Any] = {  # the reference's
     "num_inference_steps": 30,
     "solver": "euler",

@@ -115,19 +115,21 @@ class ScoringRun:
         check_inputs(self.manifest, benchmark, self.inputs, self.folder.root)
 
     def whole(self, names: Iterable[str], what: str) -> list[str]:
-        """Those of the image files that are there whole. A broken one becomes a failure, by name.
-
-        Raises FileNotFoundError where none is there. what: describes a name, for that error.
-        """
-        found = []
-        for name in names:
-            if is_whole(self.images / name):
-                found.append(name)
-            elif (self.images / name).exists():
-                self.failures[name] = "the file is empty or damaged"
+        """`whole_files` of the run's images. FileNotFoundError where none is there; what: describes a name, for it."""
+        found = self.whole_files(self.images, names)
         if not found:
             broken = f" that is whole ({', '.join(list(self.failures)[:3])})" if self.failures else ""
             raise FileNotFoundError(f"no image{broken} named {what} in {self.images}")
+        return found
+
+    def whole_files(self, folder: Path, names: Iterable[str]) -> list[str]:
+        """Those of the image files in `folder` that are there whole. A broken one becomes a failure, by name."""
+        found = []
+        for name in names:
+            if is_whole(folder / name):
+                found.append(name)
+            elif (folder / name).exists():
+                self.failures[name] = "the file is empty or damaged"
         return found
 
     def dry_run(self, todo: Sequence[Question]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 
 Prompts: `cases` for each of the six families, every one from a scene that the family's held-out rule keeps from
 training; the images are judged by `shapes.judge`, which knows nothing of the model. Questions: `cases` for each of
-the six kinds, about true renders of held-out scenes. Each case has a generator of its own, made of family or kind,
-number and seed, so batches and order change nothing.
+the six kinds, about true renders of held-out scenes. Edits: `cases` for each of the five kinds of `shapes.edits`, of
+true renders of held-out scenes with two objects. Each case has a generator of its own, made of family or kind, number
+and seed, so batches and order change nothing.
 """
 
 from __future__ import annotations
@@ -22,29 +23,35 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm import tqdm
 
+from .. import checks
 from ..files import parse_json
-from ..options import option
+from ..options import finite, option
+from ..sampling_options import EDIT_METHODS, SHARED_OPTIONS
 from . import report as reports
 from .bootstrap import ItemScore
 from .ranks import RankInfo, shard
 from .reading import read_image
-from .run_folder import RunFolder
-from .runner import Coverage, Item, Settings, blocks, generate_images, load_pipe, open_run
+from .run_folder import RunFolder, is_whole
+from .runner import Coverage, Item, Settings, blocks, generate_images, image_seed, load_pipe, open_run
 from .scoring import ScoreOptions as CommonOptions
 from .scoring import ScoringRun, means
 
 if TYPE_CHECKING:
     from ..shapes.captions import QA
+    from ..shapes.edits import EditCase
 
 TITLE = "Shapes"
-SUMMARY = "the default's world: held-out prompts and questions, no data needed"
+SUMMARY = "the default's world: held-out prompts, questions and edits, no data needed"
 ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    cases: int = option("prompts for each of six families, questions for each of six kinds", 100)
-    draw_seed: int = option("from which prompts and questions are drawn", 0)
+    cases: int = option("prompts for each of six families, questions of six kinds, edits of five", 100)
+    draw_seed: int = option("from which prompts, questions and edits are drawn", 0)
+    edits: bool = option("edit as well", True)
+    edit_method: str = option("of the edits", "flowedit", choices=EDIT_METHODS)
+    edit_strength: float = option("of the edits, in (0, 1]", 0.8, kind=finite(0, 1, above=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,20 +96,40 @@ def questions(cases: int, seed: int = 0) -> list[tuple[QA, Image.Image]]:
     return drawn
 
 
+def edits(cases: int, seed: int = 0) -> list[EditCase]:
+    """`cases` for each kind."""
+    from ..shapes.edits import EDIT_KINDS, edit_case
+
+    return [edit_case(kind, i, seed) for kind in EDIT_KINDS for i in range(cases)]
+
+
 def generate(settings: Settings, out: str | Path, options: GenerateOptions = GenerateOptions()) -> Coverage:
-    """Generate `out`/images/NNNNN.png and answer into `out`/answers/NNNNN.json, a block of questions each."""
+    """Generate `out`/images/NNNNN.png, answer into `out`/answers/NNNNN.json, a block of questions each, and edit into
+    `out`/edits/NNNNN.png, with the original beside each, NNNNN-source.png."""
     cases, draw_seed = options.cases, options.draw_seed
     if cases < 1:
         raise ValueError(f"cases must be at least 1, got {cases}")
     captioned, asked = prompts(cases, draw_seed), questions(cases, draw_seed)
     drawn = json.dumps([captioned, [(qa.kind, qa.question, qa.answer) for qa, _ in asked]])
     inputs = {"drawn": hashlib.sha256(drawn.encode()).hexdigest()}
-    choices = {"images_per_prompt": 1, "cases": cases, "draw_seed": draw_seed}
+    choices: dict[str, Any] = {"images_per_prompt": 1, "cases": cases, "draw_seed": draw_seed}
+    to_edit = edits(cases, draw_seed) if options.edits else []
+    if options.edits:
+        if options.edit_method not in EDIT_METHODS:
+            raise ValueError(
+                f"edit_method must be one of {', '.join(EDIT_METHODS)}, got {options.edit_method!r}"
+            )
+        drawn = json.dumps([(case.source_prompt, case.prompt) for case in to_edit])
+        inputs["edits"] = hashlib.sha256(drawn.encode()).hexdigest()
+        choices |= {"edit_method": options.edit_method}
+        choices["edit_strength"] = checks.number("edit_strength", options.edit_strength, 0, 1, above=True)
     items = [Item(i, prompt, (f"{i:05d}.png",)) for i, (_, prompt) in enumerate(captioned)]
     pipe = functools.cache(lambda: load_pipe(settings, "all"))
     with open_run("shapes", inputs, out, settings, choices) as folder:
         found = generate_images(pipe, folder, items, 1, settings)
-        _answer(pipe, folder, asked, settings, RankInfo.from_environment())
+        world = RankInfo.from_environment()
+        _answer(pipe, folder, asked, settings, world)
+        _edit(pipe, folder, to_edit, options, settings, world)
     return found
 
 
@@ -138,32 +165,76 @@ def _answer(
         folder.write_json(path, [answer.text for answer in answers])
 
 
+def _edit(
+    pipe: Callable[[], Any],
+    folder: RunFolder,
+    cases: Sequence[EditCase],
+    options: GenerateOptions,
+    settings: Settings,
+    world: RankInfo,
+) -> None:
+    from ..shapes import scenes
+
+    numbered = list(enumerate(cases))[: settings.limit]
+    share = shard(blocks(numbered, 1, settings.batch_size), world.rank, world.size)
+    hidden = not settings.progress or world.local_rank != 0
+    sampling = {name: value for name, value in settings.resolved().items() if name in SHARED_OPTIONS}
+    for block in tqdm(share, desc="Editing", unit="batch", disable=hidden or not cases):
+        paths = [folder.root / "edits" / f"{i:05d}.png" for i, _ in block]
+        if all(is_whole(path) for path in paths):
+            continue
+        sources = [scenes.to_pil(scenes.render(scenes.pack([case.source]))[0]) for _, case in block]
+        edited = pipe().edit(
+            sources,
+            [case.prompt for _, case in block],
+            [case.source_prompt for _, case in block],
+            strength=options.edit_strength,
+            method=options.edit_method,
+            seed=[image_seed(settings.seed, i, 1, 0) for i, _ in block],
+            progress=False,
+            **sampling,
+        )
+        for path, source, image in zip(paths, sources, edited, strict=True):
+            folder.write_image(path.with_name(f"{path.stem}-source.png"), source)
+            folder.write_image(path, image)
+
+
 def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, Any]:
     """Judge images and answers; writes item_scores.jsonl and score.json into `run`. ValueError below a given share."""
     manifest = RunFolder(run).read_manifest()
     scoring = ScoringRun("shapes", run, options, manifest["inputs_sha256"], published=True)
     about = {key: manifest["settings"][key] for key in ("cases", "draw_seed")}
     captioned, asked = prompts(*about.values()), questions(*about.values())
+    to_edit = edits(*about.values()) if "edits" in manifest["inputs_sha256"] else []
     there = scoring.whole([f"{i:05d}.png" for i in range(len(captioned[: options.limit]))], "NNNNN.png")
     answers = _read_blocks(scoring, len(asked), manifest["settings"]["batch_size"])
+    names = [f"edits/{i:05d}.png" for i in range(len(to_edit[: options.limit]))]
+    edited = scoring.whole_files(scoring.folder.root, names)
     if options.dry_run:
-        what = f"{len(there):,} images and {len(answers):,} answers, judged by rules"
+        what = f"{len(there):,} images, {len(answers):,} answers and {len(edited):,} edits, judged by rules"
         return {"benchmark": "shapes", "dry_run": what}
     items = _judge_images(scoring, captioned, there, options.progress)
     items += _judge_answers(asked[: options.limit], answers)
+    items += _judge_edits(scoring, to_edit, edited)
     groups = dict.fromkeys([*(family for family, _ in captioned), *(f"answer: {qa.kind}" for qa, _ in asked)])
-    shares = means(items, dict.fromkeys(("images", "answers"), about["cases"]))
+    groups |= dict.fromkeys(f"{case.kind} {what}" for case in to_edit for what in ("edited", "kept"))
+    shares = means(items, dict.fromkeys(("images", "answers", "edited", "kept"), about["cases"]))
+    totals = {"images right": {"images": 1.0}, "answers right": {"answers": 1.0}}
+    others = {"answers right": shares["answers"][0]}
+    if to_edit:
+        totals |= {"edited": {"edited": 1.0}, "kept": {"kept": 1.0}}
+        others |= {name: shares[name][0] for name in ("edited", "kept")}
     result = scoring.write(
         headline=("images right", shares["images"][0]),
         scale=1.0,
         scores=means(items, dict.fromkeys(groups, about["cases"])),
-        n_expected=len(captioned) + len(asked),
+        n_expected=len(captioned) + len(asked) + len(to_edit),
         n_scored=len(items),
         judge={"rules": "of this package"},
         items=items,
-        totals={"images right": {"images": 1.0}, "answers right": {"answers": 1.0}},
+        totals=totals,
         options=about,
-        others={"answers right": shares["answers"][0]},
+        others=others,
     )
     for name, least in (("images", options.at_least), ("answers", options.answers_at_least)):
         value, n, _ = shares[name]
@@ -213,6 +284,23 @@ def _judge_answers(asked: Sequence[tuple[QA, Image.Image]], answers: Mapping[int
             parts = {group: (float(right), 1) for group in (f"answer: {qa.kind}", "answers")}
             reason = f"expected {qa.answer!r}, got {text.strip()!r}"
             items.append(ItemScore(f"question {place:05d}", parts, qa.question, (), reason))
+    return items
+
+
+def _judge_edits(scoring: ScoringRun, cases: Sequence[EditCase], names: Sequence[str]) -> list[ItemScore]:
+    from ..shapes import judge
+    from ..shapes.edits import is_edited, is_kept
+
+    items = []
+    for name in names:
+        case, path = cases[int(Path(name).stem)], scoring.folder.root / name
+        reading = judge.read(read_image(path).convert("RGB"))
+        found = {"edited": is_edited(case, reading), "kept": is_kept(case, reading)}
+        parts = {f"{case.kind} {what}": (float(value), 1) for what, value in found.items()}
+        parts |= {what: (float(value), 1) for what, value in found.items()}
+        reason = "; ".join(f"not {what}" for what, value in found.items() if not value)
+        images = [str(path.with_name(f"{path.stem}-source.png")), str(path)]
+        items.append(ItemScore(name, parts, f"{case.source_prompt} -> {case.prompt}", images, reason))
     return items
 
 

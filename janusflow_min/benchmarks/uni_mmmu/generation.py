@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ...files import read_json
+from ...sampling_options import SHARED_OPTIONS
 from ..official_prompts import fill
 from ..ranks import RankInfo, shard
 from ..reading import read_image, read_text
@@ -245,7 +246,7 @@ def _generate(
         texts, seeds = [text for _, _, text, _ in group], [run.seeds[-1] for run, *_ in group]
         options = settings.resolved()
         if edits and editing is not None:
-            kept = {name: options[name] for name in ("num_inference_steps", "solver", "timestep_shift")}
+            kept = {name: options[name] for name in SHARED_OPTIONS}
             sources = [source for *_, source in group if source is not None]
             images = pipe.edit(sources, texts, method=editing, seed=seeds, progress=False, **kept)
         else:
