@@ -7,6 +7,7 @@ be measured on true renders of targets.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from .judge import Reading, Seen
 from .scenes import BACKGROUNDS, COLOURS, SHAPES, Object, Scene
 
 EDIT_KINDS = ("colour", "shape", "add", "remove", "background")
-PLACE = 6.0  # px; an object whose centre moved by less is in its place
+PLACE = 6.0  # px; an object to be kept whose centre moved by less is in its place
 RESIZED = 0.15  # an object whose radius changed by a smaller share has its size
 
 
@@ -89,14 +90,17 @@ def _is_near(seen: Seen, thing: Object) -> bool:
 
 
 def is_edited(case: EditCase, reading: Reading) -> bool:
-    """Whether the change is there: a new colour or shape in its place, one more object, one less, the background."""
+    """Whether the change is there: a new colour or shape whose centre lies within the old object, one more object, one
+    less, the background."""
     if case.kind == "background":
         return reading.background == case.target.background
     if case.kind == "remove":
         return not any(_is_kind(seen, case.source.objects[case.index]) for seen in reading.objects)
     thing = case.target.objects[case.index]
     return any(
-        _is_kind(seen, thing) and (case.kind == "add" or _is_near(seen, thing)) for seen in reading.objects
+        _is_kind(seen, thing)
+        and (case.kind == "add" or math.dist(seen.centre, (thing.x, thing.y)) < thing.radius)
+        for seen in reading.objects
     )
 
 

@@ -31,6 +31,19 @@ def test_true_targets_are_edited_and_kept_and_sources_only_kept(kind):
     assert sources.count((False, True)) >= 39
 
 
+@pytest.mark.parametrize("kind", ["colour", "shape"])
+def test_an_edit_elsewhere_is_none(kind):
+    """Stops: an object that vanished, beside a new one in another corner, taken for one that changed."""
+    for i in range(10):
+        case = edits.edit_case(kind, i)
+        thing, (other,) = case.target.objects[case.index], case.unchanged
+        for way, expected in ((0.8, True), (1.2, False)):
+            moved = replace(thing, y=thing.y + way * thing.radius * (1 if thing.y < 64 else -1))
+            reading = read(replace(case.target, objects=(moved,)))
+            assert edits.is_edited(case, reading) == expected, (case, way)
+        assert not edits.is_edited(case, read(replace(case.target, objects=(other,))))
+
+
 @pytest.mark.parametrize("kind", edits.EDIT_KINDS)
 def test_a_rest_that_changed_is_not_kept(kind):
     """Stops: an edit that moves, resizes, repaints or drops what it should leave alone, and passes."""
