@@ -28,17 +28,16 @@ def undo_euler(
     """
     dims = tuple(range(1, x.ndim))
     for now, then in reversed(list(pairwise(times))):
-        end, moved, residual = x, None, x
-        for _ in range(iterations):
-            last_moved, last_residual = moved, residual
+        end = x
+        x = last_moved = end - (then - now) * velocity(end, now)
+        last_residual = x - end
+        for _ in range(iterations - 1):
             moved = end - (then - now) * velocity(x, now)
             residual = moved - x
-            if last_moved is None:
-                x = moved
-                continue
             change = residual - last_residual
             length = change.square().sum(dims, keepdim=True).clamp_min(1e-30)
             x = moved - (residual * change).sum(dims, keepdim=True) / length * (moved - last_moved)
+            last_moved, last_residual = moved, residual
     return x
 
 

@@ -83,7 +83,7 @@ def edit(
     masks = None if mask is None else _masks(pipe, mask, images)
     seeds = pipe._seeds(len(prompts), seed)
     target = pipe.check_prompts(prompts)
-    squares = [_square(pipe, picture) for picture in images]
+    squares = [square(pipe, picture) for picture in images]
     described: list[Any] = [None] * len(prompts)
     source, sampler = target, pipe.sampler
     if method != "sdedit":
@@ -100,7 +100,7 @@ def edit(
     total = len(parts) * (len(times) - 1)
     with torch.inference_mode(), progress_bar(progress, total=total, desc="Editing", unit="step") as bar:
         for part in parts:
-            x = _encode(pipe, squares[part])
+            x = encode_images(pipe, squares[part])
             generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[part]]
             start, velocity = x, guided_velocity(sampler, target[part], weights[0])
             if method == "flowedit":
@@ -145,7 +145,7 @@ def invert(
     with torch.inference_mode():
         for i in range(0, len(images), EDIT_BATCH):
             part = slice(i, i + EDIT_BATCH)
-            x = _encode(pipe, [_square(pipe, picture) for picture in images[part]])
+            x = encode_images(pipe, [square(pipe, picture) for picture in images[part]])
             found.append(undo_euler(guided_velocity(pipe.sampler, encoded[part], weight), x, times))
     latents = torch.cat(found).cpu()
     if not torch.isfinite(latents).all():
@@ -175,7 +175,7 @@ def _masks(pipe: Pipeline, mask: Any, images: Sequence[Image.Image]) -> list[Ima
         if grey.size != image.size:
             size, wanted = ("{}x{}".format(*picture.size) for picture in (grey, image))
             raise ValueError(f"a mask must be of its image's size, {wanted}, got {size}")
-        found.append(_square(pipe, grey.point([0] * 128 + [255] * 128), Image.Resampling.NEAREST))
+        found.append(square(pipe, grey.point([0] * 128 + [255] * 128), Image.Resampling.NEAREST))
         if not found[-1].getbbox():
             raise ValueError("a mask has nothing white in its middle square, so nothing may change")
     return found
@@ -206,7 +206,7 @@ def _each(name: str, values: list[Any], count: int) -> list[Any]:
     return values * (count // len(values))
 
 
-def _square(
+def square(
     pipe: Pipeline, image: Image.Image, how: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
     """The middle of an image, at the model's size."""
@@ -214,8 +214,9 @@ def _square(
     return ImageOps.fit(image, (side, side), how)
 
 
-def _encode(pipe: Pipeline, squares: Sequence[Image.Image]) -> Tensor:
-    """Latents (B, C, h, w), fp32 on the model's device; one image at a time, which bounds the VAE's memory."""
+def encode_images(pipe: Pipeline, squares: Sequence[Image.Image]) -> Tensor:
+    """RGB images of the model's size -> latents (B, C, h, w), fp32 on the model's device. One image at a time, which
+    bounds the VAE's memory."""
     vae = pipe.vae
     assert vae is not None
     latents = [vae.encode(to_pixels(image)[None].to(vae.device)) for image in squares]

@@ -3,7 +3,8 @@
 
 Answers are read, not sampled: one batched pass gives the probability of each of them after question and image. By
 default the question is whether the image shows the prompt. A `Checker` that knows the prompts' world asks for each
-thing that they say, which separates right from wrong better; any function (image, prompt) -> float does as well.
+thing that they say besides, which separates right from wrong better; what no question tells, the flow may, which
+generates one thing under one prompt and another under another. Any function (image, prompt) -> float does as well.
 
 Legend: B rows, T tokens, D hidden size.
 """
@@ -22,16 +23,19 @@ from PIL import Image
 from torch import Tensor
 
 from . import checks
+from .editing import encode_images, square
+from .flow import TIME_SCALE, interpolate
 from .llama import mask_positions
 from .model import merge_image_embeds
-from .pixels import ImageSource
-from .sampling import draw_noise
+from .pixels import ImageSource, open_image
+from .sampling import draw_noise, plan_rows
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-# A prompt -> questions about an image of it, each with the answers that are right; their probabilities are added.
-Checker = Callable[[str], Sequence[tuple[str, Sequence[str]]]]
+# A prompt -> questions about an image of it, each with the answers that are right, whose probabilities are added; and
+# other prompts, which an image of this one fits worse (`fit`).
+Checker = Callable[[str], Sequence[tuple[str, Sequence[str]] | str]]
 CHECKERS = {"shapes": "janusflow_min.shapes.checker:questions"}  # the default model's world
 Judge = Callable[[Image.Image, str], float]  # (image, prompt) -> the higher, the better
 
@@ -39,6 +43,8 @@ QUESTION = "Does this image show {prompt}? Answer yes or no."
 YES, NO = ("yes", "Yes"), ("no", "No")
 MAX_ROWS = 64  # answers read in one pass
 MAX_CANDIDATES = 16  # images that are generated before they are scored
+FIT_TIMES = (0.05, 0.1, 0.2, 0.3)  # of `fit`: where the flow decides layout and sizes
+FIT_POWER = 8  # of `fit`: of 600 prompts' images, right ones get 0.95 on average, wrong ones 0.84
 
 
 def log_likelihoods(pipe: Pipeline, rows: Sequence[tuple[ImageSource, str, str]]) -> list[float]:
@@ -103,8 +109,8 @@ def score_all(
 ) -> list[float]:
     """The probability, in [0, 1], that each image shows its prompt.
 
-    With a checker the product over its questions of the probability of a right answer; without one, or where it has
-    no question for a prompt, the share of yes in yes and no.
+    The share of yes in yes and no; with a checker times the probability of a right answer to each of its questions,
+    and `fit` for each of its other prompts.
     """
     rows: list[tuple[ImageSource, str, str]] = []
     plans: list[list[tuple[range, range]]] = []  # of each image: rows of right answers, rows of wrong ones
@@ -113,10 +119,15 @@ def score_all(
         rows.extend((image, question, answer) for answer in answers)
         return range(len(rows) - len(answers), len(rows))
 
+    fits: list[float] = []
     for image, prompt in zip(images, prompts, strict=True):
-        asked: list[tuple[str, Sequence[str], Sequence[str]]]
-        asked = [(question, right, ()) for question, right in (checker(prompt) if checker else ())]
-        asked = asked or [(QUESTION.format(prompt=prompt), YES, NO)]
+        asked: list[tuple[str, Sequence[str], Sequence[str]]] = [(QUESTION.format(prompt=prompt), YES, NO)]
+        fits.append(1.0)
+        for item in checker(prompt) if checker else ():
+            if isinstance(item, str):
+                fits[-1] *= fit(pipe, image, prompt, item)
+            else:
+                asked.append((*item, ()))
         plans.append([(added(image, q, right), added(image, q, wrong)) for q, right, wrong in asked])
     logs = log_likelihoods(pipe, rows)
 
@@ -124,12 +135,31 @@ def score_all(
         return sum(math.exp(logs[i]) for i in places)
 
     found = []
-    for plan in plans:
-        value = 1.0
+    for plan, value in zip(plans, fits, strict=True):
         for yes, no in plan:
             value *= total(yes) / (total(yes) + total(no)) if no else min(1.0, total(yes))
         found.append(value)
     return found
+
+
+@torch.inference_mode()
+def fit(pipe: Pipeline, image: ImageSource, prompt: str, other: str) -> float:
+    """How much better an image fits a prompt than another, in [0, 1]; 0.5 where it fits both alike.
+
+    The mean square error of either prompt's velocity at the same noisy images (Li et al. 2023, arXiv 2303.16203),
+    each to the power -8: the prompt's share of both.
+    """
+    pipe._need("generation")
+    x = encode_images(pipe, [square(pipe, open_image(image, upright=True, background="white"))])
+    times = x.new_tensor(FIT_TIMES)
+    noise = draw_noise(x.shape[1:], [torch.Generator("cpu").manual_seed(k) for k in range(len(times))]).to(x)
+    z, target = interpolate(x.expand_as(noise), noise, times)
+    prompts = [text for text in pipe.check_prompts([prompt, other]) for _ in FIT_TIMES]
+    velocity = pipe.sampler.prefill(plan_rows(prompts, False))(
+        z.repeat(2, 1, 1, 1), times.repeat(2) * TIME_SCALE
+    )
+    own, others = (velocity.double() - target.repeat(2, 1, 1, 1)).square().mean((1, 2, 3)).chunk(2)
+    return 1 / (1 + float(own.mean() / others.mean()) ** FIT_POWER)
 
 
 def candidate_seed(seed: int, candidate: int) -> int:

@@ -86,6 +86,7 @@ def test_scores_tell_right_from_wrong(pipe, drawn):
     others = pipe.score(images, prompts[2:] + prompts[:2], checker=checker.questions)
     assert max(others) < 0.5
     assert pipe.score(images[0], prompts[0], checker="shapes") == pytest.approx(own[0], abs=1e-4)
+    assert all(value <= pipe.score(images[k], prompts[k]) + 1e-5 for k, value in enumerate(own))
     asked = pipe.score(images[1], prompts[1])
     both = selection.log_likelihoods(
         pipe,
@@ -100,6 +101,28 @@ def test_scores_tell_right_from_wrong(pipe, drawn):
         images[1], "a photo of a cat", checker="shapes"
     )  # no question of the world: the usual one
     assert unknown == pytest.approx(pipe.score(images[1], "a photo of a cat"), abs=1e-5)
+
+
+def test_the_flow_tells_what_no_question_does(pipe):
+    """Stops: a fit that the noise decides, one that needs another image or prompt, and a checker whose other prompts
+    are asked like questions or passed over."""
+    found = {}
+    for size, radius in (("small", 16.0), ("large", 32.0)):
+        for shape in ("star", "circle", "ring"):
+            thing = scenes.Object(shape, "red", 64.0, 64.0, radius, scenes.COLOURS["red"])
+            scene = scenes.Scene("white", scenes.BACKGROUNDS["white"], (thing,))
+            image = scenes.to_pil(scenes.render(scenes.pack([scene]))[0])
+            prompt = f"a photo of a {size} red {shape} on a white background"
+            (other,) = [item for item in checker.questions(prompt) if isinstance(item, str)]
+            assert {prompt, other} == {prompt, prompt.replace(size, "large" if size == "small" else "small")}
+            found[size, shape] = own = selection.fit(pipe, image, prompt, other)
+            assert own == selection.fit(pipe, image, prompt, other)
+            assert selection.fit(pipe, image, other, prompt) == pytest.approx(1 - own, abs=1e-6)
+            assert selection.fit(pipe, image, prompt, prompt) == pytest.approx(0.5, abs=1e-3)
+            asked = [item for item in checker.questions(prompt) if not isinstance(item, str)]
+            without = pipe.score(image, prompt, checker=lambda _, asked=asked: asked)
+            assert pipe.score(image, prompt, checker="shapes") == pytest.approx(own * without, rel=1e-3)
+    assert min(found.values()) > 0.6 and sum(found.values()) / len(found) > 0.9
 
 
 def test_the_best_of_several_comes_first_and_can_be_made_again(pipe):
@@ -197,7 +220,7 @@ def test_the_checker_asks_what_prompts_say_and_its_answers_are_true(drawn):
         for _ in range(40):
             scene = scenes.sample_scene(rng, family, rng.choice(["train", "held_out"]))
             prompt = captions.caption(scene, family, rng, "plain")
-            asked = dict(checker.questions(prompt))
+            asked = dict(item for item in checker.questions(prompt) if not isinstance(item, str))
             assert asked
             for qa in captions.questions(scene, rng):  # what is beyond doubt about the scene itself
                 if qa.question in asked:
@@ -210,5 +233,6 @@ def test_the_checker_asks_what_prompts_say_and_its_answers_are_true(drawn):
     assert kinds >= {"color", "count", "where", "yes_no"}
     assert checker.questions("a cat") == []
     with_ground = checker.questions("a photo of a small star on a white background")
-    assert len(dict(with_ground)["Describe the picture."]) == 8
+    assert "a photo of a large star on a white background" in with_ground
+    assert len(dict(item for item in with_ground if not isinstance(item, str))["Describe the picture."]) == 8
     assert judge.check(drawn[0][2], drawn[0][1])[0]

@@ -108,7 +108,9 @@ def test_edits_are_judged_beside_their_originals(run):
         scenes.to_pil(scenes.render(scenes.pack([case.target]))[0]).save(path)
     result = score(run)
     assert {result["others"][name]["value"] for name in ("edited", "kept")} == {1.0}
-    shutil.copyfile(run / "edits" / "00000-source.png", run / "edits" / "00000.png")  # colour: nothing is changed
+    shutil.copyfile(
+        run / "edits" / "00000-source.png", run / "edits" / "00000.png"
+    )  # colour: nothing is changed
     shutil.copyfile(run / "edits" / "00001.png", run / "edits" / "00002.png")  # add: another case's image
     scores = score(run)["scores"]
     seen = [scores[f"{kind} {what}"]["value"] for kind in ("colour", "add") for what in ("edited", "kept")]
