@@ -210,12 +210,12 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the rest of the package": 7297,  # 4600 is wanted
+    "the rest of the package": 7340,  # 4600 is wanted
     "LoRA": 193,  # 120 is wanted
     "hub": 153,
     "server": 1040,  # 450 is wanted
     "training": 3750,  # 2300 is wanted
-    "benchmarks": 8100,  # with the world of shapes; 5600 is wanted
+    "benchmarks": 8170,  # with the world of shapes; 5600 is wanted
     "scripts": 3042,  # 2200 is wanted
 }
 
