@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .config import JanusFlowConfig
@@ -153,12 +154,12 @@ class JanusFlow(nn.Module):
     def encode_latents(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, C, h, w), timestep (B,) -> image tokens (B, N, D), t_emb (B, D), skip (B, C', h/2, w/2)."""
         skip, t_emb = self.uvit_encoder(latents, timestep)
-        return self.gen_in_aligner(skip.flatten(2).transpose(1, 2)), t_emb, skip
+        return self.gen_in_aligner(rearrange(skip, "b c h w -> b (h w) c")), t_emb, skip
 
     def decode_velocity(self, hidden: Tensor, skip: Tensor, t_emb: Tensor) -> Tensor:
         """The LLM's states at the image tokens (B, N, D), skip, t_emb -> velocity (B, C, h, w)."""
         x = self.gen_out_aligner(self.gen_out_norm(hidden))
-        x = x.transpose(1, 2).unflatten(2, skip.shape[2:])  # (B, C', h/2, w/2)
+        x = rearrange(x, "b (h w) c -> b c h w", h=skip.shape[2])
         return self.uvit_decoder(x, skip, t_emb)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .config import SiglipConfig
@@ -25,11 +26,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, patches, width = x.shape
-        qkv = self.qkv(x).view(batch, patches, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, P, d)
+        q, k, v = rearrange(self.qkv(x), "b p (three h d) -> three b h p d", three=3, h=self.heads)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(batch, patches, width))
+        return self.proj(rearrange(y, "b h p d -> b p (h d)"))
 
 
 class MLP(nn.Module):
@@ -61,7 +60,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, P, W)
+        return rearrange(self.proj(x), "b w rows columns -> b (rows columns) w")
 
 
 class Siglip(nn.Module):
