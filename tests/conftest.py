@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -20,6 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+import janusflow_min as jf
+from janusflow_min.checkpoint import load_model
+from janusflow_min.processor import Processor
 
 FORKS: list[str] = []  # where this process forked
 if hasattr(os, "register_at_fork"):
@@ -48,6 +53,29 @@ def nothing_forks():
 def parity_dir() -> Path:
     """The tiny checkpoint folder, not to be written to."""
     return Path(__file__).parent / "fixtures" / "parity" / "tiny"
+
+
+@pytest.fixture
+def folder(parity_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint that a test may damage."""
+    target = tmp_path / "checkpoint"
+    shutil.copytree(parity_dir, target, ignore=shutil.ignore_patterns("expected.*", "images"))
+    return target
+
+
+@pytest.fixture(scope="module")
+def pipe(parity_dir: Path) -> jf.Pipeline:
+    return jf.load(parity_dir, device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(parity_dir: Path) -> jf.JanusFlow:
+    return load_model(parity_dir, progress=False)
+
+
+@pytest.fixture(scope="module")
+def processor(parity_dir: Path) -> Processor:
+    return Processor.from_folder(parity_dir, 640)
 
 
 @pytest.fixture(scope="session")

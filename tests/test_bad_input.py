@@ -8,7 +8,6 @@ What the processor refuses by itself is in `test_processor.py`, broken checkpoin
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +20,6 @@ from safetensors.torch import load_file, save_file
 import janusflow_min as jf
 from janusflow_min import loading
 from janusflow_min.tokenizer import BOS, EOS
-
-
-@pytest.fixture(scope="module")
-def pipe(parity_dir) -> jf.Pipeline:
-    return jf.load(parity_dir, device="cpu", progress=False)
-
-
-@pytest.fixture
-def folder(parity_dir, tmp_path) -> Path:
-    """A copy of the checkpoint that a test may damage."""
-    target = tmp_path / "checkpoint"
-    shutil.copytree(parity_dir, target, ignore=shutil.ignore_patterns("expected.*", "images"))
-    return target
 
 
 @pytest.fixture

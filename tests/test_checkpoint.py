@@ -48,11 +48,6 @@ def folder(tmp_path, parity_dir) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def model(parity_dir) -> jf.JanusFlow:
-    return load_model(parity_dir, progress=False)
-
-
 def load(folder: Path, **options) -> jf.JanusFlow:
     return load_model(folder, progress=False, **options)
 
@@ -337,11 +332,6 @@ def test_a_part_cannot_be_saved(parity_dir, tmp_path, parts):
     with pytest.raises(ValueError, match=rf"only '{parts}' was loaded"):
         save_model(load(parity_dir, parts=parts), tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def pipe(parity_dir) -> jf.Pipeline:
-    return jf.load(parity_dir, device="cpu", progress=False)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -21,14 +21,6 @@ from janusflow_min.vae import load_vae
 
 
 @pytest.fixture
-def folder(parity_dir, tmp_path) -> Path:
-    """A whole checkpoint that a test may damage."""
-    target = tmp_path / "checkpoint"
-    shutil.copytree(parity_dir, target, ignore=shutil.ignore_patterns("expected.*", "images"))
-    return target
-
-
-@pytest.fixture
 def pipe(parity_dir) -> jf.Pipeline:
     """One that a test may wrap."""
     return jf.load(parity_dir, device="cpu", progress=False)

@@ -27,11 +27,6 @@ SIDE = 64  # of the small checkpoint's images
 
 
 @pytest.fixture(scope="module")
-def pipe(parity_dir) -> jf.Pipeline:
-    return jf.load(parity_dir, device="cpu", progress=False)
-
-
-@pytest.fixture(scope="module")
 def tiny() -> jf.Pipeline:
     return jf.load("tiny", device="cpu", progress=False)
 

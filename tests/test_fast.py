@@ -23,11 +23,6 @@ def relative(actual: Tensor, wanted: Tensor) -> float:
     return ((actual - wanted).norm() / wanted.norm()).item()
 
 
-@pytest.fixture(scope="module")
-def pipe(parity_dir) -> jf.Pipeline:
-    return jf.load(parity_dir, device="cpu", progress=False)
-
-
 @pytest.fixture
 def fast_pipe(parity_dir) -> jf.Pipeline:
     pipe = jf.load(parity_dir, device="cpu", progress=False)

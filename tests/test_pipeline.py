@@ -28,11 +28,6 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def pipe(parity_dir) -> jf.Pipeline:
-    return jf.load(parity_dir, device="cpu", progress=False)
-
-
-@pytest.fixture(scope="module")
 def bf16(parity_dir) -> jf.Pipeline:
     return jf.load(parity_dir, device="cpu", dtype="bfloat16", progress=False)
 

@@ -31,11 +31,6 @@ JSON_FILES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def processor(parity_dir) -> Processor:
-    return Processor.from_folder(parity_dir, ROWS)
-
-
 @pytest.fixture
 def folder(parity_dir, tmp_path) -> Path:
     """A copy of the JSON files that a test may edit."""

@@ -20,11 +20,6 @@ SAMPLERS = {"plain": PlainSampler, "fast": GraphSampler}
 QUIET = {"num_inference_steps": 2, "seed": 1, "progress": False}
 
 
-@pytest.fixture(scope="module")
-def pipe(parity_dir) -> jf.Pipeline:
-    return jf.load(parity_dir, device="cpu", progress=False)
-
-
 @pytest.fixture(params=SAMPLERS)
 def sampled(request, parity_dir) -> jf.Pipeline:
     """A pipeline of its own, which a test may break, with either sampler."""

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +27,7 @@ from .config import COMPONENTS, KINDS, Config, LoraConfig
 from .dataset import Source, open_sources, summarize
 from .prepare import component, trainable
 from .sample import SampleBuilder
-from .settings import anchored, read, require
+from .settings import anchored, naming, read, require
 
 KIND_COMPONENTS = {  # what only samples of a kind train
     "generation": ("gen_aligners", "uvit_encoder", "uvit_decoder", "alignment_head"),
@@ -139,16 +138,6 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
     plan = Plan(config, folder, processor, sources, trained, frozen, memory, disk, [])
     plan.notes.extend(remarks(plan))
     return plan
-
-
-@contextmanager
-def naming(key: str) -> Iterator[None]:
-    """Puts the setting's name in front of errors."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        kind = type(error) if type(error) in (ValueError, FileNotFoundError, PermissionError) else ValueError
-        raise kind(f"{key}: {error}") from error
 
 
 def steps_of(config: Config, sources: Sequence[Source]) -> int:

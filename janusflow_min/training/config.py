@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..devices import SHORT_NAMES
 from .settings import (
     BelowOne,
     Count,
@@ -178,14 +179,14 @@ class Config:
     batch: Count = FROM_STAGE  # samples of a step, over all GPUs
     micro_batch: Count = 8  # samples of one forward pass, at most
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of computing; master weights are fp32
+    dtype: Literal["auto", "float32", "bfloat16", "fp32", "bf16"] = "auto"  # of computing; masters are fp32
     parallel: Literal["auto", "none", "replicate", "fsdp"] = "auto"  # under torchrun; auto: replicate
     compile: bool = False
     gradient_checkpointing: bool = False
     on_nan: Literal["stop", "skip"] = "stop"  # skip: leave such a step out; 20 in a row end the run
     save_every: Steps = 500  # steps between checkpoints
     keep: Count = 2  # checkpoints
-    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    export_dtype: Literal["float32", "bfloat16", "fp32", "bf16"] = "bfloat16"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -230,6 +231,8 @@ class Config:
             "steps": steps,
             "batch": self.batch or stage.batch,
             "objective": dataclasses.replace(self.objective, prompt_form=form),
+            "dtype": SHORT_NAMES.get(self.dtype, self.dtype),
+            "export_dtype": SHORT_NAMES.get(self.export_dtype, self.export_dtype),
         }
         for key, value in resolved.items():
             object.__setattr__(self, key, value)

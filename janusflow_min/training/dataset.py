@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import Config, SourceConfig
 from .hf_rows import Stream, open_dataset
 from .rows import BadRow, CaptionFolder, Manifest, Row, rename, seeded_generator
+from .settings import naming
 
 
 class Source:
@@ -71,11 +72,8 @@ def open_sources(config: Config, show: bool = False) -> list[Source]:
     """The sources of a run; show: progress bars, on a terminal. Errors name the table of the configuration."""
     skip, found = config.loader.on_bad_row == "skip", []
     for i, source in enumerate(config.data):
-        try:
+        with naming(f"data.{i}"):
             found.append(Source(source, config.seed, f"{i} {source.kind}", skip, show))
-        except (ValueError, OSError) as error:
-            known = FileNotFoundError, OSError, ValueError
-            raise next(k for k in known if isinstance(error, k))(f"data.{i}: {error}") from error
     return found
 
 

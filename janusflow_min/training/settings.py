@@ -11,7 +11,8 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
@@ -189,6 +190,17 @@ def checked(kind: Any, value: Any, where: str = "") -> Any:
     good = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
     require(good and (kind is not float or math.isfinite(value)), where, names[kind], value)
     return value
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Puts a setting's name in front of errors."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        kinds = (FileNotFoundError, PermissionError, OSError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{key}: {error}") from error
 
 
 def require(good: bool, key: str, wanted: str, got: Any) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.model import JanusFlow, merge_image_embeds
-from janusflow_min.processor import Processor
 from janusflow_min.training.losses import IGNORE, AlignmentHead
 from janusflow_min.training.sample import conversation_example
 
@@ -33,11 +32,6 @@ def model(weights) -> JanusFlow:
     """With no gradients yet."""
     weights.zero_grad(set_to_none=True)
     return weights
-
-
-@pytest.fixture(scope="module")
-def processor(parity_dir) -> Processor:
-    return Processor.from_folder(parity_dir, 640)
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,6 @@ KINDS = ("generation", "hidden", "understanding", "text", "mixed")
 
 
 @pytest.fixture(scope="module")
-def processor(parity_dir) -> Processor:
-    return Processor.from_folder(parity_dir, 640)
-
-
-@pytest.fixture(scope="module")
 def objective(parity_dir) -> JanusFlowLoss:
     model = load_model(parity_dir, progress=False).requires_grad_(True)
     torch.manual_seed(0)

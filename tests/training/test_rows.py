@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from janusflow_min.checkpoint import load_model
 from janusflow_min.processor import Processor
 from janusflow_min.training.batch import StepDataset, unpack
 from janusflow_min.training.config import SourceConfig
@@ -32,16 +31,6 @@ from janusflow_min.training.sample import (
 )
 
 TAG = "<image_placeholder>"
-
-
-@pytest.fixture(scope="module")
-def model(parity_dir):
-    return load_model(parity_dir, progress=False)
-
-
-@pytest.fixture(scope="module")
-def processor(parity_dir) -> Processor:
-    return Processor.from_folder(parity_dir, 640)
 
 
 @pytest.fixture

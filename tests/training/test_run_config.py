@@ -51,6 +51,14 @@ def test_stages_are_the_papers(stage, lr, warmup, steps, batch, mix, early, trai
     assert config.objective.prompt_form == form
 
 
+def test_short_names_of_dtypes_are_the_full_ones():
+    """Stops: "bf16", which every other command takes, refused here, or a run that it makes a different one."""
+    short = read(Config, {"data": DATA, "dtype": "bf16", "export_dtype": "fp32"})
+    assert short == read(Config, {"data": DATA, "dtype": "bfloat16", "export_dtype": "float32"})
+    with pytest.raises(ValueError, match="export_dtype must be one of float32"):
+        read(Config, {"data": DATA, "export_dtype": "fp16"})
+
+
 def test_defaults_are_the_papers():
     """Stops: another share of hidden prompts, time distribution, layer, weight, moment or average as the default."""
     config = read(Config, {"data": DATA})

@@ -20,8 +20,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from janusflow_min.checkpoint import load_model
-from janusflow_min.processor import Processor
 from janusflow_min.training import hf_rows
 from janusflow_min.training.batch import StepBatches, StepDataset, load_steps
 from janusflow_min.training.config import Config
@@ -32,16 +30,6 @@ from janusflow_min.training.sample import SampleBuilder
 from janusflow_min.training.trainer import Trainer
 
 ROWS = 23
-
-
-@pytest.fixture(scope="module")
-def model(parity_dir):
-    return load_model(parity_dir, progress=False)
-
-
-@pytest.fixture(scope="module")
-def processor(parity_dir) -> Processor:
-    return Processor.from_folder(parity_dir, 640)
 
 
 @pytest.fixture

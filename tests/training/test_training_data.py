@@ -11,23 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from janusflow_min.checkpoint import load_model
-from janusflow_min.processor import Processor
 from janusflow_min.training.batch import StepDataset, bucket
 from janusflow_min.training.config import SourceConfig
 from janusflow_min.training.dataset import Mixture, Source, open_sources
 from janusflow_min.training.rows import Manifest, seeded_generator
 from janusflow_min.training.sample import Cache, Sample, SampleBuilder, square
-
-
-@pytest.fixture(scope="module")
-def model(parity_dir):
-    return load_model(parity_dir, progress=False)
-
-
-@pytest.fixture(scope="module")
-def processor(parity_dir) -> Processor:
-    return Processor.from_folder(parity_dir, 640)
 
 
 def steps_of(config, processor, model, rank=0, world=1, cache=None) -> StepDataset:

@@ -146,14 +146,7 @@ def _steps(case: Case, generates: bool, texts: Mapping[str, str], context: list[
     return (yield Ask([*context, texts["moves"]]))
 
 
-PROGRAMS = {
-    "science": _science,
-    "math": _math,
-    "jigsaw": _jigsaw,
-    "maze": _maze,
-    "sliding": _sliding,
-    "code": _code,
-}
+PROGRAMS = dict(science=_science, math=_math, jigsaw=_jigsaw, maze=_maze, sliding=_sliding, code=_code)
 
 
 # One block -----------------------------------------------------------------------

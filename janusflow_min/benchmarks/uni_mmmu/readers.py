@@ -233,14 +233,7 @@ def _sliding(root: Path, source: Path) -> Iterator[Case]:
         yield Case("sliding", i, f"case_{safe_name(name)}", {"steps": len(moves)}, images, truth)
 
 
-READERS = {
-    "science": _science,
-    "math": _math,
-    "jigsaw": _jigsaw,
-    "maze": _maze,
-    "sliding": _sliding,
-    "code": _code,
-}
+READERS = dict(science=_science, math=_math, jigsaw=_jigsaw, maze=_maze, sliding=_sliding, code=_code)
 
 
 # Files -----------------------------------------------------------------------

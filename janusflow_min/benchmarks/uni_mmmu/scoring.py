@@ -330,14 +330,7 @@ def _sliding(cases: Sequence[Case], generates: bool, judging: Judging) -> list[R
     return records
 
 
-SCORERS = {
-    "science": _science,
-    "math": _math,
-    "jigsaw": _jigsaw,
-    "maze": _maze,
-    "sliding": _sliding,
-    "code": _code,
-}
+SCORERS = dict(science=_science, math=_math, jigsaw=_jigsaw, maze=_maze, sliding=_sliding, code=_code)
 
 
 # Together -----------------------------------------------------------------------
