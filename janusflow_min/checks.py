@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -110,6 +110,11 @@ def seed(name: str, value: Any) -> int:
     if not is_whole(value) or not 0 <= value <= LARGEST:
         raise ValueError(f"{name} must be a whole number in [0, 2**63), got {shown(value)}")
     return int(value)
+
+
+def one_of(name: str, value: Any, names: Collection[str]) -> None:
+    if value not in tuple(names):
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {shown(value)}")
 
 
 def function(name: str, value: Any) -> None:

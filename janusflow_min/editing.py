@@ -68,8 +68,7 @@ def edit(
     Raises ValueError for arguments that make no edit and FileNotFoundError for a missing file, before any work;
     FloatingPointError where latents or pixels become NaN or infinite.
     """
-    if method not in EDIT_METHODS:
-        raise ValueError(f"method must be one of {', '.join(EDIT_METHODS)}, got {checks.shown(method)}")
+    checks.one_of("method", method, EDIT_METHODS)
     strength = checks.number("strength", strength, least=0, most=1, above=True)
     weights = checks.number("cfg_weight", cfg_weight), checks.number("source_cfg_weight", source_cfg_weight)
     options = SamplingOptions(

@@ -42,6 +42,9 @@ from .vae import VAE
 VAE_IMAGES = 8  # decoded at once on a GPU
 
 OUTPUT_TYPES = ("pil", "np", "latent")
+Row = tuple[
+    str, list[int], list[int] | None
+]  # of an image: its prompt, token ids of that and of the negative one
 OnStepEnd = Callable[..., Any]  # (step, t, latents), with preview (step, t, latents, images)
 
 
@@ -202,10 +205,7 @@ class Pipeline(LoraMixin):
         checks.function("callback_on_step_end", callback_on_step_end)
         if checks.flag("preview", preview) and callback_on_step_end is None:
             raise ValueError("preview is for callback_on_step_end, which is not given")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(
-                f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {checks.shown(output_type)}"
-            )
+        checks.one_of("output_type", output_type, OUTPUT_TYPES)
         side = self.model.config.siglip.image_size
         if img_size is not None:
             side = img_size = checks.whole("img_size", img_size, most=checks.MAX_IMG_SIZE)
@@ -214,36 +214,25 @@ class Pipeline(LoraMixin):
         noise, seeds = self._noise(count, seed, latents)
         if seeds is None and best_of > 1:
             raise ValueError("best_of draws further noise from seeds, so it cannot be given latents")
-        encoded = [ids for ids in self.check_prompts(prompts) for _ in range(parallel_size)]
-        if negative is not None:
-            negative = [ids for ids in negative for _ in range(parallel_size)]
-        prompts = [text for text in prompts for _ in range(parallel_size)]
+        rows = list(zip(prompts, self.check_prompts(prompts), negative, strict=True))
+        rows = [row for row in rows for _ in range(parallel_size)]
         watch = None
         if callback_on_step_end is not None:
             watch = partial(watched, callback_on_step_end, self._decode if preview else None)
 
-        def make(places: list[int], noise: Tensor, decode: bool) -> tuple[Tensor, list[Image.Image]]:
-            """Final latents and images of the prompts at these places."""
-            others = None if negative is None else [negative[i] for i in places]
-            final = self._integrate([encoded[i] for i in places], others, noise, options, progress, watch)
-            if bad := [prompts[places[i]] for i in _not_finite(final)]:
-                raise FloatingPointError(
-                    f"the latents of {', '.join(map(repr, dict.fromkeys(bad)))} are not finite, so there is no image; "
-                    f"dtype {self.model.dtype} (float16 overflows, bfloat16 does not), cfg_weight {cfg_weight}"
-                )
-            return final, self._decode(final, [prompts[i] for i in places]) if decode else []
+        def make(rows: Sequence[Row], noise: Tensor) -> tuple[Tensor, list[Image.Image]]:
+            final, texts = self._integrate(rows, noise, options, progress, watch), [text for text, *_ in rows]
+            return final, [] if output_type == "latent" and best_of == 1 else self._decode(final, texts)
+
+        def rate(rows: Sequence[Row], images: list[Image.Image]) -> list[float]:
+            return scores_of(self, images, [text for text, *_ in rows], asks, judge)
 
         with torch.inference_mode():
             if best_of == 1:
-                final, images = make(list(range(count)), noise, output_type != "latent")
-                scores = None
+                (final, images), scores = make(rows, noise), None
             else:
-
-                def rate(places: list[int], images: list[Image.Image]) -> list[float]:
-                    return scores_of(self, images, [prompts[i] for i in places], asks, judge)
-
                 final, images, seeds, scores = best_candidates(
-                    best_of, seeds or [], noise.shape[1:], make, rate
+                    best_of, rows, seeds or [], noise.shape[1:], make, rate
                 )
         if output_type == "latent":
             images = []
@@ -251,7 +240,7 @@ class Pipeline(LoraMixin):
             images = [image.resize((img_size, img_size), Image.Resampling.LANCZOS) for image in images]
         found = np.stack([np.asarray(image) for image in images]) if output_type == "np" else images
         # Cloned outside of inference mode: a tensor like any other, gradients included.
-        return Generation(found, final.float().cpu().clone(), seeds, prompts, scores)
+        return Generation(found, final.float().cpu().clone(), seeds, [text for text, *_ in rows], scores)
 
     @overload
     def score(self, image: ImageSource, prompt: str, checker: str | Checker | None = None) -> float: ...
@@ -289,10 +278,10 @@ class Pipeline(LoraMixin):
         they add up to 1. One batched pass."""
         return choose(self, image, question, options)
 
-    def _negative_prompts(self, negative_prompt: Any, count: int) -> list[list[int]] | None:
-        """Token ids for each of `count` prompts, or None where there are none."""
+    def _negative_prompts(self, negative_prompt: Any, count: int) -> Sequence[list[int] | None]:
+        """Token ids, or None, for each of `count` prompts."""
         if negative_prompt is None:
-            return None
+            return [None] * count
         texts = checks.texts("negative_prompt", negative_prompt)
         if not all(text.strip() for text in texts):
             raise ValueError("negative_prompt is empty; None is no negative prompt")
@@ -311,15 +300,14 @@ class Pipeline(LoraMixin):
 
     def _integrate(
         self,
-        prompts: list[list[int]],
-        negative: list[list[int]] | None,
+        rows: Sequence[Row],
         noise: Tensor,
         options: Mapping[str, Any],
         progress: bool,
         watch: Callable[[Velocity, Sequence[float], OnStep], tuple[Velocity, OnStep]] | None,
     ) -> Tensor:
         """Noise (B, C, h, w) to final latents, MAX_BATCH images at a time. options: `SamplingOptions.resolved`."""
-        model, final = self.model, []
+        model, done = self.model, []
         times = time_grid(options["num_inference_steps"], shift=options["timestep_shift"])
         solver = find_solver(options["solver"])
         dtype = model.dtype if model.llm.upstream_rounding else torch.float32
@@ -327,20 +315,27 @@ class Pipeline(LoraMixin):
         total = (len(times) - 1) * len(parts)
         with progress_bar(progress, total=total, desc="Generating", unit="step") as bar:
             for part in parts:
+                _, prompts, negative = zip(*rows[part], strict=True)
                 z = noise[part].to(model.device, dtype)
                 velocity = guided_velocity(
                     self.sampler,
-                    prompts[part],
+                    prompts,
                     options["cfg_weight"],
-                    None if negative is None else negative[part],
+                    None if None in negative else negative,
                     options["guidance_interval"],
                     options["guidance_rescale"],
                 )
                 on_step: OnStep = ProgressCallback(bar, z.device)
                 if watch is not None:
                     velocity, on_step = watch(velocity, times, on_step)
-                final.append(solver(velocity, z, times, on_step))
-        return torch.cat(final)
+                done.append(solver(velocity, z, times, on_step))
+        final = torch.cat(done)
+        if bad := [rows[i][0] for i in _not_finite(final)]:
+            raise FloatingPointError(
+                f"the latents of {', '.join(map(repr, dict.fromkeys(bad)))} are not finite, so there is no image; "
+                f"dtype {model.dtype} (float16 overflows, bfloat16 does not), cfg_weight {options['cfg_weight']}"
+            )
+        return final
 
     def _decode(self, latents: Tensor, prompts: Sequence[str]) -> list[Image.Image]:
         """Final latents (B, C, h, w) to images. prompts: of each, to name the one that fails."""

@@ -62,8 +62,8 @@ class SamplingOptions:
 
     def resolved(self) -> dict[str, Any]:
         """Every option but the preset, checked, with the value that holds. ValueError names the one that is wrong."""
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {checks.shown(self.preset)}")
+        if self.preset is not None:
+            checks.one_of("preset", self.preset, PRESETS)
         usual = {**DEFAULTS, **PRESETS.get(self.preset or "", {})}
         own = {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
         own = {k: usual.get(k) if v is None else v for k, v in own.items() if k != "preset"}

@@ -172,15 +172,16 @@ def candidate_seed(seed: int, candidate: int) -> int:
 
 def best_candidates(
     best_of: int,
+    rows: Sequence[Any],
     seeds: Sequence[int],
     shape: Sequence[int],
-    make: Callable[[list[int], Tensor, bool], tuple[Tensor, list[Image.Image]]],
-    rate: Callable[[list[int], list[Image.Image]], list[float]],
+    make: Callable[[list[Any], Tensor], tuple[Tensor, list[Image.Image]]],
+    rate: Callable[[list[Any], list[Image.Image]], list[float]],
 ) -> tuple[Tensor, list[Image.Image], list[int], list[list[float]]]:
-    """Of each image, whose seeds are given, the best of its candidates: latents, images, seeds, all scores.
+    """Of each image, a row and its seed, the best of its candidates: latents, images, seeds, all scores.
 
-    make: (places of images, noise (B, C, h, w), True) -> latents and images. rate: scores of a make's images. A few
-    images at a time, so that memory does not grow with `best_of`.
+    make: (rows, noise (B, C, h, w)) -> latents and images. rate: scores of a make's images. A few images at a time, so
+    that memory does not grow with `best_of`.
     """
     latents, images, chosen, scores = [], [], [], []
     at_once = max(1, MAX_CANDIDATES // best_of)
@@ -188,8 +189,8 @@ def best_candidates(
         places = [i for i in range(start, min(start + at_once, len(seeds))) for _ in range(best_of)]
         tried = [candidate_seed(seeds[i], k % best_of) for k, i in enumerate(places)]
         noise = draw_noise(tuple(shape), [torch.Generator("cpu").manual_seed(seed) for seed in tried])
-        z, made = make(places, noise, True)
-        rated = rate(places, made)
+        z, made = make([rows[i] for i in places], noise)
+        rated = rate([rows[i] for i in places], made)
         for first in range(0, len(places), best_of):
             own = rated[first : first + best_of]
             best = first + own.index(max(own))
