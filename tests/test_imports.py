@@ -199,7 +199,7 @@ def test_floor_one_imports_only_floor_one():
     "names, most",
     [
         (MODEL_FILES, 850),
-        ((*CHECKPOINT_FILES, "weights", "pixels"), 1226),  # 850 is wanted
+        ((*CHECKPOINT_FILES, "weights", "pixels"), 1225),  # 850 is wanted
     ],
     ids=["the model", "its files"],
 )
@@ -210,11 +210,11 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the rest of the package": 7340,  # 4600 is wanted
+    "the rest of the package": 7338,  # 4600 is wanted
     "LoRA": 193,  # 120 is wanted
     "hub": 153,
     "server": 1040,  # 450 is wanted
-    "training": 3750,  # 2300 is wanted
+    "training": 3743,  # 2300 is wanted
     "benchmarks": 8170,  # with the world of shapes; 5600 is wanted
     "scripts": 3042,  # 2200 is wanted
 }
