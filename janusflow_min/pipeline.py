@@ -64,6 +64,10 @@ class Generation:
         return f"Generation({len(self.prompts)} images{size}, seeds={self.seeds}, prompts={self.prompts})"
 
 
+class TooLongError(ValueError):
+    """A prompt or conversation that needs more positions than the model has."""
+
+
 class Pipeline(LoraMixin):
     """A loaded model with its processor and VAE. Made by `load`; `fast` and `compile` are explained there."""
 
@@ -395,7 +399,7 @@ class Pipeline(LoraMixin):
     def _check_length(self, length: int, what: str) -> None:
         limit = self.model.config.llm.max_position_embeddings
         if length > limit:
-            raise ValueError(f"{what} need {length} positions; the model has {limit}")
+            raise TooLongError(f"{what} need {length} positions; the model has {limit}")
 
     def _need(self, task: str) -> None:
         """ValueError unless there is all that `task` needs."""

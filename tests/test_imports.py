@@ -30,7 +30,7 @@ MODEL_FILES = ("config", "llama", "siglip", "uvit", "flow", "model")
 CHECKPOINT_FILES = ("official", "checkpoint", "tokenizer", "processor", "vae")
 FLOOR_1 = {*MODEL_FILES, *CHECKPOINT_FILES}
 HELPERS = {"files", "checks", "pixels", "progress", "diagnose", "weights"}  # of all floors
-FLOOR_3 = {"cli", "webui", "commands", "serve", "__main__"}
+FLOOR_3 = {"cli", "webui", "commands", "serve", "integrations", "__main__"}
 JUDGES = (
     PACKAGE / "benchmarks" / "judge_models.py"
 )  # models of others that judge pictures, imported when first needed
@@ -210,10 +210,11 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the rest of the package": 7338,  # 4600 is wanted
+    "the rest of the package": 7344,  # 4600 is wanted
     "LoRA": 193,  # 120 is wanted
     "hub": 153,
     "server": 1040,  # 450 is wanted
+    "lmms-eval": 80,
     "training": 3743,  # 2300 is wanted
     "benchmarks": 8170,  # with the world of shapes; 5600 is wanted
     "scripts": 3042,  # 2200 is wanted
@@ -229,6 +230,7 @@ def test_each_part_keeps_its_budget(part):
     server = {*(PACKAGE / "serve").rglob("*.py"), PACKAGE / "commands" / "serve.py"}
     files = {"training": training, "benchmarks": benchmarks, "scripts": scripts, "server": server}
     files |= {"LoRA": {PACKAGE / "lora.py"}, "hub": {PACKAGE / "hub.py"}}
+    files |= {"lmms-eval": {PACKAGE / "integrations" / "lmms_eval.py"}}
     counted = files.get(part, set(FILES).difference(*files.values()))
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted)
     assert lines <= BUDGETS[part]
