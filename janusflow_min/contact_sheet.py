@@ -21,10 +21,10 @@ CAPTION_LINES = 3
 SHEET_PIXELS = 40_000_000  # all images of a sheet together; more of them are shown smaller
 
 
-def slug(text: str, longest: int = 40) -> str:
+def slug(text: str) -> str:
     """ "A café, at night!" -> "a-cafe-at-night": lower-case ASCII for a file name; "prompt" where none is left."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:longest].rstrip("-") or "prompt"
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].rstrip("-") or "prompt"
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
@@ -71,25 +71,22 @@ def thumbnail(image: Image.Image, side: int) -> Image.Image:
     return small
 
 
-def sheet_side(count: int, largest: int = 256) -> int:
+def sheet_side(count: int) -> int:
     """The side in px that each of `count` images gets in a sheet, so that a sheet of thousands still opens."""
-    return max(16, min(largest, int((SHEET_PIXELS / max(count, 1)) ** 0.5)))
+    return max(16, min(256, int((SHEET_PIXELS / max(count, 1)) ** 0.5)))
 
 
-def contact_sheet(
-    groups: Sequence[tuple[str, Sequence[Image.Image]]], side: int | None = None
-) -> Image.Image:
+def contact_sheet(groups: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     """One RGB image of all: each group's images in rows of at most six, its caption below.
 
-    groups: (caption, images). side: of an image's cell in px; by default the largest's, up to `sheet_side`.
-    Small groups stand side by side. Letters that Pillow's own font lacks, Chinese ones for instance, become boxes
+    groups: (caption, images). An image's cell is as large as the largest image, up to `sheet_side`. Small groups
+    stand side by side. Letters that Pillow's own font lacks, Chinese ones for instance, become boxes
     in the caption; the files' metadata has them whole. Raises ValueError for no images.
     """
     images = [image for _, group in groups for image in group]
     if not images:
         raise ValueError("a contact sheet needs at least one image")
-    if side is None:
-        side = min(sheet_side(len(images)), max(max(image.size) for image in images))
+    side = min(sheet_side(len(images)), max(max(image.size) for image in images))
     across = min(max(len(group) for _, group in groups), ACROSS)
     font = _font(max(11, min(18, side // 9)))
     blocks = []

@@ -134,9 +134,9 @@ def atomic_file(path: str | Path, work: Path | None = None, sync: bool = True) -
         temporary.unlink(missing_ok=True)
 
 
-def atomic_write(path: str | Path, content: str | bytes, work: Path | None = None, sync: bool = True) -> None:
+def atomic_write(path: str | Path, content: str | bytes, sync: bool = True) -> None:
     """Write a whole file or nothing; text as UTF-8. The rest as in `atomic_file`."""
-    with atomic_file(path, work, sync) as temporary:
+    with atomic_file(path, sync=sync) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 

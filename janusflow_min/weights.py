@@ -112,12 +112,12 @@ def read_tensors(
 
 
 @contextmanager
-def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator:
+def open_weights(path: Path) -> Iterator:
     """`safe_open` with errors that name the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        f = safe_open(path, framework="pt", device=str(device))
+        f = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         with open(path, "rb") as raw:
             hint = content_hint(raw.read(200)) or "; download it again"

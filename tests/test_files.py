@@ -12,7 +12,6 @@ from janusflow_min import files
 from janusflow_min.files import (
     atomic_directory,
     atomic_file,
-    atomic_write,
     check_folder,
     printable,
     read_json,
@@ -142,7 +141,8 @@ def test_what_cannot_become_a_folder_is_said_early(tmp_path):
 def test_a_file_is_there_whole_or_not_at_all(tmp_path, work):
     """Stops: half a file under its final name, and leftovers of a failure."""
     path, work = tmp_path / "a" / "file.txt", work and tmp_path / work
-    atomic_write(path, "é", work)
+    with atomic_file(path, work) as temporary:
+        temporary.write_text("é", encoding="utf-8")
     with pytest.raises(KeyboardInterrupt), atomic_file(path, work) as temporary:
         assert temporary.suffix == ".txt"
         temporary.write_text("half")

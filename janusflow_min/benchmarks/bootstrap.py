@@ -52,7 +52,7 @@ class Comparison:
 
 
 def intervals(
-    items: Sequence[ItemScore], totals: Mapping[str, Weights], scale: float, seed: int = 0
+    items: Sequence[ItemScore], totals: Mapping[str, Weights], scale: float
 ) -> dict[str, tuple[float, float]]:
     """The 95 % interval of every group and total that has a value.
 
@@ -62,7 +62,7 @@ def intervals(
     groups = groups_of(items)
     sums, counts = _table(items, groups)
     values = _numbers(sums.sum(0)[None], counts.sum(0)[None], groups, totals)[0]  # (M,)
-    weights = _draws(counts, seed)
+    weights = _draws(counts, 0)
     with np.errstate(invalid="ignore"):
         drawn = _numbers(weights @ sums, weights @ counts, groups, totals)  # (D, M)
     found = {}

@@ -37,12 +37,10 @@ class Mask2FormerDetector:
     Labels are mapped by their index, 0 to 79, since names differ between label maps.
     """
 
-    def __init__(
-        self, source: str | Path, device: str = "auto", short: int = 800, long: int = 1333, best: int = 100
-    ):
+    def __init__(self, source: str | Path, device: str = "auto", short: int = 800, long: int = 1333):
         transformers = _transformers()
         self.model, self.device = _place(transformers.Mask2FormerForUniversalSegmentation, source, device)
-        self.short, self.long, self.best = short, long, best
+        self.short, self.long = short, long
         labels = self.model.config.num_labels
         if labels != 80:
             raise ValueError(f"the detector in {source} knows {labels} classes; COCO's 80 are needed")
@@ -60,7 +58,6 @@ class Mask2FormerDetector:
             (pixels.shape[-2], pixels.shape[-1]),
             size,
             (image.height, image.width),
-            self.best,
         )
         rows = zip(*(x.cpu().numpy() for x in found), strict=True)
         return [

@@ -170,11 +170,11 @@ def cpu_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def load_pipe(settings: Settings, parts: str = "generation", world: RankInfo | None = None) -> Pipeline:
+def load_pipe(settings: Settings, parts: str = "generation") -> Pipeline:
     """The pipeline that `settings` describe, on this rank's own device where there are several."""
     from ..loading import load
 
-    world = world or RankInfo.from_environment()
+    world = RankInfo.from_environment()
     parts = "all" if settings.best_of > 1 else parts
     options: dict[str, Any] = dict(parts=parts, fast=settings.fast, compile=settings.compile)
     options["upstream_rounding"] = settings.upstream_rounding

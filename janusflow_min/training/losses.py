@@ -184,8 +184,8 @@ def pick(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, index)
 
 
-def by_time(flow: Tensor, t: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor]:
-    """Sums and counts of the flow loss (G,) in equal bins of t (G,): two of (bins,)."""
-    bin_of = (t * bins).long().clamp(max=bins - 1)
-    inside = (bin_of[None] == torch.arange(bins, device=t.device)[:, None]).float()  # (bins, G)
+def by_time(flow: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and counts of the flow loss (G,) in equal bins of t (G,): two of (BINS,)."""
+    bin_of = (t * BINS).long().clamp(max=BINS - 1)
+    inside = (bin_of[None] == torch.arange(BINS, device=t.device)[:, None]).float()  # (BINS, G)
     return inside @ flow.detach().float(), inside.sum(1)
