@@ -210,13 +210,13 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the rest of the package": 7344,  # 4600 is wanted
+    "the rest of the package": 7341,  # 4600 is wanted
     "LoRA": 193,  # 120 is wanted
     "hub": 153,
     "server": 1040,  # 450 is wanted
     "lmms-eval": 80,
     "training": 3743,  # 2300 is wanted
-    "benchmarks": 8170,  # with the world of shapes; 5600 is wanted
+    "benchmarks": 8146,  # with the world of shapes; 5600 is wanted
     "scripts": 3042,  # 2200 is wanted
 }
 
