@@ -35,7 +35,7 @@ EDITING |= {"cfg_weight": 3.0, "source_cfg_weight": 1.5}
 PARAMS = tuple(dict.fromkeys([*GENERATION, *UNDERSTANDING, *EDITING, "seed", "use_cache", "progress"]))
 BACKBONE_CFG: tuple[str, ...] = ("model_path", "janus_root", "vae_path", "seed", "torch_dtype", "device")
 BACKBONE_CFG += ("generation_cfg", "understanding_cfg", "editing_cfg")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+DTYPES = {"half": "float16", "float": "float32"}  # names of TorchUMM that `load` has not
 
 
 @dataclass(slots=True)
@@ -316,7 +316,7 @@ def _device(device: Any) -> Any:
 
 
 def _dtype(dtype: Any) -> Any:
-    """Short names, as TorchUMM's configurations have them, in full."""
+    """A name of TorchUMM's configurations as `load` takes it."""
     if not isinstance(dtype, str):
         return dtype
     name = dtype.strip().lower().removeprefix("torch.")
