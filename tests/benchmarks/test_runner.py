@@ -137,7 +137,11 @@ def test_a_run_may_be_named_in_any_way(tmp_path, monkeypatch, capsys, out):
     root = Path(out).expanduser().resolve()
     for name in ("manifest.json", "score.json", "item_scores.jsonl", "report.json", "report.html"):
         assert list(tmp_path.rglob(name)) == [root / name]
-    assert {path.parent for path in tmp_path.rglob("0000?.*")} == {root / "images", root / "answers"}
+    assert {path.parent for path in tmp_path.rglob("0000?.*")} == {
+        root / "images",
+        root / "answers",
+        root / "edits",
+    }
     assert len(list((root / "images").iterdir())) == 6
 
 
