@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,21 @@ def read_adapter(folder: Path, model: JanusFlow) -> Adapter:
     return Adapter(scaling, {n: (tensors[keys[n, "A"]], tensors[keys[n, "B"]]) for n in sorted(here)})
 
 
+def find_lora(text: str) -> dict[str, Any]:
+    """[NAME=]SOURCE[:SCALE], as the command line takes it -> arguments of `load_lora`, the files in place. ValueError
+    or FileNotFoundError, before a model is loaded for it."""
+    match = re.fullmatch(r"(?:([\w.-]+)=)?(.+?)(?::([-+]?\d*\.?\d+))?", text)
+    if match is None:
+        raise ValueError(f"--lora must be a folder or a hub id, as NAME=PATH:SCALE or less, got {text!r}")
+    name, source, scale = match.groups()
+    folder = find_folder("--lora", source, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    return {"source": folder, "name": name or default_name(source), "scale": float(scale or 1)}
+
+
+def default_name(source: str | Path) -> str:
+    return public_name(str(source)).rpartition("/")[2]
+
+
 class LoraMixin:
     """The methods of `Pipeline` for adapters. Not to be called while another thread uses the pipeline."""
 
@@ -124,7 +140,7 @@ class LoraMixin:
         hub id. name: by default the folder's own. Raises FileNotFoundError or ValueError, and nothing has changed.
         """
         if name is None:
-            name = public_name(str(source)).rpartition("/")[2]
+            name = default_name(source)
         if not isinstance(name, str) or not name or name in self._loras:
             raise ValueError(f"name must be text that no other adapter bears, got {checks.shown(name)}")
         checks.number("scale", scale)

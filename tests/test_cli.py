@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapters import write_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,7 @@ from janusflow_min import __version__, contact_sheet
 from janusflow_min.cli import build_parser, main
 from janusflow_min.commands import demo
 from janusflow_min.hub import TINY
+from janusflow_min.loading import load
 from janusflow_min.pipeline import Pipeline
 
 PROMPTS = ["a photo of a red star", "Ein Bär, 二つ!"]
@@ -610,3 +612,51 @@ def test_the_steps_of_each_image_are_saved(parity_dir, tmp_path, capsys):
         }  # the last step ends where it was heading
     assert main([*line, "--best-of", "2", "--out", str(tmp_path)]) == 2
     assert "--save-steps" in capsys.readouterr().err
+
+
+# Adapters -----------------------------------------------------------------------
+
+
+def test_lora_is_used_and_noted(fast, parity_dir, tmp_path, capsys):
+    """Stops: an adapter that is named and not used, or of which the image's file says nothing."""
+    model = ["--model", str(parity_dir), "--quiet"]
+    folder = write_adapter(tmp_path / "odd", load(parity_dir, device="cpu", progress=False).model, size=0.3)
+    made = {}
+    for name, lora in {
+        "plain": [],
+        "one": ["--lora", str(folder)],
+        "two": ["--lora", f"b={folder}:0.5"],
+    }.items():
+        out = tmp_path / name
+        assert (
+            main(["generate", PROMPTS[0], *fast, *lora, "--seed", "5", "--out", str(out), "--no-sheet"]) == 0
+        )
+        path = sorted(out.iterdir())[0]
+        made[name] = metadata(path).get("lora"), np.asarray(Image.open(path)).tobytes()
+    assert [made[name][0] for name in made] == [None, "odd:1", "b:0.5"]
+    assert len({pixels for _, pixels in made.values()}) == 3
+    capsys.readouterr()
+    ask = ["understand", "hi", *model, "--max-new-tokens", "4", "--json"]
+    assert main([*ask, "--lora", f"{folder}:2"]) == 0
+    assert json.loads(capsys.readouterr().out)["lora"] == {"odd": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ("none/there/at/all", "--lora 'none/there/at/all' is neither a folder nor a hub id"),
+        ("", "--lora must be a folder or a hub id"),
+        (":0.5", "--lora ':0.5' is neither"),
+    ],
+)
+def test_a_lora_that_is_none_is_told_before_the_model_is_read(monkeypatch, capsys, lora, words):
+    """Stops: minutes of loading before a mistyped path is told."""
+    monkeypatch.setattr("janusflow_min.loading.load", None)
+    assert words in failure(capsys, "understand", "hi", "--lora", lora)
+
+
+def test_a_revision_is_for_hub_ids(parity_dir, capsys):
+    """Stops: a revision that is silently ignored."""
+    error = failure(capsys, "understand", "hi", "--model", str(parity_dir), "--revision", "v2")
+    assert "revision 'v2' is for hub ids" in error
+    assert "revision 'v2' is for hub ids" in failure(capsys, "understand", "hi", "--revision", "v2")

@@ -23,12 +23,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from adapters import write_adapter
 from chat_server import ChatServer
 from invented import write_dpg, write_geneval, write_image, write_rows, write_uni_mmmu, write_wise
 
 from janusflow_min import cli
+from janusflow_min.checkpoint import read_config
 from janusflow_min.commands import demo
 from janusflow_min.hub import TINY
+from janusflow_min.model import JanusFlow
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -226,6 +230,10 @@ def desk(tmp_path, monkeypatch) -> Path:
     write_rows(desk / "data/train.jsonl")
     mine = 'output = "runs/mine"\n[[data]]\nkind = "generation"\nmanifest = "data/train.jsonl"\n'
     (desk / "mine.toml").write_text(mine, encoding="utf-8")
+    with torch.device("meta"):
+        model = JanusFlow(read_config(TINY))
+    for seed, name in enumerate(("dog", "sketch")):
+        write_adapter(desk / "adapters" / name, model, seed)
     return desk
 
 

@@ -91,16 +91,20 @@ def versions() -> dict[str, str]:
 
 
 def checkpoint_identity(settings: Settings) -> dict[str, str]:
-    """The names and hashes of the checkpoint's and the VAE's configuration and weights."""
+    """The names and hashes of the configuration and weights of the checkpoint, the VAE and adapters."""
     from ..hub import SDXL_VAE, resolve, resolve_vae
+    from ..lora import find_lora
 
-    folder = resolve(settings.model)
+    folder = resolve(settings.model, revision=settings.revision)
+    adapters = [find_lora(text) for text in settings.lora or ()]
+    used = {f"lora {a['name']}:{a['scale']:g} sha256": _weights_sha256(a["source"]) for a in adapters}
     vae = resolve_vae(folder, settings.vae)
     return {
         "model": public_name(settings.model),
         "model_sha256": _weights_sha256(folder),
         "vae": "the checkpoint's" if vae == folder / "vae" else public_name(settings.vae or SDXL_VAE),
         "vae_sha256": _weights_sha256(vae),
+        **used,
     }
 
 

@@ -44,6 +44,8 @@ class Settings(SamplingOptions):
     """How a run is generated. What changes pixels is in the manifest."""
 
     model: str = option('"tiny", a folder in the official layout, or a hub id', "tiny")
+    revision: str | None = option("branch, tag or commit of a model that is a hub id", None)
+    lora: list[str] | None = option("an adapter, [NAME=]PATH[:SCALE]; may be repeated", None, repeat=True)
     vae: str | None = option("the VAE's folder or hub id (default: the checkpoint's vae/, else SDXL's)", None)
     device: str = option("auto is CUDA, then MPS, then CPU", "auto")
     dtype: str = option("auto is bfloat16 on CUDA, else float32", "auto")
@@ -173,15 +175,20 @@ def cpu_threads(count: int) -> Iterator[None]:
 def load_pipe(settings: Settings, parts: str = "generation") -> Pipeline:
     """The pipeline that `settings` describe, on this rank's own device where there are several."""
     from ..loading import load
+    from ..lora import find_lora
 
     world = RankInfo.from_environment()
     parts = "all" if settings.best_of > 1 else parts
     options: dict[str, Any] = dict(parts=parts, fast=settings.fast, compile=settings.compile)
-    options["upstream_rounding"] = settings.upstream_rounding
+    options |= dict(upstream_rounding=settings.upstream_rounding, revision=settings.revision)
     if parts != "understanding":
         options |= dict(vae_path=settings.vae, vae_dtype=settings.vae_dtype)
     device, progress = rank_device(settings.device, world), settings.progress and world.local_rank == 0
-    return load(settings.model, device=device, dtype=settings.dtype, progress=progress, **options)
+    adapters = [find_lora(text) for text in settings.lora or ()]
+    pipe = load(settings.model, device=device, dtype=settings.dtype, progress=progress, **options)
+    for adapter in adapters:
+        pipe.load_lora(**adapter)
+    return pipe
 
 
 def generate_images(

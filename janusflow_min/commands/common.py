@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..files import printable
+from .. import __version__
+from ..files import printable, public_name
 from ..options import whole
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ MODEL_HELP = (
 
 def model_options(new: argparse.ArgumentParser, option: Option, vae: bool) -> None:
     option(new, "--model", "MODEL", MODEL_HELP, "tiny")
+    option(new, "--revision", "NAME", "branch, tag or commit of a MODEL that is a hub id")
+    new.add_argument(
+        "--lora", metavar="[NAME=]PATH[:SCALE]", action="append", default=[],
+        help="an adapter for the model, in peft's format: a folder or a hub id; may be repeated",
+    )  # fmt: skip
     option(new, "--device", "NAME", "cpu, cuda, cuda:1 or mps; auto is CUDA, then MPS, then the CPU", "auto")
     option(
         new, "--dtype", "NAME", "float32, bfloat16 or float16; auto is bfloat16 on CUDA, else float32", "auto"
@@ -44,12 +50,25 @@ def model_options(new: argparse.ArgumentParser, option: Option, vae: bool) -> No
 
 def load_pipeline(args: argparse.Namespace, parts: str) -> Pipeline:
     from ..loading import load
+    from ..lora import find_lora
 
+    adapters = [find_lora(text) for text in args.lora]
     options: dict[str, Any] = dict(device=args.device, dtype=args.dtype, parts=parts, progress=not args.quiet)
-    options["upstream_rounding"] = args.upstream_rounding
+    options |= dict(upstream_rounding=args.upstream_rounding, revision=args.revision)
     if parts != "understanding":
         options |= dict(vae_path=args.vae, vae_dtype=args.vae_dtype)
-    return load(args.model, **options)
+    pipe = load(args.model, **options)
+    for adapter in adapters:
+        pipe.load_lora(**adapter)
+    return pipe
+
+
+def model_record(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
+    """What an image's file says of the model that made it."""
+    record = {"model": public_name(args.model), "revision": args.revision, "janusflow_min": __version__}
+    record |= {"lora": " ".join(f"{name}:{scale:g}" for name, scale in pipe.adapters.items()) or None}
+    record |= {"dtype": dtype_name(pipe.model.dtype)}
+    return {key: value for key, value in record.items() if value is not None}
 
 
 seed = whole(0)

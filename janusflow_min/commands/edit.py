@@ -8,12 +8,11 @@ import secrets
 import time
 from pathlib import Path
 
-from .. import __version__
 from ..checks import MAX_STEPS
-from ..files import check_folder, expand, public_name
+from ..files import check_folder, expand
 from ..options import finite, whole
 from ..sampling_options import EDIT_METHODS, SOLVER_NAMES
-from .common import Command, Option, dtype_name, load_pipeline, model_options, say, seed, since
+from .common import Command, Option, load_pipeline, model_options, model_record, say, seed, since
 
 NAMES = "strength method cfg_weight source_cfg_weight num_inference_steps solver timestep_shift"
 SETTINGS = tuple(NAMES.split())
@@ -74,13 +73,14 @@ def edit(args: argparse.Namespace) -> int:
         **settings,
     )
     mask = None if args.mask is None else expand(args.mask).name
-    common = settings | {
-        "image": expand(args.image).name,
-        "mask": mask,
-        "model": public_name(args.model),
-        "janusflow_min": __version__,
-        "dtype": dtype_name(pipe.model.dtype),
-    }
+    common = (
+        settings
+        | model_record(args, pipe)
+        | {
+            "image": expand(args.image).name,
+            "mask": mask,
+        }
+    )
     for i, (prompt, image) in enumerate(zip(args.prompts, edited, strict=True)):
         about = {str(key): value for key, value in (image.info | common).items() if value is not None}
         say(str(save_png(image, out / f"{i:02d}_{slug(prompt)}_seed{image.info['seed']}.png", about)))

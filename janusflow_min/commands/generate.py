@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__, checks
+from .. import checks
 from ..checks import MAX_IMG_SIZE
-from ..files import check_folder, expand, public_name
+from ..files import check_folder, expand
 from ..options import add_options, read_options, whole
 from ..sampling_options import SamplingOptions
 from .common import (
@@ -21,6 +21,7 @@ from .common import (
     dtype_name,
     load_pipeline,
     model_options,
+    model_record,
     say,
     seed,
     since,
@@ -146,10 +147,7 @@ def generate_files(
         (i, i * parallel_size + k + first_seed) for i in range(len(prompts)) for k in range(parallel_size)
     ]
     side, digits = sheet_side(len(jobs)), max(2, len(str(len(prompts) - 1)))
-    common = {
-        "model": public_name(args.model),
-        "janusflow_min": __version__,
-        "dtype": dtype_name(pipe.model.dtype),
+    common = model_record(args, pipe) | {
         "vae_dtype": dtype_name(pipe.vae.dtype if pipe.vae else None),
         "upstream_rounding": pipe.model.llm.upstream_rounding,
     }

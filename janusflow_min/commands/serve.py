@@ -28,7 +28,8 @@ def add_parser(command: Command, option: Option) -> None:
         "extra `serve`: pip install 'janusflow-min[serve]'. Requests that wait run together. The log on stderr holds\n"
         "sizes and times, nothing of what is asked. SIGTERM or Ctrl-C: the server does what it has accepted, and ends.",
         """  janusflow-min serve
-  janusflow-min serve --model deepseek-ai/JanusFlow-1.3B --device cuda --port 9000 --name janusflow""",
+  janusflow-min serve --model deepseek-ai/JanusFlow-1.3B --device cuda --port 9000 --name janusflow
+  janusflow-min serve --lora pixel=runs/mine/export-adapter:0.8  # requests may ask for "pixel" as lora""",
     )
     model_options(new, option, vae=True)
     option(new, "--host", "ADDRESS", "0.0.0.0 is every network of the machine", "127.0.0.1")

@@ -76,6 +76,7 @@ def understand(args: argparse.Namespace) -> int:
         say(answer.text.strip())
         return 0
     record = {"question": args.question, "images": args.image, "model": args.model} | options
+    record |= {"lora": pipe.adapters} if pipe.adapters else {}
     record |= {"answer": answer.text, "sft_format": answer.sft_format, "token_ids": answer.token_ids}
     record["finish_reason"] = answer.finish_reason
     text = json.dumps(record, ensure_ascii=False, indent=2)

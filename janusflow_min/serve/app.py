@@ -178,16 +178,20 @@ class Server:
     async def model(self, model: str) -> Json:
         return self.check_model(model)
 
-    def check_model(self, model: str | None) -> Json:
+    def check_model(self, model: str | None, lora: str | None = None) -> Json:
         if model not in (None, self.name):
             message = f"the model {model!r:.80} does not exist; {self.name!r} is served"
             raise Problem(404, message, "model_not_found", "model")
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "janusflow-min"}
+        if lora is not None and lora not in self.engine.loras:
+            message = f"the adapter {lora!r:.80} does not exist; there are {[*self.engine.loras]}"
+            raise Problem(404, message, "lora_not_found", "lora")
+        about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "janusflow-min"}
+        return about | {"lora": [*self.engine.loras]}
 
     # Chat ---------------------------------------------------------------------------------------
 
     async def chat(self, body: ChatRequest) -> Response:
-        self.check_model(body.model)
+        self.check_model(body.model, body.lora)
         question = await self.prepared(self.question, body)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         if body.stream:
@@ -228,7 +232,8 @@ class Server:
         options = body.model_dump(include={"temperature", "top_p", "top_k"}, exclude_none=True)
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         seed = fresh_seed() if body.seed is None else body.seed
-        return Question(ids, squares, min(asked, room), seed, [s for s in stop if s], **options)
+        stop = [text for text in stop if text]
+        return Question(ids, squares, min(asked, room), seed, stop, lora=body.lora, **options)
 
     def turn(self, message: Message) -> Json:
         """A message in the processor's form: its images first, as the model was trained, then its text."""
@@ -310,7 +315,7 @@ class Server:
     async def images(
         self, body: ImageFields, source: Image.Image | None = None, mask: Image.Image | None = None
     ) -> Json:
-        self.check_model(body.model)
+        self.check_model(body.model, body.lora)
         limits, settings = self.limits, body.settings
         width, height = (0, 0) if body.size == "auto" else map(int, body.size.split("x"))
         if width != height:
@@ -324,7 +329,8 @@ class Server:
         prompts += [settings[key] for key in ("negative_prompt", "source_prompt") if key in settings]
         await self.prepared(self.engine.pipe.check_prompts, prompts)
         first = fresh_seed() if body.seed is None else body.seed
-        work = ImageRequest(body.prompt, [first + k for k in range(body.n)], settings, source, mask)
+        seeds = [first + k for k in range(body.n)]
+        work = ImageRequest(body.prompt, seeds, settings, source, mask, body.lora)
         self.engine.submit(work)
         made = await wrap_future(work.future)
         side = width or made[0].width

@@ -50,6 +50,7 @@ class Question:
     temperature: float = 0.0
     top_p: float = 0.95
     top_k: int = 50
+    lora: str | None = None  # the adapter; None: the model as it is
     on_text: Callable[[str], None] | None = None  # gets each new piece of the text in the engine's thread
     future: Future = field(default_factory=Future)
     tokens: list[int] = field(default_factory=list)  # the EOS that ended the answer included
@@ -89,13 +90,15 @@ class ImageRequest:
     settings: dict[str, Any]  # arguments of `generate` or `edit`
     source: Image.Image | None = None  # the image to edit
     mask: Image.Image | None = None  # white may change
+    lora: str | None = None  # the adapter; None: the model as it is
     future: Future = field(default_factory=Future)
     images: list[Image.Image] = field(default_factory=list)
     started: int = 0  # images that are done or being made
 
     def batches_with(self, other: ImageRequest) -> bool:
         alone = self.source is not None or other.source is not None
-        return self is other or (not alone and self.settings == other.settings)
+        same = self.settings == other.settings and self.lora == other.lora
+        return self is other or (not alone and same)
 
 
 class Abandoned(Exception):
@@ -107,6 +110,8 @@ class Engine:
 
     def __init__(self, pipe: Pipeline, max_batch: int = MAX_BATCH):
         self.pipe, self.max_batch = pipe, max_batch
+        self.loras = pipe.adapters  # by name, with their scales; none is active until a request asks for it
+        pipe.set_adapters([])
         self.round_rows = pipe.device.type == "cuda"  # to a power of two: graphs belong to a number of rows
         self.questions: deque[Question] = deque()
         self.images: deque[ImageRequest] = deque()
@@ -147,13 +152,19 @@ class Engine:
             else:
                 self._answer_slice(lambda: bool(self.questions or self.images))
 
+    def _use(self, lora: str | None) -> None:
+        """Give the model the weights that a request asks for; what has them already costs nothing."""
+        self.pipe.set_adapters([] if lora is None else [lora], self.loras.get(lora or "", 1.0))
+
     # Questions ----------------------------------------------------------------------------
 
     def _answer_slice(self, others_wait: Callable[[], bool]) -> None:
         """Answer the first questions of the lane until they end or, after a slice, `others_wait`."""
         with self._changed:
-            length = len(self.questions[0].ids)  # others of about its length: shorter ones are padded
-            taken = sorted(self.questions, key=lambda q: abs(len(q.ids) - length))[: self.max_batch]
+            first = self.questions[0]
+            alike = [q for q in self.questions if q.lora == first.lora]
+            length = len(first.ids)  # others of about its length: shorter ones are padded
+            taken = sorted(alike, key=lambda q: abs(len(q.ids) - length))[: self.max_batch]
             for question in taken:
                 self.questions.remove(question)
         running = [question for question in taken if not question.future.done()]
@@ -163,6 +174,7 @@ class Engine:
             self.questions += [question for question in running if not question.future.done()]
 
     def _decode(self, running: list[Question], others_wait: Callable[[], bool]) -> None:
+        self._use(running[0].lora)
         processor, limit = self.pipe.processor, self.pipe.model.config.llm.max_position_embeddings
         tokenizer, eos_id = processor.tokenizer, processor.tokenizer.eos_id
         rows = [(q.ids + q.tokens, "", q.images) for q in running]
@@ -229,8 +241,9 @@ class Engine:
 
     def _generate(self, batch: list[tuple[ImageRequest, int]]) -> None:
         first, _ = batch[0]
+        self._use(first.lora)
         settings = dict(first.settings)
-        settings["callback_on_step_end"] = self._considerate([r.future for r, _ in batch])
+        settings["callback_on_step_end"] = self._considerate([r.future for r, _ in batch], first.lora)
         prompts = [request.prompt for request, _ in batch]
         seeds = [request.seeds[k] for request, k in batch]
         self.counts["image_batches"] += 1
@@ -247,7 +260,7 @@ class Engine:
                 if len(request.images) == len(request.seeds):
                     resolve(request.future, request.images)
 
-    def _considerate(self, futures: list[Future]) -> Callable[..., None]:
+    def _considerate(self, futures: list[Future], lora: str | None) -> Callable[..., None]:
         """A callback after each step: questions that wait get a slice, and nothing goes on that nobody wants."""
 
         def after_step(*_: Any) -> None:
@@ -255,6 +268,7 @@ class Engine:
                 raise Abandoned
             if self.questions:
                 self._answer_slice(lambda: True)
+                self._use(lora)
 
         return after_step
 

@@ -92,10 +92,11 @@ class StreamOptions(Fields):
 
 
 class ChatRequest(Fields):
-    """`POST /v1/chat/completions`; `top_k` is this library's own."""
+    """`POST /v1/chat/completions`; `lora` and `top_k` are this library's own."""
 
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
+    lora: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -113,6 +114,7 @@ class ImageFields(Fields):
 
     prompt: str
     model: str | None = None
+    lora: str | None = None
     n: int = Field(1, ge=1)
     size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")
     response_format: Literal["b64_json"] | None = None
@@ -126,7 +128,7 @@ class ImageFields(Fields):
     @property
     def settings(self) -> dict[str, Any]:
         """The library's own, as keyword arguments of `generate` or `edit`."""
-        openai = {"prompt", "model", "n", "size", "response_format", "output_format", "seed"}
+        openai = {"prompt", "model", "lora", "n", "size", "response_format", "output_format", "seed"}
         return self.model_dump(include=set(type(self).model_fields) - openai, exclude_none=True)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import write_adapter
 from PIL import Image
 
 import janusflow_min as jf
@@ -426,3 +427,23 @@ def test_only_generate_is_spread_over_ranks(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["bench", "shapes", "score", "--out", str(tmp_path)]) == 2
     assert "without torchrun" in capsys.readouterr().err
+
+
+def test_an_adapter_belongs_to_a_run(parity_dir, settings, items, tmp_path, pipe):
+    """Stops: a run of an adapter that its manifest calls the base model's, or that another one is mixed into."""
+    folder = write_adapter(tmp_path / "odd", pipe.model, size=0.3)
+    adapted = replace(settings, lora=[f"{folder}:0.5"], limit=1)
+    made = {}
+    for name, chosen in {"base": replace(settings, limit=1), "adapted": adapted}.items():
+        runner.run("geneval", items, {}, tmp_path / name, 2, chosen)
+        made[name] = next((tmp_path / name).rglob("*.png")).read_bytes()
+    assert made["base"] != made["adapted"]
+    about = json.loads((tmp_path / "adapted" / "manifest.json").read_text())
+    assert [key for key in about["checkpoint"] if "lora" in key] == ["lora odd:0.5 sha256"]
+    assert not [
+        key
+        for key in json.loads((tmp_path / "base" / "manifest.json").read_text())["checkpoint"]
+        if "lora" in key
+    ]
+    with pytest.raises(ValueError, match=r"lora odd:0\.5 sha256"):
+        runner.run("geneval", items, {}, tmp_path / "adapted", 2, replace(adapted, lora=None))

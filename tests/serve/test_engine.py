@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 import torch
+from adapters import write_adapter
 from PIL import Image
 from serving import endless, wait_until
 
@@ -292,3 +293,41 @@ def test_batching_is_faster(pipe):
     with endless(pipe):
         seconds(16)
         assert seconds(1) > 1.5 * seconds(16)  # 4 to 5 times where nothing else runs
+
+
+# Adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_share_neither_a_batch_nor_weights(tmp_path):
+    """Stops: an answer or an image with another request's adapter, whatever came beside or in the middle of it; a
+    base model that is changed for those who asked for no adapter."""
+    pipe = jf.load("tiny", device="cpu", progress=False)
+    text, names, images = "What is in the picture?", (None, "a", "b"), {}
+    alone = {name: pipe for name in names[:1]}
+    for name, size in zip(names[1:], (0.2, 0.25), strict=True):
+        write_adapter(tmp_path / name, pipe.model, size=size)
+        alone[name] = jf.load("tiny", device="cpu", progress=False)
+        alone[name].load_lora(tmp_path / name, scale=0.5)
+    expected = {name: one.understand(text, max_new_tokens=12) for name, one in alone.items()}
+    for name, one in alone.items():
+        images[name] = one.generate("a red star", 1, num_inference_steps=3, seed=3, progress=False).images[0]
+    assert len({answer.text for answer in expected.values()}) == 3, "the adapters must make a difference"
+    served = jf.load("tiny", device="cpu", progress=False)
+    for name in names[1:]:
+        served.load_lora(tmp_path / name, scale=0.5)
+    engine = Engine(served)
+    assert not any(served.adapters.values())
+    work = [
+        ImageRequest("a red star", [3], {"num_inference_steps": 3}, lora=name) for name in (*names, *names)
+    ]
+    asked = [question(served, text, max_new_tokens=12, lora=name) for name in names * 3]
+    for one in (*work, *asked):
+        engine.submit(one)
+    engine.start()  # all of them wait, so questions get their slices between the images' steps
+    for one in asked:
+        assert one.future.result(120).text == expected[one.lora].text.strip()
+    for one in work:
+        made = np.asarray(one.future.result(120)[0], int)
+        assert np.abs(made - np.asarray(images[one.lora], int)).max() <= 1
+    assert engine.counts["question_rows"] > engine.counts["question_batches"], "equal ones run together"
+    engine.stop()

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ pytest.importorskip("prometheus_client")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
+from adapters import write_adapter  # noqa: E402
 from serving import Running, data_url, endless, wait_until  # noqa: E402
 
 import janusflow_min as jf  # noqa: E402
@@ -650,3 +652,32 @@ def test_images_come_from_permitted_hosts_alone(pipe, star, monkeypatch):
         assert "user name" in ask(server, f"http://user@{site.host}/").json()["error"]["message"]
     assert site.asked.count("/star.png") == 2 and site.asked.count("/loop") == 4
     site.socket.close()
+
+
+def test_a_request_picks_an_adapter(tmp_path, star):
+    """Stops: an adapter for everybody, for nobody, or a misspelt one that is silently left out."""
+    pipe = jf.load("tiny", device="cpu", progress=False)
+    plain = pipe.understand(QUESTION, images=star).text
+    pipe.load_lora(write_adapter(tmp_path / "odd", pipe.model, size=0.5))
+    odd = pipe.understand(QUESTION, images=star, max_new_tokens=8).text
+    steps = {"seed": 1, "num_inference_steps": 2}
+    image = pipe.generate("a red star", 1, progress=False, **steps).images[0]
+    assert odd != plain
+    with Running(pipe) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+        ask = partial(
+            client.chat.completions.create, model="tiny", messages=[user(QUESTION, image_part(star))]
+        )
+        told = [ask(max_tokens=8, extra_body={"lora": lora}) for lora in ("odd", None)]
+        assert [answer.choices[0].message.content for answer in told] == [odd.strip(), plain.strip()]
+        made = client.images.generate(model="tiny", prompt="a red star", extra_body=steps | {"lora": "odd"})
+        made = Image.open(io.BytesIO(base64.b64decode(made.data[0].b64_json)))
+        assert np.array_equal(np.asarray(made), np.asarray(image))
+        edit = partial(client.images.edit, model="tiny", prompt="a blue star", image=("a.png", png(star)))
+        assert edit(extra_body=steps | {"lora": "odd"}).data[0].b64_json
+        for call in (ask, edit, partial(client.images.generate, model="tiny", prompt="a red star")):
+            with pytest.raises(
+                openai.NotFoundError, match=r"adapter 'even' does not exist; there are \['odd'\]"
+            ):
+                call(extra_body={"lora": "even"})
+        assert client.models.retrieve("tiny").lora == ["odd"]
