@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .loading import load, save
     from .model import JanusFlow
     from .pipeline import Generation, Pipeline
+    from .publish import push_to_hub
     from .torchumm import InferencePipeline, InferenceRequest, JanusFlowBackbone
 
 __version__ = "0.1.0"
@@ -29,9 +30,11 @@ __all__ = [
     "JanusFlowConfig",
     "Pipeline",
     "load",
+    "push_to_hub",
     "save",
 ]
 _MODULES = {"JanusFlowConfig": "config", "JanusFlow": "model", "load": "loading", "save": "loading"}
+_MODULES["push_to_hub"] = "publish"
 _MODULES |= {"Answer": "answering", "Generation": "pipeline", "Pipeline": "pipeline"}
 _MODULES |= dict.fromkeys(("InferencePipeline", "InferenceRequest", "JanusFlowBackbone"), "torchumm")
 

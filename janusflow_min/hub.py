@@ -25,9 +25,10 @@ def resolve(
 ) -> Path:
     """The folder of a checkpoint: "tiny" (inside the package), a folder, or a hub id, which is downloaded.
 
-    An interrupted download resumes; without a network the cache is enough. `config.json` is checked before the
-    weights are fetched; weights=False leaves them. revision: a branch, tag or commit of a hub id. Raises
-    FileNotFoundError, and ValueError for the configuration of another model.
+    A connection that breaks is taken up where it broke, and files that have arrived are not fetched again; without a
+    network the cache is enough. `config.json` is checked before the weights are fetched; weights=False leaves them.
+    revision: a branch, tag or commit of a hub id. Raises FileNotFoundError, and ValueError for the configuration of
+    another model.
     """
     if str(source) == "tiny" and revision is None:
         return TINY

@@ -89,7 +89,8 @@ def fetch(sources: list[str]) -> None:
     from huggingface_hub import snapshot_download
 
     for source in sources:
-        snapshot_download(source, allow_patterns=["*.json", "*.safetensors"])
+        twice = "sdxl_vae.safetensors"  # what SDXL's VAE has under diffusers' name as well
+        snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=twice)
     _commit(models)
 
 

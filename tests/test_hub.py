@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hub_server import serve
+from adapters import write_adapter
+from hub_server import run, serve
 from safetensors.torch import load_file, save_file
 
 import janusflow_min as jf
@@ -43,16 +42,6 @@ def hub(parity_dir, tmp_path):
     return root
 
 
-def run(code: str, cache: Path, endpoint: str, offline: bool = False) -> subprocess.CompletedProcess:
-    """In a process of its own: the hub's client reads its environment when it is imported."""
-    root = str(Path(__file__).resolve().parents[1])
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env |= {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": root}
-    env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    return done
-
-
 @pytest.mark.parametrize("sharded", [False, True])
 def test_only_the_files_that_are_read_are_downloaded(hub, tmp_path, sharded):
     """Stops: pickles, other precisions and a training run's checkpoints downloaded by the gigabyte; bars although
@@ -69,6 +58,8 @@ def test_only_the_files_that_are_read_are_downloaded(hub, tmp_path, sharded):
         done = run(LOAD, tmp_path / "cache", endpoint)
         assert done.returncode == 0, done.stderr
         assert set(asked) == wanted
+        large = [name for name in asked if name.endswith(".safetensors")]
+        assert len(large) == len(set(large)), "weights come twice"
         assert not {"Fetching", "Downloading"} & set(
             done.stderr.split()
         )  # old transformers note something else
@@ -104,6 +95,73 @@ def test_what_the_hub_lacks_is_said(hub, tmp_path):
         done = run(LOAD.replace("someone/model", "someone/modell"), tmp_path / "cache", endpoint)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "Check its name" in done.stderr, last
+
+
+def test_an_interrupted_download_goes_on(hub, tmp_path):
+    """Stops: gigabytes from the start again for a line that broke, and files that are there fetched once more. (A file
+    of which a process that ended had a part is begun anew: the hub's client no longer keeps such parts.)"""
+    weights, cache, mega = hub / "someone" / "model" / WEIGHTS, tmp_path / "cache", 2**20
+    padding = {"vision_und_enc_model.vision_tower.attn_pool.padding": torch.zeros(6 * mega)}
+    save_file(load_file(weights) | padding, weights)
+    assert weights.stat().st_size > 24 * mega
+    with serve(hub, cut=mega) as (endpoint, asked):
+        done = run(LOAD, cache, endpoint)
+    assert done.returncode == 1 and "could not be downloaded" in done.stderr
+    assert {"config.json", "tokenizer.json"} < set(asked)
+    with serve(hub, cut=11 * mega) as (endpoint, again):  # the client writes 10 MiB at once
+        done = run(LOAD, cache, endpoint)
+    assert done.returncode == 0, done.stderr
+    assert set(again) == {WEIGHTS, *VAE} and again.count(WEIGHTS) == 3
+    assert again.sent < 1.2 * weights.stat().st_size, "the weights are sent from the start again"
+
+
+def test_a_revision_is_loaded_and_kept_apart(hub, tmp_path):
+    """Stops: `revision` left out on the way to the hub, or a cache of one commit used for another."""
+    branch = hub / "someone" / "model@v2"
+    shutil.copytree(hub / "someone" / "model", branch)
+    tensors = load_file(branch / WEIGHTS)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, branch / WEIGHTS)
+    code = f"print(float(({LOAD.partition(';')[2].strip()}).model.llm.norm.weight.sum()))"
+    total = float(tensors["language_model.model.norm.weight"].sum())
+    with serve(hub) as (endpoint, _):
+        for more, factor in (("", 1), (", revision='v2'", 2), (", revision='main'", 1)):
+            done = run(
+                f"import janusflow_min as jf; {code.replace('progress=False', 'progress=False' + more)}",
+                tmp_path / "cache",
+                endpoint,
+            )
+            assert done.returncode == 0, done.stderr
+            assert abs(float(done.stdout) - factor * total) < 1e-3
+        done = run(LOAD.replace("progress", "revision='v3', progress"), tmp_path / "cache", endpoint)
+    assert done.returncode == 1 and "It has no branch, tag or commit 'v3'" in done.stderr
+
+
+def test_a_gated_repository_says_where_to_ask(hub, tmp_path):
+    """Stops: a page of a network library for a licence that has to be accepted."""
+    with serve(hub, gated="someone/model") as (endpoint, _):
+        done = run(LOAD, tmp_path / "cache", endpoint)
+    assert done.returncode == 1
+    assert "Ask for access on https://huggingface.co/someone/model, then `hf auth login`" in done.stderr
+
+
+def test_an_empty_cache_offline_says_what_to_do(tmp_path):
+    """Stops: a machine without a network that waits, or that tells nothing of copying the files there."""
+    done = run(LOAD, tmp_path / "cache", "http://127.0.0.1:9", offline=True)
+    assert done.returncode == 1 and "Without a network, copy the repository's files" in done.stderr
+
+
+def test_an_adapter_comes_from_the_hub(hub, tmp_path, parity_dir):
+    """Stops: adapters that only a folder may hold, or a whole repository fetched for one."""
+    model = jf.load(parity_dir, device="cpu", progress=False).model
+    folder = write_adapter(hub / "someone" / "dog", model)
+    (folder / "optimizer.pt").write_bytes(b"not to be read")
+    use = f"pipe = jf.load({str(parity_dir)!r}, device='cpu', progress=False); "
+    use = f"import janusflow_min as jf; {use}print(pipe.load_lora('someone/dog'), pipe.adapters)"
+    with serve(hub) as (endpoint, asked):
+        done = run(use, tmp_path / "cache", endpoint)
+    assert done.stdout == "dog {'dog': 1.0}\n", done.stderr
+    assert sorted(asked) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert run(use, tmp_path / "cache", "http://127.0.0.1:9", offline=True).stdout == done.stdout
 
 
 INFO = "import sys; from janusflow_min.cli import main; sys.exit(main(['info', 'someone/model', *{!r}]))"
