@@ -215,6 +215,7 @@ BUDGETS = {  # lines at most
     "hub": 295,
     "server": 1063,  # 450 is wanted
     "lmms-eval": 80,
+    "ComfyUI": 150,
     "training": 3743,  # 2300 is wanted
     "benchmarks": 8157,  # with the world of shapes; 5600 is wanted
     "scripts": 3043,  # 2200 is wanted
@@ -230,7 +231,8 @@ def test_each_part_keeps_its_budget(part):
     server = {*(PACKAGE / "serve").rglob("*.py"), PACKAGE / "commands" / "serve.py"}
     files = {"training": training, "benchmarks": benchmarks, "scripts": scripts, "server": server}
     files |= {"LoRA": {PACKAGE / "lora.py"}, "hub": {PACKAGE / "hub.py", PACKAGE / "publish.py"}}
-    files |= {"lmms-eval": {PACKAGE / "integrations" / "lmms_eval.py"}}
+    doors = {"lmms-eval": "lmms_eval.py", "ComfyUI": "comfyui.py"}
+    files |= {name: {PACKAGE / "integrations" / file} for name, file in doors.items()}
     counted = files.get(part, set(FILES).difference(*files.values()))
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted)
     assert lines <= BUDGETS[part]
