@@ -73,7 +73,8 @@ def read_adapter(folder: Path, model: JanusFlow) -> Adapter:
         raise FileNotFoundError(f"{path} " + ("does not exist" + hint if stored is None else "is empty"))
     base = f"the adapter was made for {settings.get('base_model_name_or_path') or 'a model that it does not name'}"
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in JanusFlow(model.config).state_dict().items()}
+        whole = JanusFlow(model.config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in whole.items() if tensor.ndim in (2, 4)}
     keys: dict[tuple[str, str], str] = {}
     for key, entry in stored.items():
         if (match := KEY.fullmatch(key)) is None:
@@ -142,14 +143,17 @@ class LoraMixin:
         if name is None:
             name = default_name(source)
         if not isinstance(name, str) or not name or name in self._loras:
-            raise ValueError(f"name must be text that no other adapter bears, got {checks.shown(name)}")
+            raise ValueError(
+                f"name must be text, and another one than {[*self._loras]}; got {checks.shown(name)}"
+            )
         checks.number("scale", scale)
         folder = find_folder("lora", source, [ADAPTER_CONFIG, ADAPTER_WEIGHTS], revision=revision)
-        self._loras[name] = read_adapter(folder, self.model)
+        before = self._loras
+        self._loras = before | {name: read_adapter(folder, self.model)}
         try:
             self._activate(self._scales | {name: scale})
         except BaseException:
-            del self._loras[name]
+            self._loras = before
             raise
         return name
 
@@ -159,21 +163,24 @@ class LoraMixin:
         values = [scales] * len(names) if isinstance(scales, int | float) else list(scales)
         if len(values) != len(names) or len(set(names)) != len(names):
             raise ValueError(f"{names} need a scale each, and no name twice; got the scales {values}")
-        if unknown := [name for name in names if name not in self._loras]:
-            raise ValueError(f"no adapter {checks.shown(unknown[0])} is loaded; there are {[*self._loras]}")
+        self._known(names)
         self._activate({n: checks.number("scales", v) for n, v in zip(names, values, strict=True)})
 
     def unload_lora(self, name: str | None = None) -> None:
         """Forget an adapter, or all; the weights are to the bit what they would be without it."""
-        if name is not None and name not in self._loras:
-            raise ValueError(f"no adapter {checks.shown(name)} is loaded; there are {[*self._loras]}")
         gone = [*self._loras] if name is None else [name]
+        self._known(gone)
         self._activate({n: scale for n, scale in self._scales.items() if n not in gone})
-        self._loras = {n: adapter for n, adapter in self._loras.items() if n not in gone}
+        for n in gone:
+            del self._loras[n]
 
     def fuse_lora(self) -> None:
         """Make the active adapters part of the weights for good, and forget all; W₀'s memory becomes free."""
         self._loras, self._scales, self._base = {}, {}, {}
+
+    def _known(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if name not in self._loras]:
+            raise ValueError(f"no adapter {checks.shown(unknown[0])} is loaded; there are {[*self._loras]}")
 
     def _activate(self, scales: dict[str, float]) -> None:
         scales = {name: scales[name] for name in self._loras if scales.get(name)}  # one order, one result

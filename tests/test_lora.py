@@ -173,6 +173,7 @@ BAD = {
     "wider": ({}, {Q: lambda k, v: {k: torch.zeros(4, 65)}}, rf"{Q} is \[4, 65\].*\[4, 64\]"),
     "deeper": ({}, {Q: lambda k, v: {k.replace(".1.", ".7."): v}}, "no layer for .*layers.7.self_attn.q_proj"),
     "another model's": ({}, {Q: lambda k, v: {f"base_model.model.unet.{Q}": v}}, f"no layer for .*unet.{Q}"),
+    "a norm": ({}, {Q: lambda k, v: {"llm.norm.lora_A.weight": v[:, 0].clone()}}, "no layer for llm.norm.lora_A.weight"),
     "half": ({}, {Q: lambda k, v: {}}, "layers.1.self_attn.q_proj.weight has only one of its factors"),
     "an embedding": ({}, {Q: lambda k, v: {"llm.embed_tokens.lora_embedding_A": v}}, "lora_embedding_A is no factor"),
     "NaN": ({}, {Q: lambda k, v: {k: v * float("nan")}}, f"{Q} holds NaN"),
@@ -203,7 +204,7 @@ def test_what_is_missing_is_named(parity_dir, adapters, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lora '\./none' is neither a folder nor a hub id"):
         pipe.load_lora("./none")
     pipe.load_lora(adapters["one"][0])
-    with pytest.raises(ValueError, match="no other adapter bears, got 'one'"):
+    with pytest.raises(ValueError, match=r"another one than \['one'\]; got 'one'"):
         pipe.load_lora(adapters["two"][0], "one")
     for call in (pipe.set_adapters, pipe.unload_lora):
         with pytest.raises(ValueError, match=r"no adapter 'three' is loaded; there are \['one'\]"):

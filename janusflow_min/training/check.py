@@ -177,6 +177,9 @@ def remarks(plan: Plan) -> Iterator[str]:
     c, o = plan.config, plan.config.optimizer
     if not c.lora.rank and c.lora != LoraConfig():
         yield "the settings of [lora] have no effect without lora.rank"
+    beside = [name for name in COMPONENTS[:-1] if plan.trained[name] and name not in c.lora.components]
+    if c.lora.rank and beside:
+        yield f"export-adapter/ will lack {', '.join(beside)}, which train whole; a rate of 0 freezes them"
     if o.schedule == "constant" and o.min_lr_ratio:
         yield 'optimizer.min_lr_ratio has no effect with optimizer.schedule = "constant"'
     if o.warmup >= c.steps:
