@@ -110,6 +110,21 @@ def test_swapping_and_unloading_restore_every_bit(parity_dir, adapters, dtype, f
     )
 
 
+@pytest.mark.gpu
+def test_captured_graphs_read_the_merged_weights(parity_dir, adapters):
+    """Stops: graphs that were captured before an adapter came and go on with the old weights."""
+    pipe, alone = (jf.load(parity_dir, device="cuda", dtype="bfloat16", progress=False) for _ in range(2))
+    before, sampler = latents(pipe), pipe.sampler
+    assert isinstance(sampler, GraphSampler) and sampler.graphs
+    for one in (pipe, alone):
+        one.load_lora(adapters["one"][0])
+    adapted = latents(pipe)
+    assert not torch.equal(adapted, before) and pipe.sampler is sampler
+    torch.testing.assert_close(adapted, latents(alone))
+    pipe.unload_lora()
+    assert torch.equal(latents(pipe), before) and pipe.sampler is sampler
+
+
 def test_a_fused_adapter_stays_and_can_be_saved(parity_dir, adapters, tmp_path):
     """Stops: a fused adapter that unloading takes out again, or that a saved checkpoint lacks."""
     pipe = load(parity_dir)
@@ -173,7 +188,7 @@ BAD = {
     "wider": ({}, {Q: lambda k, v: {k: torch.zeros(4, 65)}}, rf"{Q} is \[4, 65\].*\[4, 64\]"),
     "deeper": ({}, {Q: lambda k, v: {k.replace(".1.", ".7."): v}}, "no layer for .*layers.7.self_attn.q_proj"),
     "another model's": ({}, {Q: lambda k, v: {f"base_model.model.unet.{Q}": v}}, f"no layer for .*unet.{Q}"),
-    "a norm": ({}, {Q: lambda k, v: {"llm.norm.lora_A.weight": v[:, 0].clone()}}, "no layer for llm.norm.lora_A.weight"),
+    "a norm": ({}, {Q: lambda k, v: {"llm.norm.lora_A.weight": v[:, 0].clone()}}, "no layer for llm.norm.lora_A"),
     "half": ({}, {Q: lambda k, v: {}}, "layers.1.self_attn.q_proj.weight has only one of its factors"),
     "an embedding": ({}, {Q: lambda k, v: {"llm.embed_tokens.lora_embedding_A": v}}, "lora_embedding_A is no factor"),
     "NaN": ({}, {Q: lambda k, v: {k: v * float("nan")}}, f"{Q} holds NaN"),
