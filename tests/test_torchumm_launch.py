@@ -7,8 +7,10 @@ The stand-in has the few functions of `umm` that the launcher touches, written h
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +212,8 @@ def test_infer_and_eval(root, config, tmp_path, capfd):
     assert run(root, "infer", "--config", config(), "--set", "a=1") == 0
     assert capfd.readouterr().out.split() == ["infer", "--config", str(config()), "--set", "a=1"]
     assert run(root, "eval", "--config", config(), "--set", "geneval.code=4") == 4
+    cfg = config(mme={})  # a benchmark's name is `umm eval` with its configuration
+    assert run(root, "mme", "--config", cfg, "--set", "geneval.code=5") == 5
 
 
 def test_its_spelling_of_our_name(root, config, tmp_path):
@@ -269,7 +273,7 @@ def test_the_current_card_is_used(monkeypatch):
     assert devices == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
 
 
-@pytest.mark.parametrize("name", launcher.RUNNERS)
+@pytest.mark.parametrize("name", launcher.SHIPPED)
 def test_the_shipped_configurations(name):
     """Stops: a configuration whose images are generated for nothing, or one of JanusFlow's published settings wrong."""
     yaml = pytest.importorskip("yaml")
@@ -279,6 +283,10 @@ def test_the_shipped_configurations(name):
     assert inference["backbone"] == "janus_flow" and "seed" not in inference.get("request", {}).get(
         "params", {}
     )
+    if name in launcher.EVALUATIONS:
+        assert inference["backbone_cfg"]["understanding_cfg"] == {"max_new_tokens": 512, "do_sample": False}
+    if name in launcher.EVALUATIONS and name != "unified_bench":
+        return
     generation = inference["backbone_cfg"]["generation_cfg"]
     size = 4 if name == "dpg_bench" else 1
     assert generation == {
@@ -503,3 +511,111 @@ def test_its_other_runners(checkout, tmp_path, name):
     assert [path.stem for path in images] == ["0", "1"]
     with Image.open(images[0]) as first, Image.open(images[1]) as second:
         assert first.size == (384, 384) and first.tobytes() != second.tobytes()
+
+
+def documents(name: str, folder: Path) -> list[str]:
+    """Two invented documents (of each of MME's tasks and MMMU's subjects) as the runner reads them; what to --set."""
+    images = []
+    for i, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (40, 30), colour).save(folder / f"{i}.png")
+        images.append({"bytes": (folder / f"{i}.png").read_bytes(), "path": None})
+    if name == "mme":
+        tasks = "existence count position color posters celebrity scene landmark artwork OCR commonsense_reasoning"
+        for task in [*tasks.split(), "numerical_calculation", "text_translation", "code_reasoning"]:
+            (folder / task).mkdir()
+            (folder / task / "0.png").write_bytes(images[0]["bytes"])
+            lines = [
+                f"0.png\tIs it {colour}?\t{answer}" for colour, answer in (("red", "Yes"), ("blue", "No"))
+            ]
+            (folder / f"{task}.txt").write_text("\n".join(lines))
+        # Its calculation fails where no answer is yes or no, and the default knows no sentence about short answers.
+        pytest.importorskip("sklearn")
+        return [f"mme.root={folder}", f"mme.image_root={folder}", "mme.prompt_suffix=''"]
+    if name == "mmbench":
+        rows = ["index\tquestion\tA\tB\tanswer\tcategory\timage"]
+        for i, image in enumerate(images):
+            rows.append(f"{i}\tWhat is it?\tred\tblue\tA\tcolor\t{base64.b64encode(image['bytes']).decode()}")
+        (folder / "questions.tsv").write_text("\n".join(rows))
+        return [f"mmbench.dataset_paths.MMBench_TEST_EN_V11={folder / 'questions.tsv'}"]
+    if name == "mmvet":
+        lines = [{"question_id": f"v1_{i}", "image": f"{i}.png", "text": "What is it?"} for i in range(2)]
+        (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        sets = [f"mmvet.dataset_paths.image_root={folder}"]
+        return [*sets, f"mmvet.dataset_paths.question={folder / 'questions.jsonl'}"]
+    if name == "unified_bench":
+        (folder / "references").mkdir()
+        for i, image in enumerate(images):
+            (folder / "references" / f"{i}.png").write_bytes(image["bytes"])
+        return [f"unified_bench.ref_dir={folder / 'references'}"]
+    return [
+        f"{name}.root={write_hub_data(name, folder / 'hub', images)}",
+        f"{name}.cache_dir={folder / 'cache'}",
+    ]
+
+
+def write_hub_data(name: str, folder: Path, images: list[dict]) -> Path:
+    """What `load_dataset` reads: a table and the names of its configurations and split."""
+    datasets = pytest.importorskip("datasets")
+    question = {"question": "What is it?\nOptions: A: red, B: blue", "answer": "A", "category": "color"}
+    rows, picture, configs, split = [], "image", ["default"], "val"
+    if name == "mathvista":
+        picture, split = "decoded_image", "testmini"
+    if name == "mmmu":
+        picture, split = "image_1", "validation"
+        from runpy import run_path
+
+        code = Path(os.environ["TORCHUMM_ROOT"]) / "src/umm/eval/internvl_chat/eval/mmmu/data_utils.py"
+        configs = list(run_path(str(code))["CAT_SHORT2LONG"].values())
+    for i, image in enumerate(images):
+        row = {picture: image} | question
+        if name == "mmstar":
+            row |= {"index": i, "l2_category": "color", "meta_info": "-"}
+        if name == "mathvista":
+            row |= {"pid": str(i), "query": "What is it?", "choices": ["red", "blue"]}
+        if name == "mmmu":
+            row |= {"id": f"validation_Accounting_{i + 1}", "options": "['red', 'blue']"}
+            row |= {"question_type": "multiple-choice"} | {f"image_{k}": None for k in range(2, 8)}
+        rows.append(row)
+    folder.mkdir()
+    table = datasets.Dataset.from_list(rows).cast_column(picture, datasets.Image())
+    for k in range(2, 8) if name == "mmmu" else ():
+        table = table.cast_column(f"image_{k}", datasets.Image())
+    table.to_parquet(folder / "table.parquet")
+    lines = ["---", "configs:"]
+    for config in configs:
+        lines += [
+            f"- config_name: {config}",
+            "  data_files:",
+            f"  - split: {split}",
+            "    path: table.parquet",
+        ]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return folder
+
+
+@pytest.mark.torchumm
+@needs_checkout
+@pytest.mark.parametrize("name", launcher.EVALUATIONS)
+def test_its_evaluations_with_the_shipped_configurations(checkout, tmp_path, name):
+    """Stops: a shipped configuration that its runner does not take, and answers that are not ours."""
+    sets = documents(name, tmp_path)
+    sets += [f"{name}.out_dir={tmp_path / 'out'}", f"{name}.score_output_path={tmp_path / 'summary.json'}"]
+    sets += ["inference.backbone_cfg.understanding_cfg.max_new_tokens=8"]
+    printed = launch(
+        checkout, name, *sets, UMM_DATASETS=str(tmp_path), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf")
+    )
+    written = "".join(path.read_text() for path in (tmp_path / "out").rglob("*.*") if path.suffix in TEXTS)
+    prompts = {"mme": "Is there a red square?", "mmvet": "What is it?", "mathvista": "What is it?"}
+    if name in prompts:
+        answer = loading.load("tiny").understand(prompts[name], tmp_path / "0.png", max_new_tokens=8)
+        assert answer.text.strip() and answer.text.strip() in written, printed + written
+    elif name == "unified_bench":
+        assert "ok=2, skipped=0, error=0" in printed
+    else:  # whose prompts its runners make
+        key = {"mmbench": "prediction", "mmstar": "raw_prediction", "mmmu": "raw_response"}[name]
+        assert len(re.findall(rf'"{key}": " ?\w[^"]*"', written)) >= 2, printed + written
+    if name in ("mme", "mmmu"):  # its own calculation ran
+        assert ("total score" if name == "mme" else "Overall") in printed
+
+
+TEXTS = (".json", ".jsonl", ".txt")

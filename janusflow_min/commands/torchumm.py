@@ -14,9 +14,10 @@ def add_parser(command: Callable[..., argparse.ArgumentParser], option: Callable
         torchumm,
         "run TorchUMM's runners with this library's model",
         "Run an unmodified runner of a TorchUMM checkout with this library in the place of its janus_flow.\n"
-        "RUNNER is geneval, dpg_bench, wise or uni_mmmu; infer or eval, as `umm infer` and `umm eval`\n"
-        "with any of its benchmarks; or a .py file of the checkout. Relative paths in a configuration are\n"
-        "TorchUMM's: from the checkout's root. Without --config the one shipped for that runner is used.",
+        "RUNNER is geneval, dpg_bench, wise, uni_mmmu, mme, mmbench, mmstar, mmmu, mmvet, mathvista or\n"
+        "unified_bench; infer or eval, as `umm infer` and `umm eval`; or a .py file of the checkout. Relative\n"
+        "paths in a configuration are TorchUMM's: from the checkout's root. Without --config the one shipped\n"
+        "for that runner is used.",
         """  janusflow-min torchumm geneval --root TorchUMM
   janusflow-min torchumm dpg_bench --root TorchUMM --set inference.backbone_cfg.model_path=tiny
   janusflow-min torchumm eval --root TorchUMM --config my_geneval.yaml

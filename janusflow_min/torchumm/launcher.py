@@ -29,6 +29,8 @@ RUNNERS = {
     "wise": "eval/generation/wise/run_wise_eval.py",
     "uni_mmmu": "eval/generation/uni_mmmu/run_generation.py",
 }
+EVALUATIONS = ("mme", "mmbench", "mmstar", "mmmu", "mmvet", "mathvista", "unified_bench")  # of `umm eval`
+SHIPPED = (*RUNNERS, *EVALUATIONS)  # a configuration for each
 IN_PROCESS = ("infer", "eval")  # subcommands of `umm`
 
 
@@ -37,13 +39,14 @@ def launch(
 ) -> int:
     """Run `runner` of the checkout `root` with the configuration; returns its exit code.
 
-    runner: a key of RUNNERS, "infer", "eval", or a .py file, from the root or absolute. overrides: "a.b=value".
+    runner: one of SHIPPED, "infer", "eval", or a .py file, from the root or absolute. overrides: "a.b=value".
     Raises ValueError or FileNotFoundError before anything is loaded, where root, runner or config are not usable.
     """
     root = Path(root).expanduser().resolve()
     if not (root / "src" / "umm" / "core" / "registry.py").is_file():
         raise FileNotFoundError(f"{root} is not a checkout of TorchUMM: src/umm/core/registry.py is missing")
-    script = None if runner in IN_PROCESS else _script(root, runner)
+    command = "eval" if runner in EVALUATIONS else runner
+    script = None if command in IN_PROCESS else _script(root, runner)
     config = _config(runner, config)
     with _as_program(root, script, ["--config", str(config)], overrides):
         import umm
@@ -58,14 +61,14 @@ def launch(
         from umm.cli.main import main
 
         options = [text for override in overrides for text in ("--set", override)]
-        return _exit_code(lambda: main([runner, "--config", str(config), *options]))
+        return _exit_code(lambda: main([command, "--config", str(config), *options]))
 
 
 def _script(root: Path, runner: str) -> Path:
     path = root / RUNNERS.get(runner, runner)  # an absolute runner stays what it is
     if path.suffix != ".py":
         raise ValueError(
-            f"RUNNER must be one of {', '.join([*RUNNERS, *IN_PROCESS])} or a .py file, got {runner!r}"
+            f"RUNNER must be one of {', '.join([*SHIPPED, *IN_PROCESS])} or a .py file, got {runner!r}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"no runner {path}")
@@ -74,8 +77,8 @@ def _script(root: Path, runner: str) -> Path:
 
 def _config(runner: str, config: str | Path | None) -> Path:
     if config is None:
-        if runner not in RUNNERS:
-            raise ValueError(f"--config is needed; configurations are shipped for {', '.join(RUNNERS)}")
+        if runner not in SHIPPED:
+            raise ValueError(f"--config is needed; configurations are shipped for {', '.join(SHIPPED)}")
         return CONFIGS / f"{runner}.yaml"
     path = Path(config).expanduser().resolve()
     if not path.is_file():
@@ -98,7 +101,7 @@ def _check(config: Path, runner: str, overrides: Sequence[str]) -> None:
         raise ValueError(f"{config} or --set cannot be read: {error}") from None  # PyYAML's own errors
     if unset := sorted(set(re.findall(r"\$\{(\w+)\}", json.dumps(cfg, default=str)))):
         raise ValueError(f"{config}: these environment variables are not set: {', '.join(unset)}")
-    if runner in RUNNERS and runner != "dpg_bench" and not isinstance(cfg.get(runner), Mapping):
+    if runner in SHIPPED and runner != "dpg_bench" and not isinstance(cfg.get(runner), Mapping):
         raise ValueError(f"{config}: no block {runner!r}; is it another benchmark's configuration?")
     block = cfg.get("inference", cfg)
     block = block if isinstance(block, Mapping) else {}
