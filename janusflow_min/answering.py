@@ -230,19 +230,19 @@ class Closed(Exception):
     """Nobody reads the stream any more."""
 
 
-def iterate(run: Callable[[Callable[[int, str], None]], Any]) -> Iterator[tuple[int, str]]:
+def iterate(run: Callable[[Callable[[int, Any], None]], Any]) -> Iterator[tuple[int, Any]]:
     """What `run`, in a thread of its own, hands to the function that it is given."""
     pieces: SimpleQueue = SimpleQueue()
     closed = threading.Event()
 
-    def on_text(index: int, text: str) -> None:
+    def tell(index: int, piece: Any) -> None:
         if closed.is_set():
             raise Closed
-        pieces.put((index, text))
+        pieces.put((index, piece))
 
     def work() -> None:
         try:
-            run(on_text)
+            run(tell)
         except Closed:
             pass
         except BaseException as error:  # raised where the stream is read

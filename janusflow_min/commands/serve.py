@@ -6,14 +6,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..files import public_name
 from ..options import whole
-from ..serve import Limits
+from ..serve import Limits, listen
 from .common import Command, Option, load_pipeline, model_options, say
 
 if TYPE_CHECKING:
@@ -65,13 +64,7 @@ def make_server(args: argparse.Namespace) -> Server:
 
 
 def serve(args: argparse.Namespace) -> int:
-    sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((args.host, args.port))  # before the model, which takes long; nobody is let in yet
-    except OSError as error:
-        raise OSError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from None
-    with sock:
+    with listen(args.host, args.port) as sock:  # before the model, which takes long; nobody is let in yet
         server = make_server(args)
         import uvicorn
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,3 +23,15 @@ class Limits:
     max_n: int = _limit(10, "images of a request")
     max_steps: int = _limit(100, "num_inference_steps of a request")
     max_size: int = _limit(2048, "side of an image of a request, in px")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address; OSError names the options."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise OSError(f"--host {host} --port {port}: {error.strerror or error}") from None
+    return sock
