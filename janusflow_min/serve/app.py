@@ -18,6 +18,7 @@ import traceback
 import uuid
 from asyncio import FIRST_COMPLETED, Queue, Task, create_task, gather, get_running_loop, wait, wrap_future
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -60,7 +61,7 @@ class Server:
         self.engine, self.name, self.limits, self.api_key = engine, name, limits, api_key
         self.hosts, self.log, self.created = hosts, log, int(time.time())
         self.in_hand, self.usual_seconds = 0, 1.0  # requests that wait or run; what one takes
-        self.threads = anyio.CapacityLimiter(PREPARING)
+        self.pool = ThreadPoolExecutor(PREPARING, "janusflow-prepare")
         self.registry = registry = prometheus.CollectorRegistry()
         self.seconds = prometheus.Histogram(
             "janusflow_request_seconds", "Requests", ["route", "status"], registry=registry, buckets=BUCKETS
@@ -77,6 +78,7 @@ class Server:
             engine.start()
             yield
             await anyio.to_thread.run_sync(engine.stop)
+            self.pool.shutdown(wait=False)
 
         app = FastAPI(
             title="janusflow-min", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
@@ -160,8 +162,9 @@ class Server:
             raise Problem(429, message, "queue_full", headers={"Retry-After": str(seconds)})
 
     async def prepared(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`function` in a thread, of which there are few."""
-        return await anyio.to_thread.run_sync(function, *arguments, limiter=self.threads)
+        """`function` in a thread, of which there are few. A client that goes away does not make room for another
+        before its thread is done."""
+        return await get_running_loop().run_in_executor(self.pool, function, *arguments)
 
     # What is there ------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from adapters import write_adapter  # noqa: E402
 from serving import Running, data_url, endless, wait_until  # noqa: E402
 
 import janusflow_min as jf  # noqa: E402
+from janusflow_min.serve.app import PREPARING  # noqa: E402
 
 QUESTION = "What is in the picture?"
 
@@ -537,6 +538,36 @@ def test_who_hangs_up_frees_the_place(pipe, monkeypatch):
         assert answer.json()["usage"]["completion_tokens"] == 2
         assert server.engine.counts["tokens"] == tokens + 2
     assert sum(" 499, " in line for line in server.log) >= 5
+
+
+def test_who_hangs_up_makes_no_room_before_the_thread_is_done(pipe, star, monkeypatch):
+    """Stops: more images in memory than the server has threads for, by clients that send one and hang up."""
+    lock, running, most = threading.Lock(), 0, 0
+
+    def slow(*arguments):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.5)
+        with lock:
+            running -= 1
+        return star
+
+    monkeypatch.setattr("janusflow_min.serve.protocol.read_image", slow)
+    before = threading.active_count()
+    with Running(pipe, max_queue=100) as server:
+        for _ in range(3):
+            sockets = [
+                send_raw(server, *chat(messages=[user("hi", image_part(star))])) for _ in range(PREPARING)
+            ]
+            wait_until(lambda: running == PREPARING)
+            for each in sockets:
+                each.close()
+            wait_until(lambda: server.server.in_hand == 0)
+        wait_until(lambda: running == 0)
+    assert most == PREPARING
+    wait_until(lambda: threading.active_count() <= before)
 
 
 def test_who_sends_too_slowly_is_not_waited_for(pipe, monkeypatch):
