@@ -213,7 +213,7 @@ BUDGETS = {  # lines at most
     "the rest of the package": 7367,  # 4600 is wanted
     "LoRA": 216,  # 120 is wanted
     "hub": 295,
-    "server": 1069,  # 450 is wanted
+    "server": 1072,  # 450 is wanted
     "page": 355,  # 250 is wanted
     "lmms-eval": 80,
     "ComfyUI": 150,
