@@ -36,7 +36,7 @@ PROMPTS = (
 )
 QUESTIONS = ("Describe the picture.", "How many objects are there?", "What color is the star?")
 EDIT = ("a photo of a green star and a blue circle", "a photo of a red star and a blue circle")
-CSS = "footer {display: none !important} .gradio-container {max-width: 1100px !important; margin: auto}"
+CSS = "footer {display: none !important} .gradio-container {width: 100%; max-width: 1100px !important; margin: 0 auto}"
 MODEL: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
 ASIDE: dict[str, Any] = dict(queue=False, api_visibility="private")  # events that leave the model alone
 Tell = Callable[[int, Any], None]
@@ -144,7 +144,9 @@ class Page:
         examples([[{"text": text, "files": [example]}] for text in QUESTIONS], box, list(QUESTIONS))
         with gr.Accordion("More", open=False):
             system = textbox("System prompt", info="Empty: the model's usual one.")
-        event = box.submit(self.ask, [box, history, system], [chatbot, history, box], **MODEL)
+        event = box.submit(
+            self.ask, [box, history, system], [chatbot, history, box], show_progress_on=chatbot, **MODEL
+        )
         stop.click(None, cancels=event, **ASIDE)
         clear.click(lambda: ([], [], None), None, [chatbot, history, box], cancels=event, **ASIDE)
 

@@ -91,7 +91,8 @@ def test_tools_have_one_version():
 # tests/ mirrors the package
 
 TOPICS = {  # tests of what no one file holds
-    "": "ambient bad_input docs extending fuzz house imports parity reference_live torchumm_launch walkthrough",
+    "": "ambient bad_input docs extending fuzz house imports parity reference_live torchumm_launch walkthrough "
+    "webui_browser",
     "benchmarks": "official_dpg official_geneval official_wise shapes_benchmark",
     "benchmarks/uni_mmmu": "official",
     "serve": "serve_command server serving_page",
