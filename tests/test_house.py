@@ -37,8 +37,9 @@ CALLS = [
     "ruff check .",
     "ruff format --check .",
     "mypy ",
-    "pip install -q -e .[train,bench,serve]",
-    "python -m pytest tests/training tests/benchmarks tests/serve tests/test_docs.py tests/test_walkthrough.py",
+    "pip install -q -e .[train,bench,serve,ui]",
+    "python -m pytest tests/training tests/benchmarks tests/serve tests/integrations tests/test_docs.py "
+    "tests/test_lora.py tests/test_webui.py tests/test_walkthrough.py",
 ]
 
 
