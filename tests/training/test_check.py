@@ -145,7 +145,6 @@ def test_what_has_no_effect_is_said(settings, manifest):
     lonely = [{"kind": "text", "manifest": str(manifest)}]
     notes = {
         "without lora.rank": {"lora": {"alpha": 8.0}},
-        "gen_aligners, uvit_encoder, uvit_decoder, which train whole": {"lora": {"rank": 2}},
         "min_lr_ratio": {"optimizer": {"min_lr_ratio": 0.1}},
         "warm-up of 9": {"optimizer": {"warmup": 9}},
         "report.every = 0": {"report": {"prompts": ["a cat"]}},
@@ -159,6 +158,13 @@ def test_what_has_no_effect_is_said(settings, manifest):
     assert check(settings()).notes == []
     for words, change in notes.items():
         assert any(words in note for note in check(settings(**change)).notes), words
+
+
+def test_an_adapter_that_is_not_all_that_was_trained_is_said(settings):
+    """Stops: an adapter that is loaded without the parts that were trained beside it."""
+    pytest.importorskip("peft")
+    notes = check(settings(lora={"rank": 2})).notes
+    assert any("gen_aligners, uvit_encoder, uvit_decoder, which train whole" in note for note in notes)
 
 
 def test_the_dry_run_writes_nothing(settings, tmp_path, manifest, capsys, monkeypatch):
