@@ -42,9 +42,8 @@ from .vae import VAE
 VAE_IMAGES = 8  # decoded at once on a GPU
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-Row = tuple[
-    str, list[int], list[int] | None
-]  # of an image: its prompt, token ids of that and of the negative one
+# Of an image: its prompt, token ids of that and of the negative one.
+Row = tuple[str, list[int], list[int] | None]
 OnStepEnd = Callable[..., Any]  # (step, t, latents), with preview (step, t, latents, images)
 
 

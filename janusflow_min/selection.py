@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import checks
 from .editing import encode_images, square
-from .flow import TIME_SCALE, interpolate
+from .flow import TIME_SCALE, flow_loss, interpolate
 from .llama import mask_positions
 from .model import merge_image_embeds
 from .pixels import ImageSource, open_image
@@ -158,7 +158,7 @@ def fit(pipe: Pipeline, image: ImageSource, prompt: str, other: str) -> float:
     velocity = pipe.sampler.prefill(plan_rows(prompts, False))(
         z.repeat(2, 1, 1, 1), times.repeat(2) * TIME_SCALE
     )
-    own, others = (velocity.double() - target.repeat(2, 1, 1, 1)).square().mean((1, 2, 3)).chunk(2)
+    own, others = flow_loss(velocity, target.repeat(2, 1, 1, 1)).chunk(2)
     return 1 / (1 + float(own.mean() / others.mean()) ** FIT_POWER)
 
 

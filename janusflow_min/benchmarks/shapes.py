@@ -115,13 +115,10 @@ def generate(settings: Settings, out: str | Path, options: GenerateOptions = Gen
     choices: dict[str, Any] = {"images_per_prompt": 1, "cases": cases, "draw_seed": draw_seed}
     to_edit = edits(cases, draw_seed) if options.edits else []
     if options.edits:
-        if options.edit_method not in EDIT_METHODS:
-            raise ValueError(
-                f"edit_method must be one of {', '.join(EDIT_METHODS)}, got {options.edit_method!r}"
-            )
+        checks.one_of("edit_method", options.edit_method, EDIT_METHODS)
         drawn = json.dumps([(case.source_prompt, case.prompt) for case in to_edit])
         inputs["edits"] = hashlib.sha256(drawn.encode()).hexdigest()
-        choices |= {"edit_method": options.edit_method}
+        choices["edit_method"] = options.edit_method
         choices["edit_strength"] = checks.number("edit_strength", options.edit_strength, 0, 1, above=True)
     items = [Item(i, prompt, (f"{i:05d}.png",)) for i, (_, prompt) in enumerate(captioned)]
     pipe = functools.cache(lambda: load_pipe(settings, "all"))

@@ -73,14 +73,7 @@ def edit(args: argparse.Namespace) -> int:
         **settings,
     )
     mask = None if args.mask is None else expand(args.mask).name
-    common = (
-        settings
-        | model_record(args, pipe)
-        | {
-            "image": expand(args.image).name,
-            "mask": mask,
-        }
-    )
+    common = settings | model_record(args, pipe) | {"image": expand(args.image).name, "mask": mask}
     for i, (prompt, image) in enumerate(zip(args.prompts, edited, strict=True)):
         about = {str(key): value for key, value in (image.info | common).items() if value is not None}
         say(str(save_png(image, out / f"{i:02d}_{slug(prompt)}_seed{image.info['seed']}.png", about)))
