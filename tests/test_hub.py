@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_an_interrupted_download_goes_on(hub, tmp_path):
     of which a process that ended had a part is begun anew: the hub's client no longer keeps such parts.)"""
     weights, cache, mega = hub / "someone" / "model" / WEIGHTS, tmp_path / "cache", 2**20
     padding = {"vision_und_enc_model.vision_tower.attn_pool.padding": torch.zeros(6 * mega)}
-    save_file(load_file(weights) | padding, weights)
+    save_file({name: tensor.clone() for name, tensor in load_file(weights).items()} | padding, weights)
     assert weights.stat().st_size > 24 * mega
     with serve(hub, cut=mega) as (endpoint, asked):
         done = run(LOAD, cache, endpoint)
@@ -110,6 +111,9 @@ def test_an_interrupted_download_goes_on(hub, tmp_path):
     assert {"config.json", "tokenizer.json"} < set(asked)
     with serve(hub, cut=11 * mega) as (endpoint, again):  # the client writes 10 MiB at once
         done = run(LOAD, cache, endpoint)
+        # Before 1.0 the client gives up where the line breaks, and goes on in the next process.
+        for _ in range(3 if version("huggingface_hub") < "1" else 0):
+            done = run(LOAD, cache, endpoint) if done.returncode else done
     assert done.returncode == 0, done.stderr
     assert set(again) == {WEIGHTS, *VAE} and again.count(WEIGHTS) > 1
     assert again.sent < 1.2 * weights.stat().st_size, "the weights are sent from the start again"
@@ -119,7 +123,7 @@ def test_a_revision_is_loaded_and_kept_apart(hub, tmp_path):
     """Stops: `revision` left out on the way to the hub, or a cache of one commit used for another."""
     branch = hub / "someone" / "model@v2"
     shutil.copytree(hub / "someone" / "model", branch)
-    tensors = load_file(branch / WEIGHTS)
+    tensors = {name: tensor.clone() for name, tensor in load_file(branch / WEIGHTS).items()}
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, branch / WEIGHTS)
     code = f"print(float(({LOAD.partition(';')[2].strip()}).model.llm.norm.weight.sum()))"
     total = float(tensors["language_model.model.norm.weight"].sum())
