@@ -64,7 +64,7 @@ def visit(served, browser, request):
 
     yield opened
     for k, tab in enumerate(tabs):
-        if folder := os.environ.get("SHOTS"):
+        if (folder := os.environ.get("SHOTS")) and not tab.is_closed():
             tab.screenshot(path=Path(folder) / f"{request.node.name}-{k}.png", full_page=True)
         tab.close()
     assert outside == [] and errors == []
@@ -105,8 +105,13 @@ def test_images_appear_while_they_are_sampled(visit):
         tab.get_by_text(caption).wait_for()
 
 
-def test_a_preset_moves_the_settings_and_stop_stops(visit):
-    """Stops: a preset that the page shows and does not take; a model that samples on behind a stopped page."""
+@pytest.mark.parametrize("how", ["Stop", "closed tab"])
+def test_a_run_that_nobody_wants_ends(visit, served, monkeypatch, how):
+    """Stops: a preset that is shown and not taken; a model that samples on behind a stopped or closed page."""
+    finished, inner = [], served[0].pipe.generate
+    monkeypatch.setattr(
+        served[0].pipe, "generate", lambda *args, **options: finished.append(inner(*args, **options))
+    )
     tab = visit()
     tab.get_by_role("button", name=re.compile("^More")).locator("visible=true").click()
     tab.get_by_label("quick").check()
@@ -114,12 +119,16 @@ def test_a_preset_moves_the_settings_and_stop_stops(visit):
     tab.get_by_label(re.compile("^number input for Steps")).fill("100")
     button(tab, "Generate").click()
     tab.get_by_text(re.compile(r"Step \d+ of 100")).wait_for()
-    button(tab, "Stop").click()
-    status(tab, "Stopped.")
-    deadline = time.monotonic() + 20
+    if how == "Stop":
+        button(tab, "Stop").click()
+        status(tab, "Stopped.")
+    else:
+        tab.close()
+    deadline = time.monotonic() + 60
     while any(thread.name == "janusflow-stream" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert not finished
 
 
 def test_a_conversation_about_an_image(visit, served, tmp_path):
