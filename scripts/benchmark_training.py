@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How fast a training step is at the official size, and how much memory it takes: random weights, generation batches.
 
-    python scripts/benchmark_training.py                              # one GPU: ours, eager and compiled, LoRA
+    python scripts/benchmark_training.py                              # one GPU: ours, full and LoRA (needs torchao)
     python scripts/benchmark_training.py --janus-root Janus           # the reference's plain loop in the same run
     torchrun --nproc-per-node 2 scripts/benchmark_training.py         # FSDP2 against one GPU: speed, equal losses
     python scripts/benchmark_training.py --size small                 # a smoke test, on the CPU too
@@ -25,6 +25,7 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,8 @@ from janusflow_min.training.losses import MixedBatch
 from janusflow_min.training.step import TrainStep
 
 PROMPT = 32
+LEAST = dict(states="8bit", recompute=True)
+HOME = dict(lora=16, cached=True, **LEAST)
 
 
 def main() -> None:
@@ -98,7 +101,9 @@ class Benchmark:
             "ours, eager": lambda: self.ours(False, 0.0, 0.0),
             "ours, compiled": lambda: self.ours(True, 0.0, 0.0),
             "ours, compiled, with alignment and average": lambda: self.ours(True, 1.0, 0.99),
+            "ours, gradient checkpointing, 8-bit states": lambda: self.ours(compiled, 0.0, 0.0, **LEAST),
             "ours, LoRA and gradient checkpointing": lambda: self.ours(compiled, 0.0, 0.0, lora=16),
+            "ours, LoRA, 8-bit, SigLIP's features cached": lambda: self.ours(compiled, 1.0, 0.0, **HOME),
         }
         if self.args.janus_root is not None:
             jobs["reference, autocast"] = lambda: self.reference(False)
@@ -116,10 +121,17 @@ class Benchmark:
             release()
         return {**self.about, "rows": rows}
 
-    def ours(self, compiled: bool, alignment: float, average: float, lora: int = 0):
-        """A function that makes step i, and returns its loss on the device."""
-        train_step = self.train_step(compiled, alignment, average, lora)
+    def ours(self, compiled: bool, alignment: float, average: float, cached: bool = False, **options: Any):
+        """A function that makes step i, and returns its loss on the device. cached: SigLIP is frozen and its features
+        are there, so that it need not be."""
+        train_step = self.train_step(compiled, alignment, average, freeze=cached, **options)
         batches = [self.batch(i) for i in range(4)]
+        if cached:
+            model = train_step.loss.model
+            with torch.no_grad():
+                features = [model.siglip(batch.pixels.to(self.dtype)) for batch in batches]
+            batches = [replace(b, pixels=None, features=f) for b, f in zip(batches, features, strict=True)]
+            model.siglip.cpu()
 
         def step(i: int) -> Tensor:
             return loss_of(train_step.step(i, [batches[i % 4]]))
@@ -135,14 +147,19 @@ class Benchmark:
         rows: int | None = None,
         parallel: str = "none",
         world: int = 1,
+        states: Any = "fp32",
+        recompute: bool = False,
+        freeze: bool = False,
     ) -> TrainStep:
         config = Config(
             data=(SourceConfig("generation", manifest="none"),),
             batch=rows or self.rows,
             compile=compiled,
-            gradient_checkpointing=lora > 0,
+            gradient_checkpointing=lora > 0 or recompute,
             objective=ObjectiveConfig(alignment_weight=alignment),
-            optimizer=OptimizerConfig(ema_decay=average, warmup=0),
+            optimizer=OptimizerConfig(
+                ema_decay=average, warmup=0, states=states, lr_by_component={"siglip": 0.0} if freeze else {}
+            ),
             lora=LoraConfig(rank=lora),
         )
         return TrainStep(config, self.model(), self.device, self.dtype, parallel, world)

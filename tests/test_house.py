@@ -37,7 +37,7 @@ CALLS = [
     "ruff check .",
     "ruff format --check .",
     "mypy ",
-    "pip install -q -e .[train,bench,serve,ui]",
+    "pip install -q -e .[train,bench,serve,ui,torchao]",
     "python -m pytest tests/training tests/benchmarks tests/serve tests/integrations tests/test_docs.py "
     "tests/test_lora.py tests/test_webui.py tests/test_walkthrough.py",
 ]

@@ -217,9 +217,9 @@ BUDGETS = {  # lines at most
     "page": 357,  # 250 is wanted
     "lmms-eval": 80,
     "ComfyUI": 150,
-    "training": 3746,  # 2300 is wanted
+    "training": 3901,  # 2300 is wanted
     "benchmarks": 8157,  # with the world of shapes; 5600 is wanted
-    "scripts": 3043,  # 2200 is wanted
+    "scripts": 3060,  # 2200 is wanted
 }
 
 

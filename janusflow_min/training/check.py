@@ -25,6 +25,7 @@ from . import checkpoints
 from .batch import StepDataset
 from .config import COMPONENTS, KINDS, Config, LoraConfig
 from .dataset import Source, open_sources, summarize
+from .eight_bit import BLOCK
 from .prepare import component, trainable
 from .sample import SampleBuilder
 from .settings import anchored, naming, read, require
@@ -95,6 +96,10 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
         raise ImportError(
             f'report.tracker = "{report.tracker}" needs the package: pip install {report.tracker}'
         )
+    if config.optimizer.states == "8bit" and find_spec("torchao") is None:
+        raise ImportError(
+            "optimizer.states = '8bit' needs the package torchao: pip install 'janusflow-min[torchao]'"
+        )
     for i, image in enumerate(report.images):
         if image:
             with naming(f"report.images.{i}"):
@@ -132,7 +137,7 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
     for name, p in loss.named_parameters():
         (trained if rates[name] else frozen)[component(name)] += p.numel()
     memory = estimate(config, model, sum(trained.values()), sum(frozen.values()), world)
-    state = sum(trained.values()) * (16 if config.optimizer.ema_decay else 12)
+    state = sum(trained.values()) * state_bytes(config)
     whole = sum(p.numel() for p in model.parameters()) * (4 if config.export_dtype == "float32" else 2)
     disk = (state * (config.keep + 1) + whole) / GIB
     plan = Plan(config, folder, processor, sources, trained, frozen, memory, disk, [])
@@ -153,6 +158,12 @@ def steps_of(config: Config, sources: Sequence[Source]) -> int:
     return max(1, math.ceil(round(most / config.batch, 6)))
 
 
+def state_bytes(config: Config) -> float:
+    """Of the optimizer, for each trained parameter: master, both moments, average."""
+    moments = 8 if config.optimizer.states == "fp32" else 2 * (1 + 4 / BLOCK)
+    return 4 + moments + (4 if config.optimizer.ema_decay else 0)
+
+
 def estimate(config: Config, model: JanusFlow, trained: int, frozen: int, world: int) -> dict[str, float]:
     """GiB on each device. The values that a block keeps of each token and hidden unit are fitted to the runs on one
     H100 in docs/finetuning.md."""
@@ -166,7 +177,7 @@ def estimate(config: Config, model: JanusFlow, trained: int, frozen: int, world:
     several = config.batch > config.micro_batch * world and shards == 1  # gradients are summed up in fp32
     return {
         "weights": (frozen * size / shards + trained * copies) / GIB,
-        "optimizer": trained * (16 if config.optimizer.ema_decay else 12) / shards / GIB,
+        "optimizer": trained * state_bytes(config) / shards / GIB,
         "gradients": trained * (size + (4 if several else 0)) / shards / GIB,
         "activations": tokens * kept * llm.hidden_size * size / GIB,
     }

@@ -97,6 +97,9 @@ class OptimizerConfig:
     warmup: Interval = FROM_STAGE  # steps; the stage's is at most a fifth of the run
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr_ratio: Share = 0.0  # of the rate, at the end of a cosine
+    states: Literal["fp32", "8bit"] = (
+        "fp32"  # AdamW's moments; 8bit needs torchao and a quarter of the memory
+    )
     ema_decay: BelowOne = 0.99  # of the average that is exported, lower in the first steps; 0: no average
 
 
@@ -216,6 +219,8 @@ class Config:
         require(one_each, "report.images", "one for each question", report.images)
         rank, sharded = self.lora.rank, self.parallel == "fsdp"
         require(not (rank and sharded), "lora.rank", '0 with parallel = "fsdp" (use "replicate")', rank)
+        eight = o.states == "8bit" and sharded
+        require(not eight, "optimizer.states", '"fp32" with parallel = "fsdp" (use "replicate")', o.states)
         cached = self.loader.cache and self.loader.crop != "fixed"
         require(not cached, "loader.crop", '"fixed" where there is a cache', self.loader.crop)
         validated = bool(report.validation and report.every)

@@ -3,8 +3,9 @@
 
 The weights that compute may be bfloat16: then each has an fp32 master copy here, which alone accumulates. One
 elementwise function, `update`, steps moments, master, average and computing weight; on a GPU one kernel does the same
-to all tensors (`fused_adamw.py`), so that each is read and written once. Sharded weights (DTensor) are updated shard
-by shard. A step whose gradient is not finite changes nothing.
+to all tensors (`fused_adamw.py`), so that each is read and written once. The moments may have 8 bits
+(`eight_bit.py`). Sharded weights (DTensor) are updated shard by shard. A step whose gradient is not finite changes
+nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from . import eight_bit
 from .config import OptimizerConfig
 
 
@@ -82,8 +84,14 @@ class AdamW:
         if dtype != torch.float32:
             for p in self.params.values():
                 p.data = p.data.to(dtype)
-        self.m = {name: torch.zeros_like(p) for name, p in self.master.items()}
-        self.v = {name: torch.zeros_like(p) for name, p in self.master.items()}
+        small = [name for name, p in self.master.items() if config.states == "8bit" and eight_bit.fits(p)]
+        self.m, self.v = (
+            {n: torch.zeros_like(p) for n, p in self.master.items() if n not in small} for _ in "mv"
+        )
+        self.m_scale, self.v_scale = dict[str, Tensor](), dict[str, Tensor]()  # of what is 8-bit codes
+        for name in small:
+            self.m[name], self.m_scale[name] = eight_bit.zeros(self.master[name])
+            self.v[name], self.v_scale[name] = eight_bit.zeros(self.master[name])
         self.average = {n: p.clone() for n, p in self.master.items()} if config.ema_decay else {}
         self.sums: dict[str, Tensor] = {}  # fp32 gradients of earlier micro-batches, in the buffers
         self.buffers: dict[str, Tensor] = {}  # the same memory in every step, as a captured graph needs it
@@ -91,7 +99,9 @@ class AdamW:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds. Loading fills these tensors in place; `load` then updates the parameters."""
-        return {"master": self.master, "m": self.m, "v": self.v, "average": self.average}
+        found = {"master": self.master, "m": self.m, "v": self.v, "average": self.average}
+        scales = {"m_scale": self.m_scale, "v_scale": self.v_scale}
+        return found | {name: tensors for name, tensors in scales.items() if tensors}
 
     @torch.no_grad()
     def load(self) -> None:
@@ -155,13 +165,18 @@ class AdamW:
             parts = (self.master[name], grad, self.m[name], self.v[name], average, weight)
             tensors.append([None if x is None else local(x) for x in parts])
         rates = [(self.rates[name], self.decays[name]) for name in names]
+        whole = [k for k, name in enumerate(names) if name not in self.m_scale]
         if self.kernel:
             from .fused_adamw import update_all
 
-            update_all(tensors, rates, **common)
+            update_all([tensors[k] for k in whole], [rates[k] for k in whole], **common)
         else:
-            for each, (rate, decay) in zip(tensors, rates, strict=True):
-                update(each, rate, decay, **common)
+            for k in whole:
+                update(tensors[k], *rates[k], **common)
+        for k, name in enumerate(names):
+            if name in self.m_scale:
+                scales = self.m_scale[name], self.v_scale[name]
+                eight_bit.update_pieces(update, tensors[k], scales, *rates[k], compiled=self.kernel, **common)
         self.zero()
         return norm
 

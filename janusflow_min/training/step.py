@@ -41,12 +41,14 @@ class TrainStep:
         parallel: str = "none",
         world: int = 1,
     ):
-        """model: fp32, on the device; modified in place. dtype: of computing. parallel: none, replicate or fsdp."""
+        """model: fp32, on the device if it is to be sharded; modified in place, and moved there. dtype: of computing.
+        parallel: none, replicate or fsdp."""
         self.config, self.device, self.parallel, self.world = config, device, parallel, world
         self.loss, rates = trainable(config, model)
         for name, p in self.loss.named_parameters():
             if not rates[name] and parallel != "fsdp":
                 p.data = p.data.to(dtype)
+        self.loss.to(device)
         prepare_blocks(model, config)
         self.loss.train()  # adapters drop out
         if parallel == "fsdp":

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoint import load_model
@@ -37,7 +37,7 @@ from ..vae import load_vae
 from . import checkpoints
 from .batch import BadRowsError, StepDataset, explain_loader_error, load_steps, unpack
 from .check import check, compare
-from .config import Config
+from .config import COMPONENTS, Config
 from .export import export
 from .losses import MixedBatch
 from .metrics import Report, Tracker, curves, means, memory_gib, plain_line, read_lines
@@ -116,7 +116,10 @@ class Trainer:
         self.tell(f"loading {config.model}")
         self.source = resolve(config.model, self.shown)
         self.vae = load_vae(resolve_vae(self.source, config.vae or None, self.shown), self.device, self.dtype)
-        model: Any = load_model(self.source, self.device, torch.float32, progress=self.shown)
+        # What stays frozen is rounded on the way, so that the device never holds it in fp32.
+        frozen = config.lora.rank or not all(map(config.rate, COMPONENTS))
+        first = torch.device("cpu") if frozen and self.parallel != "fsdp" else self.device
+        model: Any = load_model(self.source, first, torch.float32, progress=self.shown)
         self.model = model
         self.processor = self.plan.processor
         cache = None
@@ -129,6 +132,12 @@ class Trainer:
         parts = self.model, self.device, self.dtype, self.parallel, self.world
         self.train_step = TrainStep(config, *parts)  # from here on the model may be sharded
         self.optimizer = self.train_step.optimizer
+        asked = any(source.kind == "understanding" for source in config.data)
+        encoders = [self.vae, *([model.siglip] if self.cache_features and not asked else [])]
+        # What a cache makes needless leaves the device to the LLM.
+        self.parked: list[nn.Module] = encoders if cache and self.device.type != "cpu" else []
+        for module in self.parked:
+            module.to("cpu")
         if checkpoint is not None:
             checkpoints.load(checkpoint[0], self.optimizer.state())
             self.optimizer.load()
@@ -165,13 +174,27 @@ class Trainer:
             return replace(batch, latents=self.vae.encode(batch.vae_pixels).float())
         # One at a time, so that what is stored depends on nothing but the image.
         found = {"latents": batch.latents}
-        if batch.latents is None:
-            found["latents"] = torch.cat([self.vae.encode(p[None]).float() for p in batch.vae_pixels])
-        if self.cache_features:
-            found["features"] = torch.cat([self.model.siglip(p[None].to(self.dtype)) for p in batch.pixels])
+        with self.encoders():
+            if batch.latents is None:
+                found["latents"] = torch.cat([self.vae.encode(p[None]).float() for p in batch.vae_pixels])
+            if self.cache_features:
+                siglip: Any = self.model.siglip
+                found["features"] = torch.cat([siglip(p[None].to(self.dtype)) for p in batch.pixels])
         for i, key in enumerate(keys):
             cache.put(key, {name: tensor[i] for name, tensor in found.items()})
         return replace(batch, **found)
+
+    @contextmanager
+    def encoders(self) -> Iterator[None]:
+        """VAE and SigLIP on the device, also where they are parked in the host's memory."""
+        away = [module for module in self.parked if next(module.parameters()).device != self.device]
+        for module in away:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in away:
+                module.to("cpu")
 
     # The run -----------------------------------------------------------------------
 
@@ -287,6 +310,16 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> None:
         """Validation loss, images and answers of the averaged weights; exports them if they are the best so far."""
+        with self.encoders():
+            loss = self.show()
+        value = loss["loss"] if loss is not None else None
+        if value is not None and value < self.best:
+            self.best = value
+            if self.config.report.keep_best:
+                self.tell(f"the best validation loss so far, {value:.4g}: exported to {self.export('best')}")
+
+    def show(self) -> dict[str, float | None] | None:
+        """The validation loss, if it is wanted; images and answers are reported."""
         self.optimizer.swap(average=True)
         objective: Any = self.train_step.loss.eval()  # FSDP2 gives it two more methods
         try:
@@ -295,17 +328,14 @@ class Trainer:
                 objective.unshard()
             if self.report is not None or self.parallel == "fsdp":
                 report = self.report or Report(None, self.config)
-                report.show(Pipeline(self.model, self.processor, self.vae), self.index, loss)
+                with self.encoders():
+                    report.show(Pipeline(self.model, self.processor, self.vae), self.index, loss)
             if self.parallel == "fsdp":
                 objective.reshard()
+            return loss
         finally:
             objective.train()
             self.optimizer.swap(average=False)
-        value = loss["loss"] if loss is not None else None
-        if value is not None and value < self.best:
-            self.best = value
-            if self.config.report.keep_best:
-                self.tell(f"the best validation loss so far, {value:.4g}: exported to {self.export('best')}")
 
     def validation_loss(self) -> dict[str, float | None]:
         """Over the first rows of the validation manifest."""
