@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .processor import SYSTEM_PROMPT
+from .prefetch import ahead
+from .processor import SYSTEM_PROMPT, Batch
 from .sampling import MAX_BATCH, AnswerWatch, fresh_seed, sample
 
 if TYPE_CHECKING:
@@ -197,9 +199,14 @@ def prepare(
         return sample(logits, temperature, top_p, top_k, generator)
 
     def run(on_text: Callable[[int, str], None] | None = None) -> list[Answer]:
+        groups = [rows[start : start + MAX_BATCH] for start in range(0, len(rows), MAX_BATCH)]
+        with contextlib.closing(ahead(pipe.processor.collate, groups)) as batches:
+            return answer(batches, on_text)
+
+    def answer(batches: Iterator[Batch], on_text: Callable[[int, str], None] | None) -> list[Answer]:
         answers: list[Answer] = []
-        for start in range(0, len(rows), MAX_BATCH):
-            batch = pipe.processor.collate(rows[start : start + MAX_BATCH])
+        for batch in batches:
+            start = len(answers)
             room = min(max_new_tokens, limit - batch.input_ids.shape[1])
             watch = None
             if stops or on_text is not None:

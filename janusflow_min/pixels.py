@@ -166,6 +166,16 @@ def _grey_levels(image: Image.Image) -> np.ndarray:
     return 255 - levels if tags.get(262) == 0 else levels
 
 
+def look_up(levels: Tensor, table: Tensor) -> Tensor:
+    """Bytes (K, 3, H, W) -> pixels of the same shape, on the bytes' device: table (3, 256) has a channel's values.
+
+    The same bits everywhere, whatever a device makes of a division.
+    """
+    table = table.to(levels.device)
+    channel = torch.arange(0, table.numel(), 256, dtype=torch.int32, device=levels.device)[:, None, None]
+    return table.flatten().index_select(0, (levels + channel).flatten()).view(levels.shape)
+
+
 def to_pixels(image: Image.Image) -> Tensor:
     """An RGB image -> float32 (3, H, W) in [-1, 1], on the CPU: what the VAE encodes."""
     return torch.from_numpy(rearrange(np.array(image, dtype=np.float32), "h w c -> c h w") / 127.5 - 1)

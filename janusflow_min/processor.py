@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +26,8 @@ from .checks import flag, number, shown, whole
 from .config import JanusFlowConfig
 from .files import read_json
 from .official import PROCESSOR_FILES
-from .pixels import ImageSource, check_image_source, open_image
+from .pixels import ImageSource, check_image_source, look_up, open_image
+from .prefetch import image_bytes, resize
 from .tokenizer import TAGS, Tokenizer
 
 SYSTEM_PROMPT = (
@@ -86,39 +87,64 @@ class ImageProcessor:
 
     def __call__(self, image: ImageSource) -> Tensor:
         """float32 [3, S, S]; in [-1, 1] for mean and deviation 0.5. Raises what `open_image` raises."""
-        pixels = self.normalize(np.asarray(self.pad(image)))  # [S, S, 3]
-        return torch.from_numpy(rearrange(pixels, "h w c -> c h w").copy())
+        return look_up(self.levels([image]), self.table)[0]
+
+    def levels(self, images: Sequence[ImageSource]) -> Tensor:
+        """uint8 [K, 3, S, S] on the CPU: the bytes that `look_up` makes pixels of, on any device, with `table`."""
+        return image_bytes(images, self.image_size, self._square)
 
     def pad(self, image: ImageSource) -> Image.Image:
         """Longest side to S, centred on a square of S x S."""
-        image, side = open_image(image), self.image_size
-        longest = max(image.size)
+        return self._square(open_image(image))
+
+    def _square(self, image: Image.Image, threads: int = 1) -> Image.Image:
+        side, longest = self.image_size, max(image.size)
         width, height = (max(int(length / longest * side), self.min_size) for length in image.size)
         square = Image.new("RGB", (side, side), self.background)
-        small = image.resize((width, height), Image.Resampling.BICUBIC)
+        small = resize(image, (width, height), threads)
         square.paste(small, ((side - width) // 2, (side - height) // 2))
         return square
 
-    def normalize(self, levels: np.ndarray) -> np.ndarray:
-        """uint8 [..., 3] -> float32: scaled and normalised."""
+    @cached_property
+    def table(self) -> Tensor:
+        """float32 [3, 256] on the CPU: what each of a channel's 256 levels becomes, scaled and normalised."""
         # Rounded once here, as the reference does, then all in fp32.
-        pixels = (levels.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        levels = np.arange(256, dtype=np.float64)[:, None].repeat(3, axis=1)
+        pixels = (levels * self.rescale_factor).astype(np.float32)  # [256, 3]
         if self.do_normalize:
             mean, std = (np.asarray(values, np.float32) for values in (self.image_mean, self.image_std))
             pixels = (pixels - mean) / std
-        return pixels
+        return torch.from_numpy(pixels.T.copy())
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Left-padded conversations. A missing image is zeros in pixel_values and False in images_emb_mask."""
+    """Left-padded conversations. A missing image is zeros in pixel_values and False in images_emb_mask.
+
+    Images stay bytes until something asks for `pixel_values`, which count from then on.
+    """
 
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] int64, 0 at padding
-    pixel_values: Tensor  # [B, M, 3, S, S] float32, M at least 1
+    levels: Tensor  # [K, 3, S, S] uint8, the images there are, row by row
+    table: Tensor  # [3, 256] float32, the pixels of a channel's levels
     images_seq_mask: Tensor  # [B, T] bool: begin-of-image and the image tokens
     images_emb_mask: Tensor  # [B, M, N+1] bool: the embeddings that take those places
     sft_format: list[str]  # B prompt strings
+
+    @cached_property
+    def pixel_values(self) -> Tensor:
+        """[B, M, 3, S, S] float32, M at least 1."""
+        present = self.images_emb_mask[..., 0]
+        pixels = torch.zeros(*present.shape, *self.levels.shape[1:], dtype=torch.float32, device="cpu")
+        pixels[present] = look_up(self.levels, self.table)
+        return pixels
+
+    def image_pixels(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[K, 3, S, S] of the images there are, made on the device: the bytes go there."""
+        if "pixel_values" in vars(self):
+            return self.pixel_values[self.images_emb_mask[..., 0]].to(device, dtype)
+        return look_up(self.levels.to(device), self.table.to(dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,23 +250,21 @@ class Processor:
         return self.collate([self.conversation(messages) for messages in conversations])
 
     def collate(self, conversations: Sequence[tuple[list[int], str, list[ImageSource]]]) -> Batch:
-        """What `conversation` gave for each -> a `Batch`. Opens the images, one at a time."""
+        """What `conversation` gave for each -> a `Batch`. Opens the images."""
         ids, sft_format, images = zip(*conversations, strict=True)
-        rows, length, side = len(ids), max(map(len, ids)), self.image_processor.image_size
+        rows, length = len(ids), max(map(len, ids))
         slots, cpu = max(1, *map(len, images)), torch.device("cpu")  # whatever torch's defaults are
         input_ids = torch.full((rows, length), self.tokenizer.pad_id, dtype=torch.int64, device=cpu)  # [B, T]
         attention_mask = torch.zeros(rows, length, dtype=torch.int64, device=cpu)
-        # [B, M, 3, S, S] and [B, M, N+1]
-        pixel_values = torch.zeros(rows, slots, 3, side, side, dtype=torch.float32, device=cpu)
         emb_mask = torch.zeros(rows, slots, self.num_image_tokens + 1, dtype=torch.bool, device=cpu)
         for b in range(rows):
             input_ids[b, -len(ids[b]) :] = torch.tensor(ids[b], device=cpu)
             attention_mask[b, -len(ids[b]) :] = 1
             emb_mask[b, : len(images[b])] = True
-            for m, image in enumerate(images[b]):
-                pixel_values[b, m] = self.image_processor(image)
         seq_mask = (input_ids == self.tokenizer.image_id) | (input_ids == self.tokenizer.image_start_id)
-        return Batch(input_ids, attention_mask, pixel_values, seq_mask, emb_mask, list(sft_format))
+        levels = self.image_processor.levels([image for group in images for image in group])
+        table = self.image_processor.table
+        return Batch(input_ids, attention_mask, levels, table, seq_mask, emb_mask, list(sft_format))
 
 
 def check_processor_matches(folder: Path, config: JanusFlowConfig, processor: Processor) -> None:

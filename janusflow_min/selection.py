@@ -27,7 +27,7 @@ from .editing import encode_images, square
 from .flow import TIME_SCALE, flow_loss, interpolate
 from .llama import mask_positions
 from .model import merge_image_embeds
-from .pixels import ImageSource, open_image
+from .pixels import ImageSource, look_up, open_image
 from .sampling import draw_noise, plan_rows
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def _read_answers(
     images: dict[int, ImageSource] = {id(image): image for image in sources}  # each is encoded once
     answer_lengths = [length for _, length in encoded]
     batch = processor.collate([(ids, "", []) for ids, _ in encoded])
-    pixels = torch.stack([processor.image_processor(image) for image in images.values()])
-    features = model.embed_images(pixels.to(device, model.dtype))
+    levels = processor.image_processor.levels(list(images.values())).to(device)
+    features = model.embed_images(look_up(levels, processor.image_processor.table.to(model.dtype)))
     order = {key: k for k, key in enumerate(images)}
     features = features[torch.tensor([order[id(image)] for image in sources], device=device)]
     ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device).bool()

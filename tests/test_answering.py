@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -75,6 +76,48 @@ def test_a_stream_that_is_closed_or_fails_leaves_no_thread(pipe, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         list(pipe.stream("hi", **OPTIONS))
     assert threads() == 0
+
+
+def test_the_next_batch_is_prepared_while_the_model_answers(pipe, parity_dir, monkeypatch, tmp_path):
+    """Stops: a GPU that waits for Pillow, answers that differ for it, an error raised before its turn or lost, a
+    thread that outlives its call."""
+    images = [*sorted((parity_dir / "images").glob("*.png"))[:4], str(tmp_path / "torn.png")]
+    wanted = [pipe.understand("what?", image, **OPTIONS) for image in images[:4]]
+    monkeypatch.setattr("janusflow_min.answering.MAX_BATCH", 1)
+    collated, prepare, answer = [], type(pipe.processor).collate, pipe.sampler.generate_tokens
+
+    def collate(processor, rows):
+        collated.append(threading.current_thread().name)
+        return prepare(processor, rows)
+
+    def generate_tokens(*args):
+        until = time.monotonic() + 20
+        while len(collated) < min(4, started[0] + 2) and time.monotonic() < until:
+            time.sleep(0.001)  # the next batch comes without our help
+        started[0] += 1
+        return answer(*args)
+
+    started = [0]
+    monkeypatch.setattr(type(pipe.processor), "collate", collate)
+    monkeypatch.setattr(pipe.sampler, "generate_tokens", generate_tokens)
+    before = threading.active_count()
+    assert pipe.understand(["what?"] * 4, images[:4], **OPTIONS) == wanted
+    assert [name == threading.current_thread().name for name in collated] == [True, False, False, False]
+    monkeypatch.setattr(pipe.sampler, "generate_tokens", answer)
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    pieces = []
+    with pytest.raises(ValueError, match=r"torn\.png cannot be read as an image"):
+        for piece in pipe.stream(["what?"] * 5, images, **OPTIONS):
+            pieces.append(piece)
+    assert ["".join(text for i, text in pieces if i == k) for k in range(4)] == [a.text for a in wanted]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe.sampler, "generate_tokens", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        pipe.understand(["what?"] * 4, images[:4], **OPTIONS)
+    assert threading.active_count() == before, caught  # the traceback is still held
 
 
 def test_a_stop_string_ends_its_own_row(pipe):

@@ -29,7 +29,7 @@ LAZY = {"diffusers", "huggingface_hub"}  # imported by the function that needs t
 MODEL_FILES = ("config", "llama", "siglip", "uvit", "flow", "model")
 CHECKPOINT_FILES = ("official", "checkpoint", "tokenizer", "processor", "vae")
 FLOOR_1 = {*MODEL_FILES, *CHECKPOINT_FILES}
-HELPERS = {"files", "checks", "pixels", "progress", "diagnose", "weights"}  # of all floors
+HELPERS = {"files", "checks", "pixels", "prefetch", "progress", "diagnose", "weights"}  # of all floors
 FLOOR_3 = {"cli", "webui", "commands", "serve", "integrations", "__main__"}
 JUDGES = (
     PACKAGE / "benchmarks" / "judge_models.py"
@@ -199,7 +199,7 @@ def test_floor_one_imports_only_floor_one():
     "names, most",
     [
         (MODEL_FILES, 850),
-        ((*CHECKPOINT_FILES, "weights", "pixels"), 1225),  # 850 is wanted
+        ((*CHECKPOINT_FILES, "weights", "pixels"), 1260),  # 850 is wanted
     ],
     ids=["the model", "its files"],
 )
@@ -210,7 +210,8 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the rest of the package": 7367,  # 4600 is wanted
+    "the rest of the package": 7400,  # 4600 is wanted
+    "prefetch": 112,
     "LoRA": 216,  # 120 is wanted
     "hub": 295,
     "server": 1072,  # 450 is wanted
@@ -231,7 +232,11 @@ def test_each_part_keeps_its_budget(part):
     scripts = set((PACKAGE.parent / "scripts").rglob("*.py"))
     server = {*(PACKAGE / "serve").rglob("*.py"), PACKAGE / "commands" / "serve.py"}
     files = {"training": training, "benchmarks": benchmarks, "scripts": scripts, "server": server}
-    files |= {"LoRA": {PACKAGE / "lora.py"}, "hub": {PACKAGE / "hub.py", PACKAGE / "publish.py"}}
+    files |= {
+        "LoRA": {PACKAGE / "lora.py"},
+        "prefetch": {PACKAGE / "prefetch.py"},
+        "hub": {PACKAGE / "hub.py", PACKAGE / "publish.py"},
+    }
     doors = {"lmms-eval": "lmms_eval.py", "ComfyUI": "comfyui.py"}
     files |= {name: {PACKAGE / "integrations" / file} for name, file in doors.items()}
     files |= {"page": {PACKAGE / "webui.py", PACKAGE / "commands" / "ui.py"}}

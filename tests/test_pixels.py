@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from janusflow_min.pixels import check_image_source, open_image, to_pixels, to_uint8
+from janusflow_min.prefetch import resize
 
 HALVES = np.kron(
     np.array([[0, 255]], np.uint8), np.ones((4, 4), np.uint8)
@@ -233,6 +234,18 @@ def test_pixels_and_bytes_are_the_published_formulas():
     assert to_uint8(torch.tensor([-2.0, -1, 0, 0.9999, 1, 2]).expand(1, 3, 1, 6))[0, 0, :, 0].tolist() == [
         0, 0, 127, 254, 255, 255
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "size", [(1024, 1024), (997, 1013), (2500, 231), (210, 2600), (700, 1400), (700, 1401)]
+)
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_a_resize_in_bands_is_pillow_s(size, threads):
+    """Stops: seams between bands, and pixels that depend on the number of cores."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    for small in ((384, 384), (383, 47), (14, 500), (1300, 200), size):
+        wanted = image.resize(small, Image.Resampling.BICUBIC)
+        assert resize(image, small, threads).tobytes() == wanted.tobytes()
 
 
 def test_torch_s_defaults_change_no_pixel(png, parity_dir):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from janusflow_min.pixels import open_image
-from janusflow_min.processor import ImageProcessor, Processor
+from janusflow_min.processor import CLIP_MEAN, CLIP_STD, ImageProcessor, Processor
 from janusflow_min.tokenizer import BOS, EOS, PAD, Tokenizer
 
 ROWS = 640  # of the tiny checkpoint's embedding
@@ -127,7 +128,8 @@ def test_conversations_are_the_reference_s(processor, expected, recorded, parity
 def test_batches_are_the_reference_s(processor, expected, recorded, parity_dir, key, names):
     """Stops: right-padding, padding seen by attention, a missing image's slot that isn't empty."""
     batch = processor.batch([messages(expected, parity_dir, name) for name in names])
-    fields = [field for field in vars(batch) if f"fp32.{key}.{field}" in recorded]
+    fields = "input_ids", "attention_mask", "pixel_values", "images_seq_mask", "images_emb_mask"
+    fields = [field for field in fields if f"fp32.{key}.{field}" in recorded]
     assert {"input_ids", "attention_mask"} <= set(fields)
     for field in fields:
         check = check_pixels if field == "pixel_values" else torch.testing.assert_close
@@ -153,6 +155,65 @@ def test_pixels_are_the_reference_s(processor, recorded, parity_dir, name):
     check_pixels(pixels, recorded[f"pixels.{name}"])
     levels = torch.cat([recorded[f"pixels.{name}"].flatten() for name in NAMES]).unique()
     assert len(levels) == 256 and torch.isin(pixels, levels).all()  # each of the 256 bit for bit
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("factor", [1 / 255, 0.00392156862745098, 1 / 127.5, 1.0, 0.0173])
+@pytest.mark.parametrize(
+    "values", [([0.5] * 3, [0.5] * 3), (CLIP_MEAN, CLIP_STD), ([0.1, 0.7, 1], [1e-6, 3, 9.9])]
+)
+def test_every_level_is_the_reference_s_to_the_bit(normalize, factor, values):
+    """Stops: a last bit lost by a table, or by a device that divides in its own way."""
+    mean, std = values
+    images = ImageProcessor(16, 14, mean, std, factor, normalize)
+    square = (
+        np.arange(16 * 16 * 3, dtype=np.uint8).reshape(3, 16, 16).transpose(1, 2, 0)
+    )  # 256 levels a channel
+    wanted = (square * np.float64(factor)).astype(np.float32)  # image_processing_vlm.py, line by line
+    if normalize:
+        wanted = (wanted - np.array(mean, np.float32)) / np.array(std, np.float32)
+    assert wanted.dtype == np.float32
+    pixels = images(square)
+    assert pixels.dtype == torch.float32 and np.array_equal(pixels.numpy(), wanted.transpose(2, 0, 1))
+    assert all(len(np.unique(channel)) == 256 for channel in square.transpose(2, 0, 1))
+
+
+def test_a_batch_s_pixels_are_the_same_on_every_way(processor, parity_dir):
+    """Stops: features of another image, of an empty slot, or of pixels that a caller has changed since."""
+    paths = sorted((parity_dir / "images").glob("*.png"))[:3]
+    talks = [
+        ask("two<image_placeholder><image_placeholder>", *paths[:2]),
+        ask("none"),
+        ask("one<image_placeholder>", paths[2]),
+    ]
+    batch = processor.batch(talks)
+    short = batch.image_pixels(torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(short, torch.stack([processor.image_processor(path) for path in paths]).bfloat16())
+    assert "pixel_values" not in vars(batch)  # fp32 pixels cross no bus
+    assert torch.equal(batch.pixel_values[[0, 0, 2], [0, 1, 0]].bfloat16(), short)
+    assert not batch.pixel_values[1].any() and not batch.pixel_values[2, 1].any()
+    batch.pixel_values[2, 0] = 0.25
+    assert (batch.image_pixels(torch.device("cpu"), torch.float32)[2] == 0.25).all()
+
+
+def test_images_are_prepared_in_threads_as_one_by_one(processor, parity_dir, monkeypatch):
+    """Stops: images in another order, one file read by two threads at once, an error of a later image raised first,
+    threads that stay."""
+    paths = sorted((parity_dir / "images").glob("*.png")) * 2
+    images, before = processor.image_processor, set(threading.enumerate())
+    with open(paths[0], "rb") as file, Image.open(paths[1]) as lazy:
+        sources = [*paths, file, lazy, file, paths[2].read_bytes(), lazy, np.asarray(open_image(paths[3]))]
+        found = images.levels(sources)
+    with open(paths[0], "rb") as file, Image.open(paths[1]) as lazy:
+        sources[len(paths) : len(paths) + 3], sources[-2] = [file, lazy, file], lazy
+        monkeypatch.setattr("janusflow_min.prefetch.thread_count", lambda: 1)
+        assert torch.equal(found, torch.cat([images.levels([source]) for source in sources]))
+    monkeypatch.undo()
+    for wrong in (["a.png", "b.png"], ["b.png", "a.png"]):
+        with pytest.raises(FileNotFoundError, match=wrong[0]):
+            images.levels([*paths, *wrong])
+    assert set(threading.enumerate()) == before
+    assert images.levels([]).shape == (0, 3, 64, 64)
 
 
 # Text

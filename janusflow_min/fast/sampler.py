@@ -353,10 +353,7 @@ class DecodeGraph:
         count = int(present.sum())
         if count:  # first, so that the GPU is busy while the host goes on
             vision = sampler.graphs_for(VisionGraph, count)
-            all_there = bool(present.all())
-            vision.pixels.copy_(
-                batch.pixel_values.flatten(0, 1) if all_there else batch.pixel_values[present]
-            )
+            vision.pixels.copy_(batch.image_pixels(model.device, model.dtype))
             vision.encode_images()
         ids = torch.zeros(rows, width, dtype=torch.long, device="cpu")
         images = torch.zeros(rows, width, dtype=torch.bool, device="cpu")

@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..pixels import look_up, to_pixels
 from ..processor import ImageProcessor, Processor
 from .config import STAGES, Config, LoaderConfig
 from .dataset import Mixture, Source
@@ -94,17 +96,9 @@ def collate(samples: Sequence[Sample], processor: Processor) -> MixedBatch:
 
 
 def unpack(batch: MixedBatch, image_processor: ImageProcessor) -> MixedBatch:
-    """The batch with its uint8 images in the two forms that the VAE and SigLIP take, on its device.
-
-    By table, one value for each of a channel's 256 levels: the same bits as on the CPU, whatever device divides.
-    """
-    levels = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)  # (256, 3)
-    siglip, vae = image_processor.normalize(levels), levels.astype(np.float32) / 127.5 - 1
-
-    def look_up(images: Tensor, table: np.ndarray) -> Tensor:
-        values = torch.from_numpy(table).to(images.device)
-        return torch.stack([values[:, c][images[:, c].int()] for c in range(3)], dim=1)  # (K, 3, S, S)
-
+    """The batch with its uint8 images in the two forms that the VAE and SigLIP take, on its device."""
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # every level once
+    siglip, vae = image_processor.table, to_pixels(grey.convert("RGB"))[:, 0]  # (3, 256)
     new: dict[str, Tensor] = {}
     if batch.und_pixels is not None:
         new["und_pixels"] = look_up(batch.und_pixels, siglip)
