@@ -15,7 +15,7 @@ import functools
 import hashlib
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -203,16 +203,20 @@ def best_candidates(
 
 def find_checker(checker: Any) -> Checker | None:
     """A checker by name, by "module:function", or the function itself."""
-    if not isinstance(checker, str):
-        if checker is not None and not callable(checker):
-            raise ValueError(f"checker must be a function or its name, got {checks.shown(checker)}")
-        return checker
-    module, _, name = CHECKERS.get(checker, checker).partition(":")
+    if isinstance(checker, str):
+        return named_function("checker", CHECKERS, checker)
+    checks.function("checker", checker)
+    return checker
+
+
+def named_function(what: str, known: Mapping[str, str], name: str) -> Callable[..., Any]:
+    """A function by its name in `known`, or by "module:function". ValueError says what is wrong with `what`."""
+    module, _, attribute = known.get(name, name).partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        names = ", ".join(CHECKERS)
-        raise ValueError(f"checker must be {names} or MODULE:FUNCTION, got {checker!r}: {error}") from None
+        names = ", ".join(known)
+        raise ValueError(f"{what} must be {names} or MODULE:FUNCTION, got {name!r}: {error}") from None
 
 
 def scores_of(

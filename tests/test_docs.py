@@ -103,6 +103,11 @@ SMALL = {  # how a command begins: what is added to it
     "janusflow-min bench uni_mmmu generate": ["--max-new-tokens", "8"],
     r"janusflow-min train (?!--export)": [word for setting in TRAINING for word in ("--set", setting)],
 }
+ROUNDS = ["group=2", "passes=1", "updates=1", "num_inference_steps=1", "validation=0"]
+SMALL["janusflow-min train scripts/examples/nft"] = [
+    *(word for setting in ROUNDS for word in ("--set", f"nft.{setting}")),
+    *("--set", "report.keep_best=false"),
+]
 GRADES = 'Consistency: 2\nRealism: 1\nAesthetic Quality: 0\n{"verdict": "yes", "score": 1}'
 
 

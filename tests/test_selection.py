@@ -179,7 +179,7 @@ def test_best_of_goes_with_everything_else(pipe, tmp_path, capsys):
         (dict(best_of=2.5), "best_of"),
         (dict(checker="nothing"), "checker must be shapes or MODULE:FUNCTION, got 'nothing'"),
         (dict(checker="janusflow_min.shapes.checker:nothing"), "checker must be"),
-        (dict(checker=3), "checker must be a function or its name, got 3"),
+        (dict(checker=3), "checker must be a function, got 3"),
         (dict(judge=3), "judge must be a function"),
         (dict(judge=max, checker="shapes"), "takes the place of a checker"),
         (dict(best_of=2, seed=None, latents=torch.zeros(1, 4, 16, 16)), "best_of draws further noise"),

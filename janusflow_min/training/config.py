@@ -2,8 +2,9 @@
 """The settings of a training run, read from TOML, with the paper's values as defaults.
 
 Paper: arXiv 2411.07975v2, sections 3.3, 3.4 and 4.1 and its table of hyper-parameters. `stage` names one of the
-paper's three stages and sets what trains, the learning rate, warm-up, steps, batch, prompt form and data mix; a key
-that is given wins. A value's type and limits stand beside it; whatever does not fit is an error that names the key.
+paper's three stages, or "nft", and sets what trains, the learning rate, warm-up, steps, batch, prompt form and data
+mix; a key that is given wins. A value's type and limits stand beside it; whatever does not fit is an error that names
+the key.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ Component = Literal[
     "alignment_head",
 ]
 COMPONENTS: tuple[str, ...] = get_args(Component)
+_GENERATION = ("llm", "gen_aligners", "uvit_encoder", "uvit_decoder")
 _THIN = COMPONENTS[2:]
 FROM_STAGE: Any = None  # the default of what the stage decides; set when a Config is made
 
@@ -69,6 +71,8 @@ STAGES = {
         ("llm", *_THIN), 1e-4, 2000, 390_000, 512, (14, 80, 6), (30, 50, 20), 10_000, "plain"
     ),
     "finetuning": Stage(COMPONENTS, 2e-5, 1000, 26_000, 256, (21, 70, 9), (21, 70, 9), 0, "chat"),
+    # Not the paper's: reinforcement learning, see nft.py. Here a step is a round and draws its own samples.
+    "nft": Stage(_GENERATION, 1e-4, 10, 200, 384, (0, 0, 0), (0, 0, 0), 0, "chat"),
 }
 
 
@@ -163,6 +167,7 @@ class ReportConfig:
     validation: PathText = ""  # a manifest of any kinds
     validation_rows: Count = 64
     keep_best: bool = False  # also export the weights of the lowest validation loss, to OUTPUT/best
+    patience: UpTo1000 = 0  # end the run after so many validations without a better one; 0: never
     num_inference_steps: SolverSteps = 30
     cfg_weight: float = 2.0
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"  # where it is installed
@@ -170,12 +175,37 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class NftConfig:
+    """Of stage "nft": `batch` images a step, learned from in `updates` steps of the optimizer. See nft.py."""
+
+    reward: str = (
+        "shapes"  # "shapes": the default's rule-based reader; "answers": the model's own; MODULE:FUNCTION
+    )
+    checker: str = (
+        "shapes"  # of "answers": what asks about an image, a name or MODULE:FUNCTION; "": the plain question
+    )
+    prompts: PathOrName = (
+        "shapes"  # a file, a prompt on each line or {"text": prompt}; "shapes": the default's world
+    )
+    group: Count = 12  # images of a prompt, whose rewards are compared
+    passes: Count = 2  # training points of an image: new noise and time each
+    updates: Count = 4  # of the weights, each from its share of a round's points
+    beta: Positive = 1.0
+    pull: NotNegative = 1.0  # to the velocity of the start
+    validation: UpTo1000 = 96  # prompts of its own, one image each; 0: no validation
+    cfg_weight: float = 1.0  # 1: no guidance, so that the policy itself learns
+    num_inference_steps: SolverSteps = 12
+    solver: Literal["euler", "midpoint", "heun", "ab2"] = "ab2"
+    timestep_shift: Positive = 2.0
+
+
+@dataclass(frozen=True)
 class Config:
-    data: tuple[SourceConfig, ...]
+    data: tuple[SourceConfig, ...] = ()
     model: PathOrName = "tiny"  # "tiny", a folder in the official layout, or a hub id
     vae: PathOrName = ""  # folder or hub id; "": the checkpoint's own, else SDXL's
     output: PathText = "runs/train"
-    stage: Literal["adaptation", "pretraining", "finetuning"] = "finetuning"
+    stage: Literal["adaptation", "pretraining", "finetuning", "nft"] = "finetuning"
     seed: Seed = 0
     steps: Steps = FROM_STAGE
     epochs: Positive | None = None  # instead of steps: until every source was read so many times
@@ -195,12 +225,14 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    nft: NftConfig = field(default_factory=NftConfig)
 
     def __post_init__(self) -> None:
         checked(Config, self)
         stage, o, report = STAGES[self.stage], self.optimizer, self.report
         require(len(o.betas) == 2, "optimizer.betas", "two numbers", o.betas)
-        require(len(self.data) > 0, "data", "at least one source ([[data]])", [])
+        nft = self.stage == "nft"
+        require(nft or len(self.data) > 0, "data", "at least one source ([[data]])", [])
         for i, source in enumerate(self.data):
             given = [key for key in ("manifest", "folder", "dataset") if getattr(source, key)]
             require(len(given) == 1, f"data.{i}", "a manifest, a folder or a dataset, one of them", given)
@@ -223,10 +255,13 @@ class Config:
         require(not eight, "optimizer.states", '"fp32" with parallel = "fsdp" (use "replicate")', o.states)
         cached = self.loader.cache and self.loader.crop != "fixed"
         require(not cached, "loader.crop", '"fixed" where there is a cache', self.loader.crop)
-        validated = bool(report.validation and report.every)
-        require(
-            validated or not report.keep_best, "report.keep_best", "with report.validation and every", True
-        )
+        if nft:
+            self._check_nft()
+        needed = "nft.validation" if nft else "report.validation"
+        validated = bool((self.nft.validation if nft else report.validation) and report.every)
+        for key in ("keep_best", "patience"):
+            value = getattr(report, key)
+            require(validated or not value, f"report.{key}", f"with {needed} and every", value)
         steps = self.steps or (None if self.epochs else stage.steps)
         warmup = o.warmup if o.warmup is not None or steps is None else min(stage.warmup, steps // 5)
         form: Any = self.objective.prompt_form
@@ -247,7 +282,25 @@ class Config:
             reason = f'above 0 for its adapters; stage "{self.stage}" does not train it'
             require(rates[name] > 0, f"optimizer.lr_by_component.{name}", reason, 0)
         none = f'given: stage "{self.stage}" has no share for any of the kinds'
-        require(any(self.ratios()), "data.*.ratio", none, [source.kind for source in self.data])
+        require(nft or any(self.ratios()), "data.*.ratio", none, [source.kind for source in self.data])
+
+    def _check_nft(self) -> None:
+        without = 'left out with stage = "nft", which makes its own samples'
+        require(not self.data, "data", without, [source.kind for source in self.data])
+        require(not self.epochs, "epochs", without, self.epochs)
+        require(not self.report.validation, "report.validation", without, self.report.validation)
+        require(not self.loader.cache, "loader.cache", without, self.loader.cache)
+        require(self.parallel != "fsdp", "parallel", '"replicate" with stage = "nft"', self.parallel)
+        batch, nft = self.batch or STAGES["nft"].batch, self.nft
+        require(nft.group > 1, "nft.group", "2 or more, for a prompt's images are compared", nft.group)
+        require(batch % nft.group == 0, "batch", f"a multiple of nft.group, {nft.group}", batch)
+        points = batch * nft.passes
+        require(nft.updates <= points, "nft.updates", f"at most batch x nft.passes, {points}", nft.updates)
+
+    @property
+    def updates(self) -> int:
+        """Steps of the optimizer in a step of the run."""
+        return self.nft.updates if self.stage == "nft" else 1
 
     @staticmethod
     def not_paths(data: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
@@ -262,7 +315,7 @@ class Config:
 
     def ratios(self, early: bool = False) -> list[float]:
         """The share of each source in the mix, in the first steps of the stage (`early`) or later."""
-        if self.data[0].ratio is not None:
+        if self.data and self.data[0].ratio is not None:
             return [source.ratio for source in self.data]
         mix = dict(zip(KINDS, self.mix(early), strict=True))
         kinds = [source.kind for source in self.data]

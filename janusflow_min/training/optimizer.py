@@ -11,7 +11,8 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -108,18 +109,19 @@ class AdamW:
         for name, p in self.params.items():
             p.copy_(self.master[name])
 
-    @torch.no_grad()
-    def swap(self, average: bool) -> None:
-        """Compute with the average, or with the newest weights again. For fp32 parameters, which are their own masters,
-        the two are exchanged."""
-        for name, a in self.average.items():
-            p, master = self.params[name], self.master[name]
-            if p.dtype == torch.float32:
-                kept = p.detach().clone()
-                p.copy_(a)
-                a.copy_(kept)
-            else:
-                p.copy_(a if average else master)
+    @contextmanager
+    def computing_with(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Compute with other weights, `average` for instance, and with the newest ones again afterwards."""
+        own = {name: self.params[name].detach() for name in weights}
+        # fp32 parameters are their own masters.
+        newest = {n: p.clone() if p.dtype == torch.float32 else self.master[n] for n, p in own.items()}
+        try:
+            for name, p in own.items():
+                p.copy_(weights[name])
+            yield
+        finally:
+            for name, p in own.items():
+                p.copy_(newest[name])
 
     @torch.no_grad()
     def accumulate(self) -> None:

@@ -56,7 +56,7 @@ class TrainStep:
             dtype = torch.float32  # of the shards
         trained = ((name, p) for name, p in self.loss.named_parameters() if rates[name])
         kernel = device.type == "cuda" and find_spec("triton") is not None
-        self.optimizer = AdamW(trained, rates, config.optimizer, config.steps, dtype, kernel)
+        self.optimizer = AdamW(trained, rates, config.optimizer, config.steps * config.updates, dtype, kernel)
 
     def step(
         self,
@@ -88,13 +88,17 @@ class TrainStep:
             if i + 1 < count and not sharded:
                 optimizer.accumulate()
             add_metrics(metrics, losses.metrics(), real)
-        gradients = optimizer.gradients()
-        if self.parallel == "replicate":
-            gradients = self.sum_over_ranks(gradients)
-        norm = optimizer.step(schedule or optimizer.schedule(index), gradients)
+        norm = self.update(schedule or optimizer.schedule(index))
         if self.world > 1:
             reduce_metrics(metrics)
         return metrics | {"norm": torch.stack([norm, torch.ones_like(norm)])}, stop_requested
+
+    def update(self, schedule: Schedule) -> Tensor:
+        """One step of the optimizer by the gradients of all ranks. Returns their norm (), before clipping."""
+        gradients = self.optimizer.gradients()
+        if self.parallel == "replicate":
+            gradients = self.sum_over_ranks(gradients)
+        return self.optimizer.step(schedule, gradients)
 
     @contextmanager
     def dropout_masks(self, index: int, micro_batch: int) -> Iterator[None]:

@@ -41,6 +41,7 @@ from .config import COMPONENTS, Config
 from .export import export
 from .losses import MixedBatch
 from .metrics import Report, Tracker, curves, means, memory_gib, plain_line, read_lines
+from .nft import NftStep
 from .optimizer import rate_factor
 from .ranks import start, whole_tensor
 from .rows import BadRow
@@ -122,15 +123,20 @@ class Trainer:
         model: Any = load_model(self.source, first, torch.float32, progress=self.shown)
         self.model = model
         self.processor = self.plan.processor
+        parts = self.model, self.device, self.dtype, self.parallel, self.world
         cache = None
         if config.loader.cache:
             cache = Cache(config.loader.cache, checksum(self.vae, model.siglip))
         # Features only where they stay the same; outside its forward pass a sharded SigLIP is not whole.
         self.cache_features = cache is not None and not config.rate("siglip") and self.parallel != "fsdp"
-        builder = SampleBuilder(config, self.processor, self.model, cache)
-        self.dataset = StepDataset(config, self.plan.sources, builder, self.rank, self.world)
-        parts = self.model, self.device, self.dtype, self.parallel, self.world
-        self.train_step = TrainStep(config, *parts)  # from here on the model may be sharded
+        # From the step on the model may be sharded.
+        if config.stage == "nft":
+            self.rounds = NftStep(config, *parts, self.processor, self.vae)
+            self.train_step: TrainStep = self.rounds
+        else:
+            builder = SampleBuilder(config, self.processor, self.model, cache)
+            self.dataset = StepDataset(config, self.plan.sources, builder, self.rank, self.world)
+            self.train_step = TrainStep(config, *parts)
         self.optimizer = self.train_step.optimizer
         asked = any(source.kind == "understanding" for source in config.data)
         encoders = [self.vae, *([model.siglip] if self.cache_features and not asked else [])]
@@ -151,8 +157,9 @@ class Trainer:
         if self.rank == 0:
             atomic_write(self.folder / "config.toml", to_toml(config))
             self.report = Report(self.folder, config, tracker, self.index)
-        shown = (row.get("loss") for row in read_lines(self.folder / "samples.jsonl"))
-        self.best = min((loss for loss in shown if loss is not None), default=float("inf"))
+        self.best, self.stale = float("inf"), 0
+        for row in read_lines(self.folder / "samples.jsonl"):
+            self.is_best(row.get("loss"))
         self.bad = self.written_bad()
         for source in self.plan.sources:
             self.note_bad(source.bad, everywhere=True)
@@ -207,9 +214,13 @@ class Trainer:
         )
         self.began, self.first, self.mark = time.perf_counter(), self.index, time.perf_counter()
         try:
-            steps = load_steps(self.dataset, range(self.index, config.steps), self.device.type == "cuda")
+            left = range(self.index, config.steps)
+            if config.stage == "nft":
+                steps = self.rounds.prompts_of(left)
+            else:
+                steps = load_steps(self.dataset, left, self.device.type == "cuda")
             with self.signals(), closing(steps):
-                while self.index < config.steps:
+                while self.index < config.steps and not self.settled():
                     data = next(steps)
                     sums, stop = self.train_step.step(
                         self.index,
@@ -281,7 +292,7 @@ class Trainer:
             norm = row["norm"] = row.pop("norm")
             finite = all(abs(x) < float("inf") for x in (row["loss"], norm))
             self.skipped = 0 if finite else self.skipped + 1
-            row["lr"] = c.optimizer.lr * rate_factor(c.optimizer, step - 1, c.steps)
+            row["lr"] = c.optimizer.lr * rate_factor(c.optimizer, step * c.updates - 1, c.steps * c.updates)
             row |= {"epoch": self.plan.epochs(step), "padding": round(1 - tokens / max(1, padded), 4)}
             row |= {} if finite else {"skipped": True}
             row |= {
@@ -312,30 +323,43 @@ class Trainer:
         """Validation loss, images and answers of the averaged weights; exports them if they are the best so far."""
         with self.encoders():
             loss = self.show()
-        value = loss["loss"] if loss is not None else None
-        if value is not None and value < self.best:
-            self.best = value
-            if self.config.report.keep_best:
-                self.tell(f"the best validation loss so far, {value:.4g}: exported to {self.export('best')}")
+        if self.is_best(loss["loss"] if loss is not None else None) and self.config.report.keep_best:
+            self.tell(f"the best validation loss so far, {self.best:.4g}: exported to {self.export('best')}")
+        if self.settled():
+            self.tell(f"no better validation loss in {self.stale} validations: this run ends")
 
     def show(self) -> dict[str, float | None] | None:
         """The validation loss, if it is wanted; images and answers are reported."""
-        self.optimizer.swap(average=True)
         objective: Any = self.train_step.loss.eval()  # FSDP2 gives it two more methods
         try:
-            loss = self.validation_loss() if self.config.report.validation else None
-            if self.parallel == "fsdp":
-                objective.unshard()
-            if self.report is not None or self.parallel == "fsdp":
-                report = self.report or Report(None, self.config)
-                with self.encoders():
-                    report.show(Pipeline(self.model, self.processor, self.vae), self.index, loss)
-            if self.parallel == "fsdp":
-                objective.reshard()
-            return loss
+            with self.optimizer.computing_with(self.optimizer.average):
+                if self.config.stage == "nft":
+                    loss = self.rounds.validation_loss() if self.config.nft.validation else None
+                else:
+                    loss = self.validation_loss() if self.config.report.validation else None
+                if self.parallel == "fsdp":
+                    objective.unshard()
+                if self.report is not None or self.parallel == "fsdp":
+                    report = self.report or Report(None, self.config)
+                    with self.encoders():
+                        report.show(Pipeline(self.model, self.processor, self.vae), self.index, loss)
+                if self.parallel == "fsdp":
+                    objective.reshard()
+                return loss
         finally:
             objective.train()
-            self.optimizer.swap(average=False)
+
+    def is_best(self, loss: float | None) -> bool:
+        """Whether a validation loss is the lowest so far; also counts those since the lowest."""
+        if loss is None:
+            return False
+        better = loss < self.best
+        self.best, self.stale = (loss, 0) if better else (self.best, self.stale + 1)
+        return better
+
+    def settled(self) -> bool:
+        """Whether `report.patience` ends the run."""
+        return 0 < self.config.report.patience <= self.stale
 
     def validation_loss(self) -> dict[str, float | None]:
         """Over the first rows of the validation manifest."""

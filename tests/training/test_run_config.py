@@ -188,6 +188,16 @@ NUMBERS = {  # every number of a configuration, with values that lie outside its
     "report.num_inference_steps": [0, 10**7],
     "report.cfg_weight": [math.nan],
     "loader.timeout": [0],
+    "report.patience": [-1, 10**6],
+    "nft.group": [0, 10**8],
+    "nft.passes": [0],
+    "nft.updates": [0],
+    "nft.beta": [0.0, -1.0],
+    "nft.pull": [-1.0],
+    "nft.validation": [-1, 10**6],
+    "nft.cfg_weight": [math.nan],
+    "nft.num_inference_steps": [0, 10**7],
+    "nft.timestep_shift": [0.0],
 }
 
 
