@@ -86,6 +86,12 @@ def read_config(folder: Path) -> JanusFlowConfig:
     return JanusFlowConfig.from_file(path)
 
 
+def count_parameters(folder: Path, config: JanusFlowConfig, parts: Parts = "all") -> int:
+    """Of what `load_model` builds. Raises what it raises for weights that do not fit."""
+    model = build_model(folder, config, find_weights(folder), parts)
+    return sum(p.numel() for p in model.parameters())
+
+
 def build_model(
     folder: Path, config: JanusFlowConfig, stored: Mapping[str, Stored], parts: Parts = "all"
 ) -> JanusFlow:

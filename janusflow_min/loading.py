@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import load_model, read_config, save_model
+from .checkpoint import count_parameters, load_model, read_config, save_model
 from .devices import pick_device, pick_dtype
 from .files import atomic_directory, expand
 from .hub import resolve, resolve_vae
@@ -35,9 +35,10 @@ def load(
 
     source: "tiny" (the trained default inside this package), a folder, or a hub id such as
     "deepseek-ai/JanusFlow-1.3B". vae_path: folder or hub id; by default the checkpoint's own `vae/`, else
-    stabilityai/sdxl-vae from the hub. device "auto": CUDA, then MPS, then the CPU. dtype "auto": bfloat16 on CUDA,
-    else float32. vae_dtype: the model's where that is possible. parts: "all", or "generation" or "understanding" to
-    load only what that task needs. progress: bars, where stderr is a terminal.
+    stabilityai/sdxl-vae from the hub. device "auto": CUDA, then MPS, then the CPU. dtype "auto": bfloat16 on CUDA, and
+    (with a warning) on a CPU with too little free memory for float32; else float32. vae_dtype: the model's where that
+    is possible. parts: "all", or "generation" or "understanding" to load only what that task needs. progress: bars,
+    where stderr is a terminal.
     fast: on an NVIDIA GPU in bfloat16 use the kernels and CUDA graphs of `fast/`; False is the plain path. compile:
     torch.compile what those leave over (UViT, SigLIP, VAE), a minute or more at the first use, then from torch's
     cache on disk. upstream_rounding: round time, step, latents and rotary frequencies to the model's dtype as the
@@ -48,14 +49,17 @@ def load(
     if parts not in PARTS:
         raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
     device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
+    asked, dtype = dtype, pick_dtype(dtype, device)
+    its_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 is no dtype for the VAE
     if parts != "understanding":
-        usual = torch.float32 if dtype == torch.float16 else dtype  # float16 is no dtype for the VAE
-        its_dtype = check_vae_dtype(usual if vae_dtype is None else pick_dtype(vae_dtype, device))
+        its_dtype = check_vae_dtype(its_dtype if vae_dtype is None else pick_dtype(vae_dtype, device))
     folder = resolve(source, progress, revision=revision)
     config = read_config(folder)  # the commonest mistake first: not a JanusFlow checkpoint
     processor = Processor.from_folder(folder, config.llm.vocab_size)
     check_processor_matches(folder, config, processor)
+    if asked == "auto" and device.type == "cpu":
+        dtype = pick_dtype(asked, device, count_parameters(folder, config, parts))
+        its_dtype = dtype if vae_dtype is None else its_dtype
     vae = None
     if parts != "understanding":  # before the weights, which take long
         vae = load_vae(resolve_vae(folder, vae_path, progress), device, its_dtype, config.latent_channels)

@@ -7,6 +7,7 @@ a module on the meta device, before memory is taken.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -98,17 +99,25 @@ def read_header(path: Path) -> dict[str, Stored] | None:
 def read_tensors(
     stored: Mapping[str, Stored], device: torch.device | str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under the names of `stored`, one after another, each file opened once.
+    """The tensors under the names of `stored`, one after another, file by file.
 
     Copies: safetensors' own tensors are a mapping of the file, which would keep its pages in memory, and would
-    change, or end the process, with the file. A GPU converts them itself. ValueError for whole numbers.
+    change, or end the process, with the file. A GPU converts them itself. The largest come first, and the file is
+    opened anew for every twentieth of its bytes, so that what has been read does not stay mapped beside its copy:
+    loading takes hardly more memory than the weights. ValueError for whole numbers.
     """
+    largest = sorted(stored.items(), key=lambda item: -math.prod(item[1].shape))
     for path in dict.fromkeys(entry.path for entry in stored.values()):
-        with open_weights(path) as f:
-            for name, entry in stored.items():
-                if entry.path == path:
+        rest = [(name, entry) for name, entry in largest if entry.path == path]
+        while rest:
+            with open_weights(path) as f:
+                room = path.stat().st_size / 20
+                while rest and room > 0:
+                    name, entry = rest.pop(0)
                     tensor = check_float(path, entry.name, f.get_tensor(entry.name))
+                    room -= tensor.nbytes
                     yield name, tensor.to(device).to(dtype, copy=True)
+                    del tensor
 
 
 @contextmanager

@@ -449,7 +449,8 @@ print(kilobytes("VmHWM") - before, sum(p.nbytes for p in model.state_dict().valu
 @pytest.mark.slow  # resident memory depends on what else the machine does
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path, parity_dir):
-    """Stops: the weights twice in memory: initialised and then replaced, or a whole file read before it is copied."""
+    """Stops: the weights twice in memory: initialised and then replaced, a whole file read before it is copied, or
+    still mapped beside its copies."""
     config = json.loads((parity_dir / "config.json").read_text())
     config["language_config"].update(
         vocab_size=8_000, hidden_size=640, intermediate_size=1760, num_hidden_layers=8
@@ -469,7 +470,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, parity_dir)
     )
     peak, held = map(int, done.stdout.split())
     assert held > 0.99 * size
-    assert 0.8 * size < peak <= 1.2 * size, f"{peak} KiB for {size:.0f} KiB of weights"
+    assert 0.8 * size < peak <= 1.1 * size, f"{peak} KiB for {size:.0f} KiB of weights"
 
 
 def test_a_loaded_model_does_not_depend_on_its_file(parity_dir, tmp_path):

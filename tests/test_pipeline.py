@@ -706,6 +706,42 @@ def test_auto_takes_the_best_device(monkeypatch, cuda, mps, chosen, dtype):
     assert devices.pick_dtype("auto", device) == dtype
 
 
+@pytest.mark.parametrize("share, parts", [(1.05, "all"), (1.05, "generation"), (1.15, "all"), (None, "all")])
+def test_auto_fits_a_cpu_s_free_memory(parity_dir, monkeypatch, recwarn, share, parts):
+    """Stops: a machine that swaps, or a process that is killed, where half the bytes would have fitted; a VAE left
+    behind in float32; bfloat16 where float32 fits, was asked for, or nothing is known."""
+    model = jf.load(parity_dir, device="cpu", parts=parts, progress=False).model
+    needed = 4 * sum(p.numel() for p in model.parameters())
+    free = None if share is None else int(share * needed)
+    monkeypatch.setattr(devices, "free_memory", lambda: free)
+    pipe = jf.load(parity_dir, device="cpu", parts=parts, progress=False)
+    short = share == 1.05
+    assert pipe.dtype == pipe.vae.dtype == (torch.bfloat16 if short else torch.float32)
+    texts = [str(w.message) for w in recwarn if "bfloat16" in str(w.message)]
+    assert len(texts) == short and all("are free" in text and "\n" not in text for text in texts)
+    assert jf.load(parity_dir, device="cpu", dtype="float32", progress=False).dtype == torch.float32
+    mixed = jf.load(parity_dir, device="cpu", vae_dtype="float32", progress=False)
+    assert mixed.vae.dtype == torch.float32
+
+
+def test_free_memory_is_the_system_s_or_the_container_s(tmp_path, monkeypatch):
+    """Stops: the host's memory taken for a container's, and a crash where a system says nothing."""
+    gib = 2**30
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(
+        f"MemTotal: {20 * 2**20} kB\nMemAvailable: {9 * 2**20} kB\nCached: 1 kB\n"
+    )
+    assert devices.free_memory(tmp_path) == 9 * gib
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.stat").write_text(f"anon {gib}\nfile {7 * gib}\n")
+    for limit, free in (("max", 9), (4 * gib, 3), (64 * gib, 9), (gib // 2, 0)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        assert devices.free_memory(tmp_path) == free * gib
+    monkeypatch.delattr(devices.os, "sysconf", raising=False)
+    assert devices.free_memory(tmp_path / "elsewhere") is None
+
+
 def test_device_options(parity_dir):
     """Stops: a torch.device refused where its name is accepted."""
     loaded = jf.load(parity_dir, device=torch.device("cpu"), progress=False)

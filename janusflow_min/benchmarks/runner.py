@@ -174,6 +174,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 def load_pipe(settings: Settings, parts: str = "generation") -> Pipeline:
     """The pipeline that `settings` describe, on this rank's own device where there are several."""
+    from ..devices import pick_device, pick_dtype
     from ..loading import load
     from ..lora import find_lora
 
@@ -185,7 +186,8 @@ def load_pipe(settings: Settings, parts: str = "generation") -> Pipeline:
         options |= dict(vae_path=settings.vae, vae_dtype=settings.vae_dtype)
     device, progress = rank_device(settings.device, world), settings.progress and world.local_rank == 0
     adapters = [find_lora(text) for text in settings.lora or ()]
-    pipe = load(settings.model, device=device, dtype=settings.dtype, progress=progress, **options)
+    dtype = pick_dtype(settings.dtype, pick_device(device))  # as the manifest says, whatever memory is free
+    pipe = load(settings.model, device=device, dtype=dtype, progress=progress, **options)
     for adapter in adapters:
         pipe.load_lora(**adapter)
     return pipe

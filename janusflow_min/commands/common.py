@@ -33,7 +33,11 @@ def model_options(new: argparse.ArgumentParser, option: Option, vae: bool) -> No
     )  # fmt: skip
     option(new, "--device", "NAME", "cpu, cuda, cuda:1 or mps; auto is CUDA, then MPS, then the CPU", "auto")
     option(
-        new, "--dtype", "NAME", "float32, bfloat16 or float16; auto is bfloat16 on CUDA, else float32", "auto"
+        new,
+        "--dtype",
+        "NAME",
+        "float32, bfloat16 or float16; auto is bfloat16 on CUDA and where memory is short, else float32",
+        "auto",
     )
     if vae:
         option(
