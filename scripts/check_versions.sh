@@ -8,7 +8,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 checkout=$PWD
-folder=$(mktemp -d "${1:-${TMPDIR:-/tmp}}/check_versions.XXXXXX") || exit 1
+mkdir -p "${1:-${TMPDIR:-/tmp}}" && folder=$(mktemp -d "${1:-${TMPDIR:-/tmp}}/check_versions.XXXXXX") || exit 1
 trap 'rm -rf "$folder"' EXIT
 unset PYTHONPATH VIRTUAL_ENV
 
