@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
-from torch import Tensor
 
 from . import checks
 from .prefetch import ahead
@@ -103,10 +104,10 @@ def chat(pipe: Pipeline, conversation: Any, **options: Any) -> Any:
     text with an <image_placeholder> for each image, "images": [...]}; an empty message of the assistant is added
     where it does not end in one.
     max_new_tokens: most tokens of an answer, 512; the model's positions are a limit too. temperature: 0 is greedy, and
-    the default; above it: temperature, top_k (50; 0 keeps all tokens), top_p (0.95), then one draw a step over the
-    batch from a CPU generator seeded with `seed` (None: a fresh one). system_prompt: None is the usual one, "" none at
-    all. stop: a string or several; the answer ends before the first of them. More than 16 conversations run in batches
-    of 16.
+    the default; above it: temperature, top_k (50; 0 keeps all tokens), top_p (0.95), then one draw a step, for answer k
+    from a CPU generator of its own with the seed `seed` + k (None: fresh ones). system_prompt: None is the usual one,
+    "" none at all. stop: a string or several; the answer ends before the first of them. More than 16 conversations run
+    in batches of 16.
     Raises ValueError for conversations that do not fit, before any image is decoded; FloatingPointError where
     the logits become NaN or infinite.
     """
@@ -192,34 +193,39 @@ def prepare(
         count = len(row[0])
         pipe._check_length(count + 1, f"the conversation's {count} tokens and an answer")
         rows.append(row)
-    generator = torch.Generator("cpu").manual_seed(seed)
     limit, tokenizer = pipe.model.config.llm.max_position_embeddings, pipe.processor.tokenizer
-
-    def sample_fn(logits: Tensor) -> Tensor:
-        return sample(logits, temperature, top_p, top_k, generator)
+    seeds = [checks.seed("seed", seed + k) for k in range(len(rows))]
+    rooms = [min(max_new_tokens, limit - len(row[0])) for row in rows]
+    # Near the last position a long row leaves its neighbours less room, so what has less is a batch of its own.
+    alike = [list(group) for _, group in groupby(range(len(rows)), rooms.__getitem__)]
+    groups = [group[i : i + MAX_BATCH] for group in alike for i in range(0, len(group), MAX_BATCH)]
 
     def run(on_text: Callable[[int, str], None] | None = None) -> list[Answer]:
-        groups = [rows[start : start + MAX_BATCH] for start in range(0, len(rows), MAX_BATCH)]
-        with contextlib.closing(ahead(pipe.processor.collate, groups)) as batches:
+        asked = [[rows[k] for k in group] for group in groups]
+        with contextlib.closing(ahead(pipe.processor.collate, asked)) as batches:
             return answer(batches, on_text)
 
     def answer(batches: Iterator[Batch], on_text: Callable[[int, str], None] | None) -> list[Answer]:
         answers: list[Answer] = []
-        for batch in batches:
+        for group, batch in zip(groups, batches, strict=True):
             start = len(answers)
-            room = min(max_new_tokens, limit - batch.input_ids.shape[1])
-            watch = None
+            generators = [torch.Generator("cpu").manual_seed(seeds[k]) for k in group]
+            watch, sample_fn = (
+                None,
+                functools.partial(
+                    sample, temperature=temperature, top_p=top_p, top_k=top_k, generator=generators
+                ),
+            )
             if stops or on_text is not None:
 
                 def tell(row: int, text: str, start: int = start) -> None:
                     if on_text is not None:
                         on_text(start + row, text)
 
-                count = len(batch.input_ids)
-                watch = AnswerWatch(count, sample_fn, tokenizer.eos_id, tokenizer.decode, stops, tell)
+                watch = AnswerWatch(len(group), sample_fn, tokenizer.eos_id, tokenizer.decode, stops, tell)
             with torch.inference_mode():
                 tokens = pipe.sampler.generate_tokens(
-                    batch, room, tokenizer.eos_id, watch or (sample_fn if temperature > 0 else None)
+                    batch, rooms[start], tokenizer.eos_id, watch or (sample_fn if temperature > 0 else None)
                 )
             if watch is not None:
                 watch.finish()

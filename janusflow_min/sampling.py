@@ -194,13 +194,13 @@ class PlainSampler:
 
 
 def sample(
-    logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None
+    logits: Tensor, temperature: float, top_p: float, top_k: int, generator: Sequence[torch.Generator] | None
 ) -> Tensor:
     """fp32 logits (B, V) -> ids (B,): temperature, top-k, top-p and one draw; the best token at temperature 0.
 
     Top-p as in transformers: in ascending order, tokens whose cumulative probability stays at or below 1 - p go;
-    the best always stays. The draw is over the whole vocabulary, on the CPU. FloatingPointError for logits that are
-    not finite.
+    the best always stays. The draw is over the whole vocabulary, on the CPU, each row's from its generator; None is
+    torch's. FloatingPointError for logits that are not finite.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -215,7 +215,12 @@ def sample(
         scores = scores.masked_fill(drop.scatter(1, order, drop), float("-inf"))
     probabilities = scores.softmax(-1).cpu()
     check_logits(probabilities.amax(-1))
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+    if generator is None:
+        drawn = torch.multinomial(probabilities, 1)
+    else:
+        rows = zip(probabilities.split(1), generator, strict=True)
+        drawn = torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
+    return drawn[:, 0].to(logits.device)
 
 
 def settled(text: str, stop: Sequence[str], final: bool) -> tuple[str, bool]:

@@ -43,6 +43,21 @@ def test_the_pieces_of_a_stream_are_the_answer(pipe, monkeypatch, temperature):
     assert threads() == 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_an_answer_depends_on_no_neighbour(pipe, monkeypatch, temperature):
+    """Stops: a draw from a generator that the rows of a batch share, and a neighbour near the last position that ends
+    everybody's answer."""
+    tokenizer, limit = pipe.processor.tokenizer, pipe.model.config.llm.max_position_embeddings
+    monkeypatch.setattr(tokenizer, "eos_id", -1)  # every answer is as long as it may be
+    full = next(n for n in range(limit, 0, -1) if len(tokenizer.encode(" hi" * n)) < limit - 100)
+    questions = ["hi", " hi" * full, "what is it, then?", "hello"]
+    options = dict(max_new_tokens=90, temperature=temperature, top_k=0, top_p=1.0)
+    together = [answer.token_ids for answer in pipe.understand(questions, seed=3, **options)]
+    alone = [pipe.understand(text, seed=3 + k, **options).token_ids for k, text in enumerate(questions)]
+    assert together == alone
+    assert 0 < len(alone[1]) < 90 and [len(alone[k]) for k in (0, 2, 3)] == [90, 90, 90]
+
+
 def test_a_character_of_several_tokens_comes_whole(pipe, monkeypatch):
     """Stops: the replacement character in a stream where a letter's bytes are several tokens."""
     tokenizer = pipe.processor.tokenizer

@@ -62,7 +62,7 @@ class Question:
 
     def choose(self, logits: Tensor) -> int:
         """fp32 logits (1, V) -> the next token's id."""
-        return int(sample(logits, self.temperature, self.top_p, self.top_k, self.generator))
+        return int(sample(logits, self.temperature, self.top_p, self.top_k, [self.generator]))
 
     def append(self, token: int, eos_id: int, decode: Callable[[list[int]], str]) -> None:
         """One more token of the answer, which may end it."""
