@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -140,3 +141,26 @@ def test_compiled_pieces_compute_the_same():
             adamw.step(adamw.schedule(step), {name: g.cuda() for name, g in gradients(step).items()})
         pairs.append(adamw.master["whole"])
     assert (pairs[0] - pairs[1]).abs().max() < 1e-5
+
+
+@pytest.mark.gpu
+def test_encoders_wait_off_the_device(settings, tmp_path, monkeypatch):
+    """Stops: encoders that a cache spares and that fill the device all the same, or are away where they are needed:
+    for the images of a first epoch, for samples and answers on the way."""
+    monkeypatch.setattr(Report, "plot", lambda self: None)
+    options = dict(device="cuda", dtype="float32", optimizer={"lr_by_component": {"siglip": 0.0}})
+    options |= dict(loader={"cache": str(tmp_path / "cache"), "crop": "fixed"}, export_dtype="float32")
+    options["report"] = {"every": 3, "prompts": ["a star"], "questions": ["hi"]}
+    exports = []
+    for name in ("parked", "there"):
+        config = settings(tmp_path / name, **options)
+        only = [source for source in config.data if source.kind == "generation"]
+        trainer = Trainer(dataclasses.replace(config, data=tuple(only)), progress=False)
+        assert [next(m.parameters()).device.type for m in trainer.parked] == ["cpu", "cpu"]
+        if name == "there":
+            for module in trainer.parked:
+                module.to(trainer.device)
+        exports.append(load_file(trainer.run() / "model.safetensors"))
+    assert {next(m.parameters()).device.type for m in trainer.parked} == {"cuda"}
+    for key, tensor in exports[0].items():
+        torch.testing.assert_close(tensor, exports[1][key], rtol=1e-4, atol=1e-5)
