@@ -4,13 +4,17 @@
     python scripts/benchmark.py --json speed.json --plot speed.png                    # ours, one GPU
     python scripts/benchmark.py --janus-root ../Janus --modes fast compile reference "reference compiled"
     python scripts/benchmark.py --growth                                              # time and memory as things grow
+    python scripts/benchmark.py --host --json host.json                               # first tokens, 1,000 questions
+    python scripts/benchmark.py --memory --janus-root ../Janus --modes fast reference # peaks, and 200 random calls
     python scripts/benchmark.py --throughput --gpus 2 --janus-root ../Janus --modes fast reference  # benchmark images
     python scripts/benchmark.py --size small --device cpu --dtype float32             # minutes on a CPU
+    python scripts/benchmark.py --device cpu --images 1 --runs 1 --num-inference-steps 2  # the official size there
 
 Official architecture with random weights (nobody's speed depends on their values), bfloat16, written once to
 --work in the official layout with an SDXL-shaped VAE. Every figure is the median of --runs runs after a warm-up,
 wall clock with the device synchronised, from prompt to pixels or from prepared inputs to tokens. `throughput.py` says
-what --throughput measures; it exits with 1 if GPUs or passes differ in a byte.
+what --throughput measures; it exits with 1 if GPUs or passes differ in a byte; `resources.py` what --host and
+--memory do.
 
 - limit of the card: its measured matrix rate and copy bandwidth. Floor of generating: the LLM's products at that
   rate. Floor of answering: its weights and the row's keys and values read once a token.
@@ -26,12 +30,25 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import resources
 import throughput
 import torch
-from common import helper, log, median, name_of, pyplot, random_checkpoint, release, seconds
+from common import (
+    helper,
+    log,
+    median,
+    name_of,
+    peak_gib,
+    pyplot,
+    random_checkpoint,
+    release,
+    reset_peak,
+    seconds,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -57,10 +74,10 @@ def main() -> int:
         folder = (args.work or Path(scratch)) / f"random-{args.size}"
         random_checkpoint(args.size, folder, args.device, args.janus_root)
         if args.throughput:
-            painter = None
+            pixels = None
             if "reference" in args.modes:
-                painter = reference_painter(folder, args, *load_reference(folder, args))
-            report["throughput"] = measured = throughput.measure(folder, Path(scratch), args, painter)
+                pixels = reference_painter(folder, args, *load_reference(folder, args))
+            report["throughput"] = measured = throughput.measure(folder, Path(scratch), args, pixels)
             print(json.dumps(report, indent=2))
             write(report, args.json)
             return 1 if False in measured.values() else 0
@@ -68,6 +85,12 @@ def main() -> int:
         report["limits"] = limits = card_limits(device, args.dtype)
         if args.growth:
             report["growth"] = growth(folder, args)
+        elif args.host:
+            report["host"] = resources.host(load(folder, args, args.modes[0]), folder, args)
+            print(json.dumps(report["host"], indent=2))
+        elif args.memory:
+            report["memory"] = resources.memory(partial(painter_of, folder, args), args)
+            print(json.dumps(report["memory"], indent=2))
         else:
             report["floors"] = floors(config, limits, args)
             report["results"] = results = {}
@@ -101,6 +124,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=("official", "small"), default="official")
     parser.add_argument("--modes", nargs="+", default=["fast"], choices=MODES)
     parser.add_argument("--growth", action="store_true", help="curves instead of the table, fast mode only")
+    parser.add_argument(
+        "--host", action="store_true", help="what the host adds to answers, and its questions/s"
+    )
+    parser.add_argument("--memory", action="store_true", help="peaks at 1 and 5 images, growth over --calls")
+    parser.add_argument(
+        "--calls", type=int, default=200, help="with --memory: of random shapes (default: 200)"
+    )
+    parser.add_argument("--questions", type=int, default=1000, help="with --host (default: 1000)")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[1, 5, 16], help="generated at once (1 5 16)"
+    )
     parser.add_argument("--throughput", action="store_true", help="images per second of a benchmark's run")
     parser.add_argument("--gpus", type=int, default=1, help="with --throughput: also by so many ranks")
     parser.add_argument("--prompts", type=int, default=64, help="with --throughput (default: 64)")
@@ -163,6 +197,16 @@ def load(folder: Path, args: argparse.Namespace, mode: str) -> Pipeline:
     )
 
 
+def painter(pipe: Pipeline, args: argparse.Namespace) -> Callable[..., Callable[[], Any]]:
+    """(images, prompt tokens, steps) -> what generates them."""
+
+    def paint(count: int, tokens: int = 32, steps: int = args.num_inference_steps) -> Callable[[], Any]:
+        settings = dict(parallel_size=count, num_inference_steps=steps, progress=False, seed=0)
+        return partial(pipe.generate, prompt_of(pipe, tokens), **settings)
+
+    return paint
+
+
 @torch.inference_mode()
 def answer(pipe: Pipeline, batch: Batch, tokens: int) -> list[list[int]]:
     """From prepared inputs; an EOS that no token has, so that every answer is of full length."""
@@ -176,31 +220,43 @@ def measure_ours(folder: Path, args: argparse.Namespace, mode: str, note: Note) 
     release()
     pipe = load(folder, args, mode)
     settings = dict(num_inference_steps=args.num_inference_steps, progress=False, seed=0)
-
-    def paint(count: int, tokens: int = 32) -> Callable[[], Any]:
-        prompt = prompt_of(pipe, tokens)
-        return lambda: pipe.generate(prompt, parallel_size=count, **settings)
-
-    note("first painting, s", seconds(paint(5)))
-    if args.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        paint(5)()
-        note("peak memory, 5 images, GiB", torch.cuda.max_memory_allocated() / 2**30)
-    for count in (1, 5, 16):
-        note(f"{count} image{'s' * (count > 1)}", median(paint(count), args.runs))
-    note("5 images, 128 prompt tokens", median(paint(5, 128), args.runs))
-    prompts = [prompt_of(pipe, 20 + i % 20, i) for i in range(64)]
-    note("64 prompts, per image", seconds(lambda: pipe.generate(prompts, parallel_size=1, **settings)) / 64)
+    paint = painter(pipe, args)
+    note("first painting, s", seconds(paint(args.images[0])))
+    note_images(paint, args.images, note, args)
+    if 5 in args.images:
+        note("5 images, 128 prompt tokens", median(paint(5, 128), args.runs))
+    if 16 in args.images:
+        prompts = [prompt_of(pipe, 20 + i % 20, i) for i in range(64)]
+        work = partial(pipe.generate, prompts, parallel_size=1, **settings)
+        note("64 prompts, per image", seconds(work) / 64)
     one, many = question(pipe, 1), question(pipe, 16)
     note("first answer, s", seconds(lambda: answer(pipe, one, 2)))
     note("first token, ms", 1000 * median(lambda: answer(pipe, one, 1), args.runs))
-    for batch, name in ((one, "tokens/s, one question"), (many, "tokens/s, 16 questions")):
+    asked = [(one, "tokens/s, one question"), (many, "tokens/s, 16 questions")]
+    for batch, name in asked[: 2 if 16 in args.images else 1]:
         start = median(lambda batch=batch: answer(pipe, batch, 1), args.runs)
         whole = median(lambda batch=batch: answer(pipe, batch, args.max_new_tokens), args.runs)
         note(name, len(batch.input_ids) * (args.max_new_tokens - 1) / (whole - start))
-    if mode != "plain":
+    if pipe.device.type == "cuda" and mode != "plain":
         note("distance to plain, latents", distance(pipe, folder, args))
     release()
+
+
+def note_images(
+    paint: Callable[..., Callable[[], Any]], counts: list[int], note: Note, args: argparse.Namespace
+) -> None:
+    """Seconds and peak memory of so many images at once, and seconds a step."""
+    for count in counts:
+        name = f"{count} image{'s' * (count > 1)}"
+        work = paint(count)
+        work()
+        reset_peak()
+        value = statistics.median(seconds(work) for _ in range(args.runs))
+        note(name, value)
+        note(f"peak memory, {name}, GiB", peak_gib())
+        if count == 1:
+            steps, single = args.num_inference_steps, median(paint(1, steps=1), args.runs)
+            note("1 image: a step, s", (value - single) / max(1, steps - 1))
 
 
 def distance(pipe: Pipeline, folder: Path, args: argparse.Namespace) -> float:
@@ -235,10 +291,10 @@ def reference_painter(folder: Path, args: argparse.Namespace, model: Any, vae: A
     ours, reference = Pipeline(*ours_without_model(folder)), helper()
 
     @torch.inference_mode()
-    def paint(prompt: str, count: int) -> Tensor:
+    def paint(prompt: str, count: int, steps: int = args.num_inference_steps) -> Tensor:
         ids = ours.processor.generation_prompt(prompt)[0]
         noise = torch.randn((count, *ours.model.latent_shape))
-        steps, pad_id = args.num_inference_steps, ours.processor.tokenizer.pad_id
+        pad_id = ours.processor.tokenizer.pad_id
         z = reference.paint(model, ids, noise, 2.0, steps, pad_id)["z"][-1]
         return vae.decode(z / vae.config.scaling_factor).sample
 
@@ -255,25 +311,18 @@ def measure_reference(folder: Path, args: argparse.Namespace, mode: str, note: N
     model, vae = load_reference(folder, args)
     if mode == "reference compiled":
         model.language_model.model = torch.compile(model.language_model.model)
-    painter = reference_painter(folder, args, model, vae)
+    pixels = reference_painter(folder, args, model, vae)
 
-    def paint(count: int, tokens: int = 32) -> Callable[[], Any]:
+    def paint(count: int, tokens: int = 32, steps: int = args.num_inference_steps) -> Callable[[], Any]:
         prompt = prompt_of(processor, tokens)
-        return lambda: to_uint8(painter(prompt, count))
+        return lambda: to_uint8(pixels(prompt, count, steps))
 
-    note("first painting, s", seconds(paint(5)))
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        paint(5)()
-        note("peak memory, 5 images, GiB", torch.cuda.max_memory_allocated() / 2**30)
-    for count in (1, 5, 16) if mode == "reference" else (5,):
-        value = median(paint(count), min(3, args.runs))
-        note(f"{count} image{'s' * (count > 1)}", value)
-        if count == 1:
-            note("64 prompts, per image", value)  # one prompt at a time is all it can
+    note("first painting, s", seconds(paint(args.images[0])))
+    note_images(paint, args.images if mode == "reference" else [5], note, args)
     if mode == "reference compiled":  # of its ways of use this is the one that compiling helps
         return
-    note("5 images, 128 prompt tokens", median(paint(5, 128), min(3, args.runs)))
+    if 5 in args.images:
+        note("5 images, 128 prompt tokens", median(paint(5, 128), args.runs))
 
     def answers(batch, tokens: int) -> Callable[[], Any]:
         def work() -> None:
@@ -300,9 +349,22 @@ def measure_reference(folder: Path, args: argparse.Namespace, mode: str, note: N
     note("first answer, s", seconds(answers(one, 2)))
     note("first token, ms", 1000 * median(answers(one, 1), args.runs))
     tokens = min(48, args.max_new_tokens)
-    for batch, name in ((one, "tokens/s, one question"), (many, "tokens/s, 16 questions")):
+    asked = [(one, "tokens/s, one question"), (many, "tokens/s, 16 questions")]
+    for batch, name in asked[: 2 if 16 in args.images else 1]:
         start, whole = (median(answers(batch, n), min(2, args.runs)) for n in (1, tokens))
         note(name, len(batch.input_ids) * (tokens - 1) / (whole - start))
+
+
+def painter_of(
+    folder: Path, args: argparse.Namespace, mode: str
+) -> tuple[Pipeline | None, Callable[..., Any]]:
+    """A mode's pipeline (None: the reference's) and its painter, as `painter` makes one."""
+    if not mode.startswith("reference"):
+        pipe = load(folder, args, mode)
+        return pipe, painter(pipe, args)
+    prompt = prompt_of(Pipeline(*ours_without_model(folder)), 32)
+    pixels = reference_painter(folder, args, *load_reference(folder, args))
+    return None, lambda count: lambda: to_uint8(pixels(prompt, count))
 
 
 def ours_without_model(folder: Path):

