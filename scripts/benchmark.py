@@ -229,14 +229,8 @@ def measure_ours(folder: Path, args: argparse.Namespace, mode: str, note: Note) 
         prompts = [prompt_of(pipe, 20 + i % 20, i) for i in range(64)]
         work = partial(pipe.generate, prompts, parallel_size=1, **settings)
         note("64 prompts, per image", seconds(work) / 64)
-    one, many = question(pipe, 1), question(pipe, 16)
-    note("first answer, s", seconds(lambda: answer(pipe, one, 2)))
-    note("first token, ms", 1000 * median(lambda: answer(pipe, one, 1), args.runs))
-    asked = [(one, "tokens/s, one question"), (many, "tokens/s, 16 questions")]
-    for batch, name in asked[: 2 if 16 in args.images else 1]:
-        start = median(lambda batch=batch: answer(pipe, batch, 1), args.runs)
-        whole = median(lambda batch=batch: answer(pipe, batch, args.max_new_tokens), args.runs)
-        note(name, len(batch.input_ids) * (args.max_new_tokens - 1) / (whole - start))
+    asked = [question(pipe, 1), question(pipe, 16)]
+    note_answers(lambda batch, n: partial(answer, pipe, batch, n), asked, args.max_new_tokens, note, args)
     if pipe.device.type == "cuda" and mode != "plain":
         note("distance to plain, latents", distance(pipe, folder, args))
     release()
@@ -249,14 +243,33 @@ def note_images(
     for count in counts:
         name = f"{count} image{'s' * (count > 1)}"
         work = paint(count)
-        work()
+        if count != counts[0]:  # which has just been generated for the first time
+            work()
         reset_peak()
         value = statistics.median(seconds(work) for _ in range(args.runs))
         note(name, value)
         note(f"peak memory, {name}, GiB", peak_gib())
         if count == 1:
-            steps, single = args.num_inference_steps, median(paint(1, steps=1), args.runs)
-            note("1 image: a step, s", (value - single) / max(1, steps - 1))
+            single = statistics.median(seconds(paint(1, steps=1)) for _ in range(args.runs))
+            note("1 image: a step, s", (value - single) / max(1, args.num_inference_steps - 1))
+
+
+def note_answers(
+    answers: Callable[[Batch, int], Callable[[], Any]],
+    asked: list[Batch],
+    tokens: int,
+    note: Note,
+    args: argparse.Namespace,
+) -> None:
+    """asked: one question, and where 16 images are generated at once 16 questions."""
+    note("first answer, s", seconds(answers(asked[0], 2)))
+    for batch in asked if 16 in args.images else asked[:1]:
+        rows = len(batch.input_ids)
+        start, whole = (median(answers(batch, n), args.runs) for n in (1, tokens))
+        if rows == 1:
+            note("first token, ms", 1000 * start)
+        name = "one question" if rows == 1 else f"{rows} questions"
+        note(f"tokens/s, {name}", rows * (tokens - 1) / (whole - start))
 
 
 def distance(pipe: Pipeline, folder: Path, args: argparse.Namespace) -> float:
@@ -345,14 +358,8 @@ def measure_reference(folder: Path, args: argparse.Namespace, mode: str, note: N
 
         return work
 
-    one, many = question(processor, 1), question(processor, 16)
-    note("first answer, s", seconds(answers(one, 2)))
-    note("first token, ms", 1000 * median(answers(one, 1), args.runs))
-    tokens = min(48, args.max_new_tokens)
-    asked = [(one, "tokens/s, one question"), (many, "tokens/s, 16 questions")]
-    for batch, name in asked[: 2 if 16 in args.images else 1]:
-        start, whole = (median(answers(batch, n), min(2, args.runs)) for n in (1, tokens))
-        note(name, len(batch.input_ids) * (tokens - 1) / (whole - start))
+    asked = [question(processor, 1), question(processor, 16)]
+    note_answers(answers, asked, min(48, args.max_new_tokens), note, args)
 
 
 def painter_of(
