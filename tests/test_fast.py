@@ -6,6 +6,9 @@ That it matches the reference's recordings is in `test_parity.py`, which runs bo
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,11 +102,79 @@ def test_fused_weights_are_the_model_s_own(fast_pipe, parity_dir, tmp_path):
     assert not old.is_current and fast_pipe.sampler is not old
 
 
-def test_few_shapes_are_kept(fast_pipe):
-    """Stops: memory that grows with every new number of images."""
-    for count in range(1, fast.MAX_GRAPHS + 3):
-        fast_pipe.generate(PROMPTS[0], parallel_size=count, num_inference_steps=1, seed=0, progress=False)
-    assert len(fast_pipe.sampler.kept[fast.DenoiseGraph]) == fast.MAX_GRAPHS
+def test_memory_is_that_of_the_largest_shape_used_lately(fast_pipe, monkeypatch):
+    """Stops: memory that grows with every new shape, and caches of a large call that are held for ever."""
+    monkeypatch.setattr(fast, "LATELY", 12)
+    options = dict(num_inference_steps=1, seed=0, progress=False)
+    sampler = fast_pipe.sampler
+
+    def held() -> tuple[int, int]:
+        kept = [sampler.bytes_of(graph) for graph, _ in sampler.kept.values()]
+        assert sampler.shared.nbytes == max(shared for _, shared in kept)
+        return len(kept), sampler.shared.nbytes
+
+    fast_pipe.understand(["hi"] * 2, max_new_tokens=2)
+    before = held()[1]
+    fast_pipe.understand(["hi"] * 9, max_new_tokens=300)
+    most = held()[1]
+    assert most > 4 * before
+    for count in range(1, 9):
+        fast_pipe.generate(PROMPTS[0], parallel_size=count, **options)
+    assert held() == (9, most)  # whatever else came, the largest alone counts
+    for _ in range(8):
+        fast_pipe.generate(PROMPTS[0], parallel_size=2, **options)
+    assert held()[1] < most / 4  # nobody has needed it lately
+    monkeypatch.setattr(fast, "KEPT_BYTES", 3 * fast.GRAPH_BYTES)
+    for count in range(1, 6):
+        fast_pipe.generate(PROMPTS[0], parallel_size=count, **options)
+    assert held()[0] == 2
+
+
+def test_what_is_given_up_is_freed_at_once(fast_pipe):
+    """Stops: gigabytes that wait for Python's garbage collector, after a larger call or a move of the model."""
+    fast_pipe.understand("hi", max_new_tokens=2)
+    fast_pipe.generate(PROMPTS[0], parallel_size=1, num_inference_steps=1, progress=False)
+    kept = [weakref.ref(graph) for graph, _ in fast_pipe.sampler.kept.values()]
+    sampler = weakref.ref(fast_pipe.sampler)
+    assert len(kept) == 2
+    gc.disable()
+    try:
+        fast_pipe.understand(["hi"] * 4, max_new_tokens=400)
+        assert [ref() for ref in kept] == [None, None]
+        fast_pipe.to(torch.float32)
+        assert sampler() is None
+    finally:
+        gc.enable()
+
+
+def test_calls_within_a_call_change_nothing(pipe, fast_pipe, parity_dir):
+    """Stops: one call's keys and values read by another, now that all shapes share a buffer."""
+    image = sorted((parity_dir / "images").glob("*.png"))[0]
+    options = dict(parallel_size=2, num_inference_steps=3, seed=0, progress=False)
+    wanted = pipe.generate(PROMPTS, **options).latents
+    answer = pipe.understand("What is it?", image, max_new_tokens=8).token_ids
+
+    def interrupt(step, t, latents):
+        assert fast_pipe.understand("What is it?", image, max_new_tokens=8).token_ids == answer
+        other = fast_pipe.generate(PROMPTS[::-1], **{**options, "parallel_size": 1 + step}).latents
+        assert torch.isfinite(other).all()
+        if step == 1:
+            fast_pipe.sampler.forget()
+
+    ours = fast_pipe.generate(PROMPTS, callback_on_step_end=interrupt, **options)
+    assert relative(ours.latents, wanted) < 4e-6
+
+
+def test_two_threads_wait_for_each_other(pipe, fast_pipe):
+    """Stops: a stream of text and an image generated meanwhile, each with the other's keys and values."""
+    options = dict(parallel_size=2, num_inference_steps=4, seed=0, progress=False)
+    wanted = pipe.generate(PROMPTS[0], **options).latents
+    text = pipe.understand("hello", max_new_tokens=60).text
+    for _ in range(2):
+        pieces = fast_pipe.stream("hello", max_new_tokens=60)
+        first = next(pieces)
+        assert relative(fast_pipe.generate(PROMPTS[0], **options).latents, wanted) < 4e-6
+        assert first + "".join(pieces) == text
 
 
 def test_the_plain_path_is_used_where_the_fast_one_does_not_fit(pipe):

@@ -10,7 +10,8 @@ it off. It has no mathematics of its own: UViT, SigLIP and the aligners are the 
 - Answers: rows are aligned at their first token, so again there is no mask. The prompt is one graph, a token
   another; the graph picks the best token itself, and the host checks for the end every `EOS_CHECK_EVERY` tokens.
 
-Graphs belong to a shape: number of images or rows, lengths rounded up. The last few are kept.
+Graphs belong to a shape: number of images or rows, lengths rounded up. Those used lately are kept. What is only needed
+during a call, keys and values above all, lies in one buffer for all shapes: as large as the largest of those kept.
 
 Legend: B images, R rows of the LLM's batch, T tokens, N image tokens, D hidden size, C slots of a row's cache,
 H heads, G key/value heads, d head size.
@@ -18,9 +19,11 @@ H heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
@@ -35,7 +38,11 @@ from ..sampling import RowPlan, RowsVelocity, SampleFn, check_logits, cut_at_eos
 from . import ops as plain_ops
 
 PROMPT_STEP, TEXT_STEP, CACHE_STEP = 128, 64, 256  # lengths are rounded up to multiples of these
-MAX_GRAPHS = 4  # shapes of each kind whose graphs and buffers are kept
+KEPT_BYTES = (
+    2**28
+)  # of buffers and graphs that belong to one shape each; the oldest beyond that are given up,
+LATELY = 64  # and those that nobody needed for so many requests
+GRAPH_BYTES = 2**22  # what a graph is taken for, besides its buffers
 EOS_CHECK_EVERY = 16  # tokens between two checks whether every row has ended
 
 
@@ -97,6 +104,10 @@ def to_channels_last(*modules: nn.Module) -> None:
 class GraphSampler:
     """The `Sampler` for a GPU; `build_sampler` makes one."""
 
+    kept: dict[tuple, tuple[Any, int]]  # kind and shape -> graph, the last request for it
+    shared: Tensor  # what lives no longer than a call of the owner's
+    owner: Any
+
     def __init__(
         self, model: JanusFlow, ops: ModuleType = plain_ops, graphs: bool = False, compile: bool = False
     ):
@@ -104,8 +115,11 @@ class GraphSampler:
         self.layers = fuse(model)
         if graphs and model.parts != "understanding":
             to_channels_last(model.uvit_encoder, model.uvit_decoder)
-        self.pool = torch.cuda.graph_pool_handle() if graphs else None
-        self.kept: dict[type, OrderedDict] = {}
+        self.lock = threading.RLock()  # a thread at a time: they would share buffers
+        # One for warm-ups and captures: cuBLAS keeps 32 MiB for every stream that it has seen.
+        self.stream: Any = torch.cuda.Stream(model.device) if graphs else None
+        self.requests = 0
+        self.forget()
         config = model.config.llm
         self.heads, self.eps = config.num_attention_heads, config.rms_norm_eps
         self.cache_shape = (config.num_key_value_heads, config.head_dim)
@@ -136,19 +150,19 @@ class GraphSampler:
     def prefill(self, plan: RowPlan) -> RowsVelocity:
         limit = self.model.config.llm.max_position_embeddings
         length = min(limit, _round_up(max(map(len, plan.prompts)), PROMPT_STEP))
-        prompts = max(plan.images + 1, len(plan.prompts))
-        with self.device_guard():
+        prompts = len(plan.prompts) if len(plan.prompts) <= 2 else max(plan.images + 1, len(plan.prompts))
+        with self.alone():
             graph = self.graphs_for(DenoiseGraph, len(plan.source), plan.images, prompts, length)
             graph.prefill(plan)
 
         def velocity(z: Tensor, timestep: Tensor) -> Tensor:
-            with self.device_guard():
-                if graph.plan is not plan:  # other prompts of this shape have come since
+            with self.alone():
+                if graph.plan is not plan or self.owner is not graph:  # others have used the buffer since
                     graph.prefill(plan)
                 graph.latents.copy_(z)
                 graph.timestep.copy_(timestep)
                 graph.step()
-            return graph.v.to(z.dtype, copy=True)  # the next step writes into the buffer
+                return graph.v.to(z.dtype, copy=True)  # the next step writes into the buffer
 
         return velocity
 
@@ -159,7 +173,7 @@ class GraphSampler:
         rows, longest = len(lengths), int(lengths.max())
         limit = self.model.config.llm.max_position_embeddings
         slots = min(limit, _round_up(longest + max_new_tokens, CACHE_STEP))
-        with self.device_guard():
+        with self.alone():
             graph = self.graphs_for(DecodeGraph, rows, min(slots, _round_up(longest, TEXT_STEP)), slots)
             graph.prefill(batch, lengths, eos_id)
             for n in range(max_new_tokens):
@@ -182,45 +196,80 @@ class GraphSampler:
 
     def graphs_for(self, kind: type, *key: int) -> Any:
         """The kept buffers and graphs of a kind and shape, made anew where there are none."""
-        kept = self.kept.setdefault(kind, OrderedDict())
-        if key not in kept:
-            while len(kept) >= MAX_GRAPHS:
-                kept.popitem(last=False)
-            kept[key] = kind(self, *key)
-        kept.move_to_end(key)
-        return kept[key]
+        self.requests += 1
+        name = kind, *key
+        graph = self.kept.pop(name)[0] if name in self.kept else kind(weakref.proxy(self), *key)
+        self.kept[name] = graph, self.requests
+        for old in list(self.kept)[:-2]:  # an answer needs two
+            unused = self.requests - self.kept[old][1]
+            if unused > LATELY or sum(self.bytes_of(g)[0] for g, _ in self.kept.values()) > KEPT_BYTES:
+                del self.kept[old]
+        if self.shared.nbytes > 2 * max(self.bytes_of(g)[1] for g, _ in self.kept.values()):
+            self.forget()
+        return graph
+
+    def bytes_of(self, graph: Any) -> tuple[int, int]:
+        """A shape's own, and those it needs of the shared buffer."""
+        own, shared = GRAPH_BYTES, 0
+        for tensor in vars(graph).values():
+            if isinstance(tensor, Tensor):
+                if tensor.untyped_storage().data_ptr() == self.shared.untyped_storage().data_ptr():
+                    shared += tensor.nbytes
+                else:
+                    own += tensor.nbytes
+        return own, shared
+
+    def share(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Parts of the buffer that all shapes share: theirs until another one's `prefill` makes it the `owner`."""
+        sizes = [math.prod(shape) for shape in shapes]
+        if sum(sizes) > self.shared.numel():
+            self.forget()  # graphs read and write at the old addresses
+            self.shared = self.buffer(sum(sizes))
+        parts = self.shared[: sum(sizes)].split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def forget(self) -> None:
+        """Give up all shapes. A call that still runs one holds on to what it needs."""
+        self.kept, self.shared, self.owner = {}, self.buffer(0), None
+        # The old one's memory is freed with the last of its graphs, and then no new graph may join it.
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def capture(self, function: Callable[[], None], *state: Tensor) -> Callable[[], None]:
         """`function`, which reads and writes fixed tensors only, as a graph that is captured at its first call.
 
         state: tensors that a call advances; the warm-up before the capture must not.
         """
-        if not self.graphs:
-            return function
+        # Neither a shape's graphs nor the sampler hold on to themselves: their memory goes with them, at once.
+        sampler, method = weakref.proxy(self), weakref.WeakMethod(function)
         graph: torch.cuda.CUDAGraph | None = None
 
         def call() -> None:
             nonlocal graph
+            run = method()
+            assert run is not None
+            if not sampler.graphs:
+                return run()
             if graph is None:
                 before = [tensor.clone() for tensor in state]
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    function()
-                torch.cuda.current_stream().wait_stream(side)
+                sampler.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(sampler.stream):
+                    run()
+                torch.cuda.current_stream().wait_stream(sampler.stream)
                 for tensor, old in zip(state, before, strict=True):
                     tensor.copy_(old)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool):
-                    function()
+                with torch.cuda.graph(graph, pool=sampler.pool, stream=sampler.stream):
+                    run()
             graph.replay()
 
         return call
 
-    def device_guard(self) -> AbstractContextManager:
-        """Streams, graphs and kernels belong to the current card, which need not be the model's."""
-        return torch.cuda.device(self.model.device) if self.graphs else nullcontext()
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread is inside; the model's card is the current one, to which streams and kernels belong."""
+        with self.lock, torch.cuda.device(self.model.device) if self.graphs else nullcontext():
+            yield
 
     def buffer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, device=self.model.device, dtype=dtype or self.model.dtype)
@@ -266,7 +315,7 @@ class DenoiseGraph:
         self.rows, self.copies = rows, rows // images
         self.plan: RowPlan | None = None  # whose prompts are in the cache
         self.ids = sampler.buffer(prompts, tokens, dtype=torch.long)
-        self.cache = sampler.buffer(2, len(sampler.layers), prompts, tokens, *sampler.cache_shape)
+        (self.cache,) = sampler.share((2, len(sampler.layers), prompts, tokens, *sampler.cache_shape))
         self.zero = sampler.buffer(prompts, dtype=whole)
         self.source, self.length, self.position = (sampler.buffer(rows, dtype=whole) for _ in range(3))
         self.latents = sampler.buffer(images, *model.latent_shape)
@@ -278,6 +327,7 @@ class DenoiseGraph:
 
     def prefill(self, plan: RowPlan) -> None:
         """Keys and values of the plan's prompts."""
+        self.sampler.owner = self
         ids = torch.zeros(self.ids.shape, dtype=torch.long, device="cpu")
         for i, prompt in enumerate(plan.prompts):
             ids[i, : len(prompt)] = torch.tensor(prompt, device="cpu")
@@ -332,8 +382,9 @@ class DecodeGraph:
 
     def __init__(self, sampler: GraphSampler, rows: int, tokens: int, slots: int):
         self.sampler, config = sampler, sampler.model.config.llm
-        self.embeds = sampler.buffer(rows, tokens, config.hidden_size)
-        self.cache = sampler.buffer(2, len(sampler.layers), rows, slots, *sampler.cache_shape)
+        self.cache, self.embeds = sampler.share(
+            (2, len(sampler.layers), rows, slots, *sampler.cache_shape), (rows, tokens, config.hidden_size)
+        )
         self.length, self.zero = (sampler.buffer(rows, dtype=torch.int32) for _ in range(2))
         self.logits = sampler.buffer(rows, config.vocab_size, dtype=torch.float32)
         self.health = sampler.buffer(rows, dtype=torch.float32)  # 0 until a best logit is NaN or infinite
@@ -348,6 +399,7 @@ class DecodeGraph:
     def prefill(self, batch: Batch, lengths: Tensor, eos_id: int) -> None:
         """Read the processor's left-padded batch, which is on the CPU, every row moved to the front."""
         sampler, model = self.sampler, self.sampler.model
+        sampler.owner = self
         rows, width = self.embeds.shape[:2]
         present = batch.images_emb_mask[..., 0].bool()
         count = int(present.sum())
