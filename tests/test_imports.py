@@ -222,7 +222,7 @@ BUDGETS = {  # lines at most
     "training": 3981,  # 2300 is wanted
     "post-training": 359,
     "benchmarks": 8157,  # with the world of shapes; 5600 is wanted
-    "scripts": 3140,  # 2200 is wanted
+    "scripts": 3150,  # 2200 is wanted
 }
 
 
