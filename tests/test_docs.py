@@ -103,11 +103,12 @@ SMALL = {  # how a command begins: what is added to it
     "janusflow-min bench uni_mmmu generate": ["--max-new-tokens", "8"],
     r"janusflow-min train (?!--export)": [word for setting in TRAINING for word in ("--set", setting)],
 }
-ROUNDS = ["group=2", "passes=1", "updates=1", "num_inference_steps=1", "validation=0"]
-SMALL["janusflow-min train scripts/examples/nft"] = [
-    *(word for setting in ROUNDS for word in ("--set", f"nft.{setting}")),
-    *("--set", "report.keep_best=false"),
-]
+ROUNDS = ["passes=1", "updates=1", "num_inference_steps=1", "validation=0"]
+for table, example in (("nft", "nft"), ("distill", "reflow")):
+    SMALL[f"janusflow-min train scripts/examples/{example}.toml"] = [
+        *(word for setting in ROUNDS for word in ("--set", f"{table}.{setting}")),
+        *("--set", "report.keep_best=false", "--set", "nft.group=2"),
+    ]
 GRADES = 'Consistency: 2\nRealism: 1\nAesthetic Quality: 0\n{"verdict": "yes", "score": 1}'
 
 

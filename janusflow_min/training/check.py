@@ -27,7 +27,7 @@ from .config import COMPONENTS, KINDS, Config, LoraConfig
 from .dataset import Source, open_sources, summarize
 from .eight_bit import BLOCK
 from .prepare import component, trainable
-from .rewards import check_nft
+from .rewards import check_rounds
 from .sample import SampleBuilder
 from .settings import anchored, naming, read, require
 
@@ -127,8 +127,8 @@ def check(config: Config, world: int = 1, weights: bool = False, progress: bool 
             processor.tokenizer.reject_special_tokens(question)
             length = len(processor.conversation([{"role": "User", "content": question}])[0]) + places * shown
             require(length < longest, "it", f"shorter than the model's {longest} positions", question)
-    if config.stage == "nft":
-        check_nft(config, processor, longest - places)
+    if config.in_rounds:
+        check_rounds(config, processor, longest - places)
     with torch.device("meta"):
         model = JanusFlow(sizes)
     if report.validation:
@@ -206,7 +206,7 @@ def remarks(plan: Plan) -> Iterator[str]:
         if not ratio:
             yield f'data.{i} is never read: stage "{c.stage}" has no share for {c.data[i].kind}; give ratios'
     kinds = {s.kind for s, ratio in zip(c.data, c.ratios(), strict=True) if ratio}
-    for kind in KINDS if c.stage != "nft" else ():
+    for kind in KINDS if not c.in_rounds else ():
         parts = [name for name in KIND_COMPONENTS.get(kind, ()) if plan.trained[name]]
         if kind not in kinds and parts:
             yield f"no sample trains {', '.join(parts)}: there is no data of kind {kind}"

@@ -2,9 +2,9 @@
 """The settings of a training run, read from TOML, with the paper's values as defaults.
 
 Paper: arXiv 2411.07975v2, sections 3.3, 3.4 and 4.1 and its table of hyper-parameters. `stage` names one of the
-paper's three stages, or "nft", and sets what trains, the learning rate, warm-up, steps, batch, prompt form and data
-mix; a key that is given wins. A value's type and limits stand beside it; whatever does not fit is an error that names
-the key.
+paper's three stages, or "nft" or "distill", and sets what trains, the learning rate, warm-up, steps, batch, prompt form
+and data mix; a key that is given wins. A value's type and limits stand beside it; whatever does not fit is an error
+that names the key.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ STAGES = {
         ("llm", *_THIN), 1e-4, 2000, 390_000, 512, (14, 80, 6), (30, 50, 20), 10_000, "plain"
     ),
     "finetuning": Stage(COMPONENTS, 2e-5, 1000, 26_000, 256, (21, 70, 9), (21, 70, 9), 0, "chat"),
-    # Not the paper's: reinforcement learning, see nft.py. Here a step is a round and draws its own samples.
+    # Not the paper's, see nft.py and distill.py. Here a step is a round and makes its own samples.
     "nft": Stage(_GENERATION, 1e-4, 10, 200, 384, (0, 0, 0), (0, 0, 0), 0, "chat"),
+    "distill": Stage(_GENERATION, 3e-4, 10, 200, 384, (0, 0, 0), (0, 0, 0), 0, "chat"),
 }
 
 
@@ -175,28 +176,40 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class NftConfig:
-    """Of stage "nft": `batch` images a step, learned from in `updates` steps of the optimizer. See nft.py."""
+class RoundsConfig:
+    """How a step of the next two stages makes `batch` images of its own, and learns from them. See rounds.py."""
 
-    reward: str = (
-        "shapes"  # "shapes": the default's rule-based reader; "answers": the model's own; MODULE:FUNCTION
-    )
-    checker: str = (
-        "shapes"  # of "answers": what asks about an image, a name or MODULE:FUNCTION; "": the plain question
-    )
-    prompts: PathOrName = (
-        "shapes"  # a file, a prompt on each line or {"text": prompt}; "shapes": the default's world
-    )
-    group: Count = 12  # images of a prompt, whose rewards are compared
+    # "shapes": the default's world; or a file with a prompt on each line, plain or as {"text": prompt}
+    prompts: PathOrName = "shapes"
     passes: Count = 2  # training points of an image: new noise and time each
     updates: Count = 4  # of the weights, each from its share of a round's points
-    beta: Positive = 1.0
-    pull: NotNegative = 1.0  # to the velocity of the start
     validation: UpTo1000 = 96  # prompts of its own, one image each; 0: no validation
-    cfg_weight: float = 1.0  # 1: no guidance, so that the policy itself learns
+    cfg_weight: float = 1.0  # 1: no guidance
     num_inference_steps: SolverSteps = 12
     solver: Literal["euler", "midpoint", "heun", "ab2"] = "ab2"
     timestep_shift: Positive = 2.0
+
+
+@dataclass(frozen=True)
+class NftConfig(RoundsConfig):
+    """Of stage "nft"."""
+
+    # "shapes": the default's rule-based reader; "answers": the model's own; or MODULE:FUNCTION
+    reward: str = "shapes"
+    checker: str = "shapes"  # of "answers", by name or as MODULE:FUNCTION; "": the plain question alone
+    group: Count = 12  # images of a prompt, whose rewards are compared
+    beta: Positive = 1.0
+    pull: NotNegative = 0.1  # to the velocity of the start
+
+
+@dataclass(frozen=True)
+class DistillConfig(RoundsConfig):
+    """Of stage "distill"."""
+
+    target: Literal["guidance", "reflow"] = "guidance"  # see distill.py
+    cfg_weight: float = 2.0  # of the teacher
+    passes: Count = 4
+    updates: Count = 8
 
 
 @dataclass(frozen=True)
@@ -205,7 +218,7 @@ class Config:
     model: PathOrName = "tiny"  # "tiny", a folder in the official layout, or a hub id
     vae: PathOrName = ""  # folder or hub id; "": the checkpoint's own, else SDXL's
     output: PathText = "runs/train"
-    stage: Literal["adaptation", "pretraining", "finetuning", "nft"] = "finetuning"
+    stage: Literal["adaptation", "pretraining", "finetuning", "nft", "distill"] = "finetuning"
     seed: Seed = 0
     steps: Steps = FROM_STAGE
     epochs: Positive | None = None  # instead of steps: until every source was read so many times
@@ -226,13 +239,13 @@ class Config:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     nft: NftConfig = field(default_factory=NftConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         checked(Config, self)
         stage, o, report = STAGES[self.stage], self.optimizer, self.report
         require(len(o.betas) == 2, "optimizer.betas", "two numbers", o.betas)
-        nft = self.stage == "nft"
-        require(nft or len(self.data) > 0, "data", "at least one source ([[data]])", [])
+        require(self.in_rounds or len(self.data) > 0, "data", "at least one source ([[data]])", [])
         for i, source in enumerate(self.data):
             given = [key for key in ("manifest", "folder", "dataset") if getattr(source, key)]
             require(len(given) == 1, f"data.{i}", "a manifest, a folder or a dataset, one of them", given)
@@ -255,10 +268,10 @@ class Config:
         require(not eight, "optimizer.states", '"fp32" with parallel = "fsdp" (use "replicate")', o.states)
         cached = self.loader.cache and self.loader.crop != "fixed"
         require(not cached, "loader.crop", '"fixed" where there is a cache', self.loader.crop)
-        if nft:
-            self._check_nft()
-        needed = "nft.validation" if nft else "report.validation"
-        validated = bool((self.nft.validation if nft else report.validation) and report.every)
+        if self.in_rounds:
+            self._check_rounds()
+        needed = f"{self.stage if self.in_rounds else 'report'}.validation"
+        validated = bool((self.rounds.validation if self.in_rounds else report.validation) and report.every)
         for key in ("keep_best", "patience"):
             value = getattr(report, key)
             require(validated or not value, f"report.{key}", f"with {needed} and every", value)
@@ -282,25 +295,42 @@ class Config:
             reason = f'above 0 for its adapters; stage "{self.stage}" does not train it'
             require(rates[name] > 0, f"optimizer.lr_by_component.{name}", reason, 0)
         none = f'given: stage "{self.stage}" has no share for any of the kinds'
-        require(nft or any(self.ratios()), "data.*.ratio", none, [source.kind for source in self.data])
+        require(
+            self.in_rounds or any(self.ratios()), "data.*.ratio", none, [source.kind for source in self.data]
+        )
 
-    def _check_nft(self) -> None:
-        without = 'left out with stage = "nft", which makes its own samples'
+    def _check_rounds(self) -> None:
+        without = f'left out with stage = "{self.stage}", which makes its own samples'
         require(not self.data, "data", without, [source.kind for source in self.data])
         require(not self.epochs, "epochs", without, self.epochs)
         require(not self.report.validation, "report.validation", without, self.report.validation)
         require(not self.loader.cache, "loader.cache", without, self.loader.cache)
-        require(self.parallel != "fsdp", "parallel", '"replicate" with stage = "nft"', self.parallel)
-        batch, nft = self.batch or STAGES["nft"].batch, self.nft
-        require(nft.group > 1, "nft.group", "2 or more, for a prompt's images are compared", nft.group)
-        require(batch % nft.group == 0, "batch", f"a multiple of nft.group, {nft.group}", batch)
-        points = batch * nft.passes
-        require(nft.updates <= points, "nft.updates", f"at most batch x nft.passes, {points}", nft.updates)
+        wanted = f'"replicate" with stage = "{self.stage}"'
+        require(self.parallel != "fsdp", "parallel", wanted, self.parallel)
+        batch, group = self.batch or STAGES[self.stage].batch, self.nft.group
+        if self.stage == "nft":
+            require(group > 1, "nft.group", "2 or more, for a prompt's images are compared", group)
+            require(batch % group == 0, "batch", f"a multiple of nft.group, {group}", batch)
+        distill = self.distill
+        alone = self.stage == "distill" and distill.target == "guidance" and distill.cfg_weight == 1
+        require(not alone, "distill.cfg_weight", "other than 1, for the student learns guidance", 1.0)
+        points, key = batch * self.rounds.passes, f"{self.stage}.updates"
+        require(self.updates <= points, key, f"at most batch x passes, {points}", self.updates)
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether a step makes its own samples."""
+        return self.stage in ("nft", "distill")
+
+    @property
+    def rounds(self) -> RoundsConfig:
+        """The table of the stage, if that is one of rounds."""
+        return self.distill if self.stage == "distill" else self.nft
 
     @property
     def updates(self) -> int:
         """Steps of the optimizer in a step of the run."""
-        return self.nft.updates if self.stage == "nft" else 1
+        return self.rounds.updates if self.in_rounds else 1
 
     @staticmethod
     def not_paths(data: Mapping[str, Any], folder: Path) -> tuple[str, ...]:

@@ -94,6 +94,7 @@ class AdamW:
             self.m[name], self.m_scale[name] = eight_bit.zeros(self.master[name])
             self.v[name], self.v_scale[name] = eight_bit.zeros(self.master[name])
         self.average = {n: p.clone() for n, p in self.master.items()} if config.ema_decay else {}
+        self.others: Mapping[str, Tensor] = {}  # what computes in the place of the newest weights
         self.sums: dict[str, Tensor] = {}  # fp32 gradients of earlier micro-batches, in the buffers
         self.buffers: dict[str, Tensor] = {}  # the same memory in every step, as a captured graph needs it
         self.kernel = kernel
@@ -111,17 +112,20 @@ class AdamW:
 
     @contextmanager
     def computing_with(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Compute with other weights, `average` for instance, and with the newest ones again afterwards."""
-        own = {name: self.params[name].detach() for name in weights}
+        """Compute with other weights, `average` for instance, and afterwards with those from before again."""
+        own, before = {name: self.params[name].detach() for name in weights}, self.others
         # fp32 parameters are their own masters.
-        newest = {n: p.clone() if p.dtype == torch.float32 else self.master[n] for n, p in own.items()}
+        masters = {**self.master, **before}
+        kept = {n: p.clone() if p.dtype == torch.float32 else masters[n] for n, p in own.items()}
         try:
+            self.others = {**before, **weights}
             for name, p in own.items():
                 p.copy_(weights[name])
             yield
         finally:
+            self.others = before
             for name, p in own.items():
-                p.copy_(newest[name])
+                p.copy_(kept[name])
 
     @torch.no_grad()
     def accumulate(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What reinforcement learning (`nft.py`) asks for and how it rates what comes: prompts and rewards.
+"""What training in rounds (`rounds.py`) asks for, and how `nft.py` rates what comes: prompts and rewards.
 
 A reward is any function (images, prompts) -> numbers in [0, 1], one for each image.
 """
@@ -97,12 +97,13 @@ def find_reward(name: str, checker: str, pipe: Pipeline | None = None) -> Reward
     return functools.partial(function, pipe, checker) if name == "answers" else function
 
 
-def check_nft(config: Config, processor: Processor, longest: int) -> None:
-    """ValueError or FileNotFoundError for settings of [nft] that do not fit. longest: prompt, in tokens."""
+def check_rounds(config: Config, processor: Processor, longest: int) -> None:
+    """ValueError or FileNotFoundError for reward or prompts that do not fit. longest: prompt, in tokens."""
     find_reward(config.nft.reward, config.nft.checker)
-    with naming("nft.prompts"):
-        for text in Prompts(config.nft.prompts).texts:
+    read = config.stage == "nft" and config.nft.reward == "shapes"
+    with naming(f"{config.stage}.prompts"):
+        for text in Prompts(config.rounds.prompts).texts:
             length = len(processor.generation_prompt(text)[0])
             require(length <= longest, "each", f"at most {longest} tokens long", text)
-            known = config.nft.reward != "shapes" or parse_prompt(text) is not None
+            known = not read or parse_prompt(text) is not None
             require(known, "each", "of the default's world, which the reward reads", text)

@@ -38,12 +38,14 @@ from . import checkpoints
 from .batch import BadRowsError, StepDataset, explain_loader_error, load_steps, unpack
 from .check import check, compare
 from .config import COMPONENTS, Config
+from .distill import DistillStep
 from .export import export
 from .losses import MixedBatch
 from .metrics import Report, Tracker, curves, means, memory_gib, plain_line, read_lines
 from .nft import NftStep
 from .optimizer import rate_factor
 from .ranks import start, whole_tensor
+from .rounds import RoundStep
 from .rows import BadRow
 from .sample import Cache, SampleBuilder, checksum
 from .settings import to_toml
@@ -130,8 +132,9 @@ class Trainer:
         # Features only where they stay the same; outside its forward pass a sharded SigLIP is not whole.
         self.cache_features = cache is not None and not config.rate("siglip") and self.parallel != "fsdp"
         # From the step on the model may be sharded.
-        if config.stage == "nft":
-            self.rounds = NftStep(config, *parts, self.processor, self.vae)
+        if config.in_rounds:
+            method = {"nft": NftStep, "distill": DistillStep}[config.stage]
+            self.rounds: RoundStep = method(config, *parts, self.processor, self.vae)
             self.train_step: TrainStep = self.rounds
         else:
             builder = SampleBuilder(config, self.processor, self.model, cache)
@@ -215,7 +218,7 @@ class Trainer:
         self.began, self.first, self.mark = time.perf_counter(), self.index, time.perf_counter()
         try:
             left = range(self.index, config.steps)
-            if config.stage == "nft":
+            if config.in_rounds:
                 steps = self.rounds.prompts_of(left)
             else:
                 steps = load_steps(self.dataset, left, self.device.type == "cuda")
@@ -333,8 +336,8 @@ class Trainer:
         objective: Any = self.train_step.loss.eval()  # FSDP2 gives it two more methods
         try:
             with self.optimizer.computing_with(self.optimizer.average):
-                if self.config.stage == "nft":
-                    loss = self.rounds.validation_loss() if self.config.nft.validation else None
+                if self.config.in_rounds:
+                    loss = self.rounds.validation_loss() if self.config.rounds.validation else None
                 else:
                     loss = self.validation_loss() if self.config.report.validation else None
                 if self.parallel == "fsdp":

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import janusflow_min as jf
 from janusflow_min.benchmarks import shapes
 from janusflow_min.flow import interpolate
-from janusflow_min.sampling import PlainSampler, draw_noise, guided_velocity
+from janusflow_min.sampling import PlainSampler, guided_velocity
 from janusflow_min.training import checkpoints, nft, rewards
 from janusflow_min.training.check import check
 from janusflow_min.training.config import Config
@@ -149,28 +149,20 @@ def test_only_differences_within_a_prompt_count(step, monkeypatch):
 # What is drawn -----------------------------------------------------------------------
 
 
-def kept(into: list, value: torch.Tensor) -> torch.Tensor:
-    into.append(value)
-    return value
-
-
 def draws(config: Config, rounds: int, monkeypatch, world: int = 1) -> list[dict[int, tuple]]:
-    """Of each rank, image number -> its prompt, noise, and training times and noise."""
+    """Of each rank, image number -> its prompt, noise, and training noise and times."""
     found = []
     for rank in range(world):
         step, own = Trainer(config, progress=False).rounds, {}
-        monkeypatch.setattr(nft, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr("janusflow_min.training.rounds.rank", lambda rank=rank: rank)
         step.world = world
         for data in step.prompts_of(range(rounds)):
-            numbers = [n * 2 + k for n, _ in data.batches for k in range(2)]
-            texts = [text for _, text in data.batches for _ in range(2)]
-            seen = []
-            monkeypatch.setattr(nft, "draw_noise", lambda *args, seen=seen: kept(seen, draw_noise(*args)))
-            x, _ = step.generate(texts, "nft image", numbers)
-            p = step.draw(texts, numbers, x)
+            texts, numbers = step.images_of(data.batches)
+            noise = step.noise_of(numbers)
+            p = step.points(texts, numbers, torch.zeros_like(noise))
             both = [q.view(2, len(numbers), *q.shape[1:]) for q in (p.noise, p.t)]
             for i, n in enumerate(numbers):
-                own[n] = (texts[i], seen[0][i], both[0][:, i], both[1][:, i])
+                own[n] = (texts[i], noise[i], both[0][:, i], both[1][:, i])
         found.append(own)
     return found
 

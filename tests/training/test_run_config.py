@@ -198,6 +198,12 @@ NUMBERS = {  # every number of a configuration, with values that lie outside its
     "nft.cfg_weight": [math.nan],
     "nft.num_inference_steps": [0, 10**7],
     "nft.timestep_shift": [0.0],
+    "distill.passes": [0],
+    "distill.updates": [0],
+    "distill.validation": [-1, 10**6],
+    "distill.cfg_weight": [math.nan],
+    "distill.num_inference_steps": [0, 10**7],
+    "distill.timestep_shift": [0.0],
 }
 
 
