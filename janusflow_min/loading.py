@@ -64,7 +64,7 @@ def load(
     if parts != "understanding":  # before the weights, which take long
         vae = load_vae(resolve_vae(folder, vae_path, progress), device, its_dtype, config.latent_channels)
         if compile:
-            vae.compile_decoder()
+            vae.compile_decoder(2 if device.type == "cuda" else 1)
     model = load_model(folder, device, dtype, parts, progress)
     model.llm.upstream_rounding = bool(upstream_rounding)
     return Pipeline(model, processor, vae, fast, compile)

@@ -39,7 +39,7 @@ from .selection import Checker, Judge, best_candidates, choose, find_checker, sc
 from .solvers import OnStep, Solver, find_solver, time_grid
 from .vae import VAE
 
-VAE_IMAGES = 8  # decoded at once on a GPU
+GPU_IMAGES, CPU_IMAGES = 4, 1  # decoded at once, at most: more would set the peak of memory
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 # Of an image: its prompt, token ids of that and of the negative one.
@@ -344,8 +344,8 @@ class Pipeline(LoraMixin):
         """Final latents (B, C, h, w) to images. prompts: of each, to name the one that fails."""
         assert self.vae is not None
         images: list[Image.Image] = []
-        # A few at a time: the VAE's activations, not the model, would set the peak of memory.
-        at_once = VAE_IMAGES if latents.is_cuda else 1
+        parts = -(-len(latents) // (GPU_IMAGES if latents.is_cuda else CPU_IMAGES))
+        at_once = -(-len(latents) // parts)  # as evenly as it goes
         for start in range(0, len(latents), at_once):
             pixels = self.vae.decode(latents[start : start + at_once])
             for i in _not_finite(pixels):

@@ -38,7 +38,7 @@ class VAE(nn.Module):
         self.autoencoder: Any = autoencoder.eval().requires_grad_(False)
         self.scaling_factor = float(autoencoder.config.scaling_factor)
         self.latent_channels = int(autoencoder.config.latent_channels)
-        self._decode: Any = self.autoencoder.decode
+        self._compiled: Any = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,11 +51,19 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of the flow -> pixels (B, 3, H, W), about [-1, 1], in the VAE's dtype."""
         # Divide before casting, as the reference does: in bf16 the order matters for the last bit.
-        return self._decode((latents / self.scaling_factor).to(self.dtype), return_dict=False)[0]
+        z = (latents / self.scaling_factor).to(self.dtype)
+        if self._compiled is None:
+            return self.autoencoder.decode(z, return_dict=False)[0]
+        decode, count = self._compiled
+        pixels = []
+        for part in z.split(count):
+            full = torch.cat([part, part[-1:].expand(count - len(part), -1, -1, -1)])
+            pixels.append(decode(full, return_dict=False)[0][: len(part)])
+        return torch.cat(pixels)
 
-    def compile_decoder(self) -> None:
-        """torch.compile the decoder; it compiles at its first call."""
-        self._decode = torch.compile(self.autoencoder.decode, dynamic=False)
+    def compile_decoder(self, images: int) -> None:
+        """torch.compile the decoder, at its first call and for so many images at once: others are filled up to that."""
+        self._compiled = torch.compile(self.autoencoder.decode, dynamic=False), images
 
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> latents of the flow (B, C, h, w): the mean, or with a CPU `generator`

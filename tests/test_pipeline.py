@@ -683,6 +683,40 @@ def test_dtypes_of_model_and_vae(pipe, bf16, parity_dir):
     assert dtypes(dtype="float16") == (torch.float16, torch.float32)  # no float16 VAE
 
 
+def test_a_compiled_vae_is_compiled_once(parity_dir, pipe, monkeypatch):
+    """Stops: a minute of compiling for each new number of images, and images that depend on their company."""
+    sizes = set()
+
+    def compile(function, **options):
+        assert options == {"dynamic": False}
+
+        def compiled(z, **named):
+            sizes.add(z.shape)
+            return function(z, **named)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    vae = jf.load(parity_dir, device="cpu", compile=True, progress=False).vae
+    for images in (1, 3):
+        latents = torch.randn(5, *pipe.model.latent_shape, generator=torch.Generator().manual_seed(0))
+        for count in (1, 2, 3, 5):
+            torch.testing.assert_close(vae.decode(latents[:count]), pipe.vae.decode(latents[:count]))
+        assert sizes == {(images, *pipe.model.latent_shape)}
+        vae.compile_decoder(3)
+        sizes.clear()
+
+
+@pytest.mark.parametrize("count, most, sizes", [(5, 4, [3, 2]), (4, 4, [4]), (9, 4, [3, 3, 3]), (1, 4, [1])])
+def test_images_are_decoded_evenly(pipe, monkeypatch, count, most, sizes):
+    """Stops: a peak of memory for four images and then one alone, for which the card is too large."""
+    monkeypatch.setattr("janusflow_min.pipeline.CPU_IMAGES", most)
+    seen, decode = [], pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda z: seen.append(len(z)) or decode(z))
+    pipe.generate("a star", parallel_size=count, num_inference_steps=1, seed=0, progress=False)
+    assert seen == sizes
+
+
 def test_a_loaded_model_is_for_use(pipe):
     """Stops: a model in training mode, or one that holds on to gradients."""
     assert not pipe.model.training and not any(p.requires_grad for p in pipe.model.parameters())
