@@ -152,12 +152,14 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Embedding table, blocks, final norm and, where `lm_head` is wanted, the output projection.
 
-    upstream_rounding: see `rotary_cos_sin`; `load(upstream_rounding=True)` sets it.
+    upstream_rounding: see `rotary_cos_sin`; quantization: the format of the linear layers where `fast/quantized.py`
+    has replaced them. `load` sets both.
     """
 
     def __init__(self, config: LlamaConfig, lm_head: bool = True):
         super().__init__()
         self.config, self.upstream_rounding = config, False
+        self.quantization: str | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

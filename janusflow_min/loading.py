@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from .checkpoint import count_parameters, load_model, read_config, save_model
+from .checks import one_of
 from .devices import pick_device, pick_dtype
+from .fast.quantized import QUANTIZATIONS, quantize_llm, refuse_quantized
 from .files import atomic_directory, expand
 from .hub import resolve, resolve_vae
 from .model import PARTS, Parts
@@ -29,6 +31,7 @@ def load(
     fast: bool = True,
     compile: bool = False,
     upstream_rounding: bool = False,
+    quantization: str | None = None,
     revision: str | None = None,
 ) -> Pipeline:
     """Load a checkpoint in the official layout.
@@ -42,12 +45,15 @@ def load(
     fast: on an NVIDIA GPU in bfloat16 use the kernels and CUDA graphs of `fast/`; False is the plain path. compile:
     torch.compile what those leave over (UViT, SigLIP, VAE), a minute or more at the first use, then from torch's
     cache on disk. upstream_rounding: round time, step, latents and rotary frequencies to the model's dtype as the
-    published code does; by default they stay in fp32, which is closer to the true flow. revision: a branch, tag or
-    commit of a hub id.
+    published code does; by default they stay in fp32, which is closer to the true flow. quantization: "int8" or "fp8"
+    rounds the LLM's matrices to 8 bits (`fast/quantized.py`), for good: no `save`, no adapters, no other dtype.
+    revision: a branch, tag or commit of a hub id.
     Raises FileNotFoundError or ValueError, which name what is wrong.
     """
     if parts not in PARTS:
         raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
+    if quantization is not None:
+        one_of("quantization", quantization, QUANTIZATIONS)
     device = pick_device(device)
     asked, dtype = dtype, pick_dtype(dtype, device)
     its_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 is no dtype for the VAE
@@ -65,7 +71,9 @@ def load(
         vae = load_vae(resolve_vae(folder, vae_path, progress), device, its_dtype, config.latent_channels)
         if compile:
             vae.compile_decoder(2 if device.type == "cuda" else 1)
-    model = load_model(folder, device, dtype, parts, progress)
+    model = load_model(folder, device if quantization is None else "cpu", dtype, parts, progress)
+    if quantization is not None:
+        quantize_llm(model, quantization, device)
     model.llm.upstream_rounding = bool(upstream_rounding)
     return Pipeline(model, processor, vae, fast, compile)
 
@@ -80,6 +88,7 @@ def save(
     bytes splits the weights. ValueError for a pipeline that was loaded in parts, and for a model that is wrapped
     (torch.compile, peft, accelerate), whose weights nobody could load.
     """
+    refuse_quantized(pipe.model, "save it")
     with atomic_directory(folder, overwrite, is_checkpoint_entry) as temporary:
         if pipe.vae is not None:
             save_vae(pipe.vae, temporary / "vae")

@@ -201,7 +201,7 @@ class LoraMixin:
         changed = {layer for name in scales for layer in self._loras[name].factors}
         if lost := sorted((changed | self._base.keys()) - weights.keys()):
             raise ValueError(
-                f"the model has no {lost[0]}: it is wrapped (peft, torch.compile), so load it again"
+                f"the model has no {lost[0]}: it is wrapped (peft, torch.compile) or quantized: load it again without"
             )
         for layer in sorted(self._base.keys() - changed):
             weights[layer].copy_(self._base[layer])

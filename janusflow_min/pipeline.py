@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from . import answering, checks, editing
 from .devices import DTYPES, SHORT_NAMES, pick_device, pick_dtype
+from .fast.quantized import refuse_quantized
 from .flow import Velocity
 from .lora import LoraMixin
 from .model import JanusFlow
@@ -109,10 +110,12 @@ class Pipeline(LoraMixin):
                 dtype = pick_dtype(value, device)  # type: ignore[arg-type]
             else:
                 device = pick_device(value)
+        if dtype not in (None, self.dtype):
+            refuse_quantized(self.model, "change its dtype")
         self._sampler = None  # its buffers go first
         adapters = self.adapters
         self.set_adapters([])  # they are merged anew, in the new dtype
-        self.model.to(device, dtype)
+        self.model.to(device, None if dtype == self.dtype else dtype)
         self.set_adapters(list(adapters), list(adapters.values()))
         if self.vae is not None:
             self.vae.to(device, torch.float32 if dtype == torch.float16 else dtype)

@@ -213,6 +213,7 @@ BUDGETS = {  # lines at most
     "the rest of the package": 7530,  # 4600 is wanted
     "prefetch": 112,
     "measuring the host": 165,
+    "quantization": 300,
     "LoRA": 216,  # 120 is wanted
     "hub": 295,
     "server": 1072,  # 450 is wanted
@@ -238,6 +239,7 @@ def test_each_part_keeps_its_budget(part):
     files |= {
         "post-training": after,
         "LoRA": {PACKAGE / "lora.py"},
+        "quantization": {PACKAGE / "fast" / "quantized.py", PACKAGE / "fast" / "products.py"},
         "prefetch": {PACKAGE / "prefetch.py"},
         "hub": {PACKAGE / "hub.py", PACKAGE / "publish.py"},
     }

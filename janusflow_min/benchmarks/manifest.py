@@ -130,6 +130,7 @@ def generation_settings(settings: Settings) -> dict[str, Any]:
         "device_type": device.type,
         "dtype": _name(dtype),
         "vae_dtype": usual if settings.vae_dtype is None else _name(pick_dtype(settings.vae_dtype, device)),
+        **({"quantization": settings.quantization} if settings.quantization else {}),
         "fast": settings.fast,
         "compile": settings.compile,
         "threads": settings.threads if device.type == "cpu" else None,

@@ -53,6 +53,7 @@ class Settings(SamplingOptions):
     seed: int = option("of the first image; the others' follow from their place", 0)
     batch_size: int = option("images generated at once; moves their last bits", 16)
     upstream_rounding: bool = option("round as the published code does", False)
+    quantization: str | None = option("keep the LLM's matrices in 8 bits", None, choices=("int8", "fp8"))
     fast: bool = option("kernels and CUDA graphs where the GPU has them", True)
     compile: bool = option("torch.compile for the rest", False)
     threads: int = option("CPU threads of a process; moves the images' last bits", 1)
@@ -180,8 +181,9 @@ def load_pipe(settings: Settings, parts: str = "generation") -> Pipeline:
 
     world = RankInfo.from_environment()
     parts = "all" if settings.best_of > 1 else parts
-    options: dict[str, Any] = dict(parts=parts, fast=settings.fast, compile=settings.compile)
-    options |= dict(upstream_rounding=settings.upstream_rounding, revision=settings.revision)
+    options: dict[str, Any] = {"parts": parts}
+    same = ("fast", "compile", "upstream_rounding", "quantization", "revision")
+    options |= {name: getattr(settings, name) for name in same}
     if parts != "understanding":
         options |= dict(vae_path=settings.vae, vae_dtype=settings.vae_dtype)
     device, progress = rank_device(settings.device, world), settings.progress and world.local_rank == 0
@@ -267,9 +269,7 @@ def _generate_blocks(
                 progress=False,
                 **settings.resolved(),
             ).images
-            for (
-                writing
-            ) in pending:  # of the block before: no more than one waits in memory, and its errors end the run
+            for writing in pending:  # at most one block waits in memory; its errors end the run
                 writing.result()
             groups = [images[i : i + images_per_prompt] for i in range(0, len(images), images_per_prompt)]
             pending = [

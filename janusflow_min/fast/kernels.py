@@ -13,9 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .ops import Weight, linear
 from .ops import attend as attend_any
-from .ops import linear
 from .ops import linear_add as linear_add_rows
+from .products import ahead, gdc_launch_dependents, gdc_wait, gemv, matmul, quantize_rows
+from .quantized import Quantized
 
 CHUNK = 128  # keys that one program of the decoding attention reads
 # Of `attend_image`, measured on an H100: queries, keys, keys of the prompt, warps, stages.
@@ -81,8 +83,11 @@ def _rotate_heads(read, write, cos, sin, mask, HALF: tl.constexpr):
 def _rope_store(
     qkv, cos, sin, position, q_out, keys, values, tokens, slots,
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
-    HB: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr,
+    HB: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    if AHEAD:
+        gdc_launch_dependents()
+        gdc_wait()
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j, h, g = tl.arange(0, DB)[None, :], tl.arange(0, HB)[:, None], tl.arange(0, GB)[:, None]
     where = tl.load(position + row) + c
@@ -111,7 +116,7 @@ def rope_store(qkv, cos, sin, position, keys, values, heads) -> Tensor:
     _rope_store[(rows, tokens)](
         qkv, cos, sin, position, q, keys, values, tokens, slots, H=heads, G=groups, HALF=dim // 2,
         HB=triton.next_power_of_2(heads), GB=triton.next_power_of_2(groups), DB=triton.next_power_of_2(dim // 2),
-        num_warps=4,
+        num_warps=4, **ahead(qkv),
     )  # fmt: skip
     return q
 
@@ -235,8 +240,11 @@ def attend_image(qkv, cos, sin, position, heads, prefix) -> Tensor:
 @triton.jit
 def _attend_one(
     q, keys, values, length, part, top, total, scale, slots, splits,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, CHUNK: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    if AHEAD:
+        gdc_launch_dependents()
+        gdc_wait()
     row, h, s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     n = tl.load(length + row) + 1
     if s * CHUNK < n:
@@ -257,7 +265,10 @@ def _attend_one(
 
 @triton.jit
 def _combine(part, top, total, length, out, splits, D: tl.constexpr, DB: tl.constexpr, SB: tl.constexpr,
-             CHUNK: tl.constexpr, H: tl.constexpr):  # fmt: skip
+             CHUNK: tl.constexpr, H: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    if AHEAD:
+        gdc_launch_dependents()
+        gdc_wait()
     place = tl.program_id(0).to(tl.int64)
     n = tl.load(length + place // H) + 1
     s, j = tl.arange(0, SB), tl.arange(0, DB)
@@ -282,72 +293,37 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tenso
     block = triton.next_power_of_2(dim)
     _attend_one[(rows, heads, splits)](
         q, keys, values, length, part, top, total, dim**-0.5, slots, splits,
-        H=heads, G=groups, D=dim, DB=block, CHUNK=CHUNK, num_warps=4,
+        H=heads, G=groups, D=dim, DB=block, CHUNK=CHUNK, num_warps=4, **ahead(q),
     )  # fmt: skip
     _combine[(rows * heads,)](
         part, top, total, length, out, splits,
-        D=dim, DB=block, SB=triton.next_power_of_2(splits), CHUNK=CHUNK, H=heads, num_warps=4,
+        D=dim, DB=block, SB=triton.next_power_of_2(splits), CHUNK=CHUNK, H=heads, num_warps=4, **ahead(q),
     )  # fmt: skip
     return out
 
 
-@triton.jit
-def _gemv(
-    x, weight, norm, residual, out, dim, count, eps,
-    NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    XB: tl.constexpr, KB: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * NB + tl.arange(0, NB)
-    rows, up_rows = n.to(tl.int64)[:, None] * dim, (n + count).to(tl.int64)[:, None] * dim
-    ty = x.dtype.element_ty
-    if NORM:
-        every = tl.arange(0, XB)
-        whole = tl.load(x + every, mask=every < dim, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(whole * whole) / dim + eps)
-    sums = tl.zeros([NB, KB], dtype=tl.float32)
-    ups = tl.zeros([NB, KB], dtype=tl.float32)
-    for k in range(0, dim, KB):
-        i = k + tl.arange(0, KB)
-        a = tl.load(x + i, mask=i < dim, other=0.0).to(tl.float32)
-        if NORM:
-            w = tl.load(norm + i, mask=i < dim, other=0.0).to(tl.float32)
-            a = ((a * inverse).to(ty).to(tl.float32) * w).to(ty).to(tl.float32)
-        mask = (n[:, None] < count) & (i[None, :] < dim)
-        sums += tl.load(weight + rows + i[None, :], mask=mask, other=0.0).to(tl.float32) * a[None, :]
-        if GATED:
-            ups += tl.load(weight + up_rows + i[None, :], mask=mask, other=0.0).to(tl.float32) * a[None, :]
-    y = tl.sum(sums, 1).to(ty).to(tl.float32)
-    if GATED:
-        y = (y * tl.sigmoid(y)).to(ty).to(tl.float32) * tl.sum(ups, 1).to(ty).to(tl.float32)
-    if RESIDUAL:
-        y += tl.load(residual + n, mask=n < count, other=0.0).to(tl.float32)
-    tl.store(out + n, y, mask=n < count)
+def linear_add(x: Tensor | Quantized, weight: Weight, residual: Tensor) -> Tensor:
+    if len(residual) == 1:
+        return gemv(x, weight, residual=residual)
+    if isinstance(weight, Quantized):
+        rows = quantize_rows(x, weight.values.dtype) if isinstance(x, Tensor) else x
+        return matmul(rows, weight, residual.dtype, residual)
+    assert isinstance(x, Tensor)
+    return linear_add_rows(x, weight, residual)
 
 
-def gemv(x, weight, norm=None, eps=0.0, residual=None, gated=False) -> Tensor:
-    """One row by a matrix: (1, D) by (N, D) -> (1, N), norm before, SiLU gate or residual after."""
-    dim = x.shape[1]
-    count = weight.shape[0] // (2 if gated else 1)
-    out = x.new_empty(1, count)
-    block = 4 if count > 6000 and not gated else 2  # rows a program; measured on an H100, as the widths below
-    width = min(2048 if dim > 4096 or block == 4 else 1024, triton.next_power_of_2(dim))
-    _gemv[(triton.cdiv(count, block),)](
-        x, weight, weight if norm is None else norm, x if residual is None else residual, out, dim, count, eps,
-        NORM=norm is not None, GATED=gated, RESIDUAL=residual is not None,
-        XB=triton.next_power_of_2(dim), KB=width, NB=block, num_warps=2 if gated or dim > 4096 else 4,
-    )  # fmt: skip
-    return out
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
+    if len(x) == 1:
+        return gemv(x, weight, norm, eps)
+    if isinstance(weight, Quantized):
+        return matmul(quantize_rows(x, weight.values.dtype, norm, eps), weight, x.dtype)
+    return linear(rms_norm(x, norm, eps), weight)
 
 
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    return gemv(x, weight, residual=residual) if len(x) == 1 else linear_add_rows(x, weight, residual)
-
-
-def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
-    return gemv(x, weight, norm, eps) if len(x) == 1 else linear(rms_norm(x, norm, eps), weight)
-
-
-def norm_mlp(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
+def norm_mlp(x: Tensor, norm: Tensor, eps: float, gate_up: Weight) -> Tensor | Quantized:
     if len(x) == 1:
         return gemv(x, gate_up, norm, eps, gated=True)
-    return silu_mul(linear(rms_norm(x, norm, eps), gate_up))
+    y = norm_linear(x, norm, eps, gate_up)
+    return (
+        quantize_rows(y, gate_up.values.dtype, gated=True) if isinstance(gate_up, Quantized) else silu_mul(y)
+    )

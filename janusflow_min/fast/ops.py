@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quantized import Weight, linear
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(M, D) -> (M, D), as `llama.RMSNorm`."""
@@ -27,21 +29,18 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """(M, D) by (N, D) -> (M, N)."""
-    return F.linear(x, weight)
-
-
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+def linear_add(x: Tensor, weight: Weight, residual: Tensor) -> Tensor:
     """residual (M, N) + x (M, D) by weight (N, D); on a GPU in the residual's place and with one rounding less."""
-    return residual.addmm_(x, weight.t()) if x.is_cuda else residual + F.linear(x, weight)
+    if x.is_cuda and isinstance(weight, Tensor):
+        return residual.addmm_(x, weight.t())
+    return residual + linear(x, weight)
 
 
-def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
     return linear(rms_norm(x, norm, eps), weight)
 
 
-def norm_mlp(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
+def norm_mlp(x: Tensor, norm: Tensor, eps: float, gate_up: Weight) -> Tensor:
     """The MLP up to its down projection: (M, D), gate_up (2F, D) -> (M, F)."""
     return silu_mul(linear(rms_norm(x, norm, eps), gate_up))
 

@@ -36,6 +36,7 @@ from ..model import JanusFlow
 from ..processor import Batch
 from ..sampling import RowPlan, RowsVelocity, SampleFn, check_logits, cut_at_eos
 from . import ops as plain_ops
+from .quantized import Quantized, Weight
 
 PROMPT_STEP, TEXT_STEP, CACHE_STEP = 128, 64, 256  # lengths are rounded up to multiples of these
 KEPT_BYTES = (
@@ -51,11 +52,11 @@ class Layer:
     """One block's weights; qkv has (H + 2G)·d rows, gate_up twice the MLP's width."""
 
     norm1: Tensor
-    qkv: Tensor
-    out: Tensor
+    qkv: Weight
+    out: Weight
     norm2: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
 
 
 @torch.inference_mode(False)  # parameters that may be trained later
@@ -66,12 +67,15 @@ def fuse(model: JanusFlow) -> list[Layer]:
     The module's own parameters become views of the result: nothing is held twice, names and values stay.
     """
 
-    def join(*linears: nn.Linear) -> Tensor:
-        whole = torch.cat([linear.weight for linear in linears])
-        parts = whole.split([len(linear.weight) for linear in linears])
-        for linear, part in zip(linears, parts, strict=True):
-            linear.weight = nn.Parameter(part, requires_grad=False)
-        return whole
+    def join(*linears: nn.Linear) -> Weight:
+        joined = []
+        for name, _ in linears[0].named_parameters():  # weight; values and scale where it is quantized
+            whole = torch.cat([getattr(linear, name) for linear in linears])
+            parts = whole.split([linear.weight.shape[0] for linear in linears])
+            for linear, part in zip(linears, parts, strict=True):
+                setattr(linear, name, nn.Parameter(part, requires_grad=False))
+            joined.append(whole)
+        return joined[0] if len(joined) == 1 else Quantized(*joined)
 
     layers = []
     for block in _blocks(model):
@@ -113,6 +117,7 @@ class GraphSampler:
     ):
         self.model, self.ops, self.graphs = model, ops, graphs
         self.layers = fuse(model)
+        self.fused = self._places()
         if graphs and model.parts != "understanding":
             to_channels_last(model.uvit_encoder, model.uvit_decoder)
         self.lock = threading.RLock()  # a thread at a time: they would share buffers
@@ -138,12 +143,12 @@ class GraphSampler:
     @property
     def is_current(self) -> bool:
         """Whether the model still has the weights that were fused: not after `.to(...)` or a replaced parameter."""
-        first, last = _blocks(self.model)[0].self_attn, _blocks(self.model)[-1].mlp
-        return (
-            first.q_proj.weight.data_ptr() == self.layers[0].qkv.data_ptr()
-            and last.gate_proj.weight.data_ptr() == self.layers[-1].gate_up.data_ptr()
-            and self.upstream_rounding == self.model.llm.upstream_rounding
-        )
+        return self.fused == self._places() and self.upstream_rounding == self.model.llm.upstream_rounding
+
+    def _places(self) -> list[int]:
+        """Where in memory the first and the last of the fused weights lie."""
+        first, last = _blocks(self.model)[0].self_attn.q_proj, _blocks(self.model)[-1].mlp.gate_proj
+        return [next(linear.parameters()).data_ptr() for linear in (first, last)]
 
     # The Sampler's methods -----------------------------------------------------------------------
 
