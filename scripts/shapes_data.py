@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""The default model's recipe and its data, for `train_shapes.py`: the tokenizer, scenes with captions and with
-conversations as arrays of integers, and batches of them whose shapes are fixed. Not run itself."""
+"""Recipes and their data, for `train_shapes.py`: worlds, the tokenizer, scenes with captions and with conversations as
+arrays of integers, and batches of them whose shapes are fixed. Not run itself."""
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 import os
 import random
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +25,9 @@ from janusflow_min.files import atomic_directory, atomic_file
 from janusflow_min.hub import TINY
 from janusflow_min.processor import SYSTEM_PROMPT, Processor
 from janusflow_min.shapes import captions, scenes
+from janusflow_min.things import captions as thing_captions
+from janusflow_min.things.atlas import load_atlas
+from janusflow_min.things.scenes import World as Things
 from janusflow_min.training.config import Config, ObjectiveConfig, OptimizerConfig, SourceConfig
 from janusflow_min.training.losses import IGNORE, MixedBatch
 from janusflow_min.training.sample import conversation_example
@@ -29,9 +35,11 @@ from janusflow_min.training.sample import conversation_example
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the result. The whole of it takes about 20 minutes of an H100."""
+    """All that decides the result. As it stands here, it is the default's: about 20 minutes of an H100."""
 
     seed: int = 0
+    worlds: tuple[tuple[str, float], ...] = (("shapes", 1.0),)  # and the share of each in scenes and batches
+    vocabulary: int = 1024  # at most
     # data
     generation_scenes: int = 500_000
     captions_per_scene: int = 4
@@ -48,12 +56,30 @@ class Recipe:
         ("color_attr", 22),
         ("mixed", 10),
     )
+    thing_families: tuple[tuple[str, int], ...] = (
+        ("single_object", 24),
+        ("two_object", 22),
+        ("counting", 20),
+        ("colors", 4),
+        ("position", 18),
+        ("color_attr", 4),
+        ("mixed", 8),
+    )
     # VAE
+    vae_latent_channels: int = 4
+    vae_kl: float = 3e-4
+    vae_flat: float = 0.0  # share of images of no world: shapes of any colour, gradients, lines
     vae_channels: tuple[int, ...] = (32, 48, 64, 64)
     vae_seconds: float = 150.0
     vae_batch: int = 96
     vae_lr: float = 1.5e-3
-    # model: of the sizes of the one that ships
+    vae_compile: bool = False  # over a minute, and then twice as fast
+    # model
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    layers: int = 6
+    siglip_width: int = 128
+    uvit_channels: int = 80
     batch: int = 256  # images with prompts a step
     conversation_batch: int = 64
     lr: float = 1.5e-3
@@ -84,14 +110,41 @@ class Recipe:
         )
 
 
+# Things and shapes in one model: about 24 minutes of an H100.
+THINGS = replace(
+    Recipe(),
+    worlds=(("things", 0.8125), ("shapes", 0.1875)),
+    vocabulary=1280,
+    generation_scenes=400_000,
+    conversations=200_000,
+    conversation_length=176,
+    turns=3,
+    vae_channels=(48, 64, 80, 96),
+    vae_latent_channels=8,
+    vae_kl=1e-4,
+    vae_flat=0.2,
+    vae_seconds=300.0,
+    vae_batch=80,
+    vae_lr=1.2e-3,
+    vae_compile=True,
+    hidden_size=384,
+    intermediate_size=512,
+    layers=5,
+    uvit_channels=96,
+    batch=320,
+    lr=1.3e-3,
+    seconds=780.0,
+)
+RECIPES = {"shapes": Recipe(), "things": THINGS}
 SMOKE = dict(
     generation_scenes=100,
     conversations=50,
-    vae_seconds=10.0,
+    vae_channels=(16, 16, 32, 32),
+    vae_seconds=5.0,
     vae_batch=8,
     batch=8,
     conversation_batch=2,
-    seconds=30.0,
+    seconds=20.0,
     warmup=20,
     log_every=2,
 )
@@ -112,22 +165,109 @@ SPECIAL = (
 )
 
 
+# Worlds -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """What training asks of a world. families: names and weights; render: packed scenes (B, P) to (B, 3, S, S).
+
+    `caption(scene, family, rng)`, `questions(scene, rng, n)`, `corpus()`: text with every word.
+    """
+
+    name: str
+    families: tuple[tuple[str, int], ...]
+    sample_scene: Callable[..., Any]
+    pack: Callable[..., Tensor]
+    render: Callable[[Tensor], Tensor]
+    caption: Callable[..., str]
+    questions: Callable[..., list[captions.QA]]
+    corpus: Callable[[], list[str]]
+
+    def sample(self, rng: random.Random, count: int, split: str = "train") -> tuple[list[str], list[Any]]:
+        """Families and scenes."""
+        names, weights = zip(
+            *(pair for pair in self.families if split == "train" or pair[0] != "mixed"), strict=True
+        )
+        families = rng.choices(names, weights, k=count)
+        return families, [self.sample_scene(rng, family, split) for family in families]
+
+
+@functools.cache
+def _things(atlas: Path | None) -> Things:
+    return Things(load_atlas(atlas))
+
+
+def open_world(name: str, recipe: Recipe, atlas: Path | None, device: torch.device | None = None) -> World:
+    """A world by its name; device: where it renders, None where it need not. `atlas`: of things."""
+    if name == "shapes":
+        return World(
+            name,
+            recipe.families,
+            scenes.sample_scene,
+            scenes.pack,
+            scenes.render,
+            captions.caption,
+            captions.sample_questions,
+            captions.corpus,
+        )
+    if name != "things":
+        raise ValueError(f"expected a world of shapes, things; got {name!r}")
+    things = _things(atlas)
+    levels = None if device is None else things.atlas.levels.to(device)
+    return World(
+        name,
+        recipe.thing_families,
+        things.sample_scene,
+        things.pack,
+        lambda packed: things.render(packed, levels=levels),
+        thing_captions.caption,
+        lambda scene, rng, n: thing_captions.sample_questions(scene, things.nouns, rng, n),
+        lambda: thing_captions.corpus(things),
+    )
+
+
+def shares(recipe: Recipe, count: int) -> dict[str, int]:
+    """World -> its part of a count; at least one of each."""
+    return {name: max(1, round(count * share)) for name, share in recipe.worlds}
+
+
+def flat_images(count: int, device: torch.device) -> Tensor:
+    """(B, 3, S, S) in [-1, 1]: shapes of any colour that may overlap, under a gradient or stripes, crossed by lines."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, device=device)
+
+    slots = torch.cat([uniform(4, 1).mul(len(scenes.SHAPES)).floor(), uniform(4, 2) * scenes.SIZE], 2)
+    slots = torch.cat([slots, 6 + 40 * uniform(4, 1), 255 * uniform(4, 3)], 2)
+    image = scenes.render(torch.cat([255 * uniform(3), slots.flatten(1)], 1))
+    axis = torch.linspace(-1, 1, scenes.SIZE, device=device)
+    angle, tilt = (2 * math.pi * uniform(1, 1, 1) for _ in range(2))
+    along = angle.cos() * axis + angle.sin() * axis[:, None]  # (B, 1, S, S)
+    wave = torch.where(uniform(1, 1, 1) < 0.5, along, (along * 30 * uniform(1, 1, 1)).sin())
+    gradient = torch.lerp(2 * uniform(3, 1, 1) - 1, 2 * uniform(3, 1, 1) - 1, 0.5 + 0.5 * wave)
+    image = torch.lerp(image, gradient, (2 * uniform(1, 1, 1) - 1).clamp(min=0))
+    line = (tilt.cos() * axis + tilt.sin() * axis[:, None] - uniform(1, 1, 1) + 0.5).abs()
+    cover = ((0.1 * uniform(1, 1, 1) - line) * scenes.SIZE / 2 + 0.5).clamp(0, 1) * (uniform(1, 1, 1) < 0.5)
+    return torch.lerp(image, (2 * uniform(3, 1, 1) - 1).expand_as(image), cover.expand_as(image))
+
+
 # Tokenizer -----------------------------------------------------------------------
 
 
-def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE that knows the world's words whole, beside the shipped model's small files."""
+def make_tokenizer(folder: Path, size: int, corpus: list[str]) -> None:
+    """A byte-level BPE of at most `size` tokens that knows the worlds' words, beside the shipped model's files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
+        vocab_size=size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[AddedToken(s, special=True, normalized=False) for s in SPECIAL],
         show_progress=False,
     )
     template = f"{SYSTEM_PROMPT}\n\nUser: .\n\nAssistant: .User: .\n\n"
-    tokenizer.train_from_iterator([template] * 100 + captions.corpus(), trainer)
+    tokenizer.train_from_iterator([template] * 100 + corpus, trainer)
     with atomic_directory(folder) as temporary:
         tokenizer.save(str(temporary / "tokenizer.json"))
         for name in SMALL_FILES:
@@ -142,28 +282,27 @@ def vocab_size(folder: Path) -> int:
 # Data -----------------------------------------------------------------------
 
 
-def make_chunk(job: tuple[str, int, int, Recipe, Path]) -> dict[str, np.ndarray]:
-    """One worker's share: `kind` "generation" or "conversation", `count` scenes of the given seed."""
-    kind, seed, count, recipe, folder = job
+def make_chunk(job: tuple[str, str, int, int, Recipe, Path, Path | None]) -> dict[str, np.ndarray]:
+    """One worker's share: a world, `kind` "generation" or "conversation", `count` scenes of the given seed."""
+    name, kind, seed, count, recipe, folder, atlas = job
+    world = open_world(name, recipe, atlas)
     rng = random.Random(f"{kind} {seed} {recipe.seed}")
     processor = Processor.from_folder(folder, vocab_size(folder))
     pad = processor.tokenizer.pad_id
-    names, weights = zip(*recipe.families, strict=True)
-    families = rng.choices(names, weights, k=count)
-    drawn = [scenes.sample_scene(rng, family) for family in families]
-    packed = scenes.pack(drawn).numpy().astype(np.float32)
+    families, drawn = world.sample(rng, count)
+    packed = world.pack(drawn).numpy().astype(np.float32)
     if kind == "generation":
         ids = np.full((count, recipe.captions_per_scene, recipe.prompt_length), pad, np.int16)
         for i, (scene, family) in enumerate(zip(drawn, families, strict=True)):
             for j in range(recipe.captions_per_scene):
-                tokens = processor.generation_prompt(captions.caption(scene, family, rng))[0][:-1]
+                tokens = processor.generation_prompt(world.caption(scene, family, rng))[0][:-1]
                 ids[i, j, : len(tokens)] = tokens  # raises where prompt_length is too short
         return {"packed": packed, "ids": ids}
     ids = np.full((count, recipe.conversation_length), pad, np.int16)
     labels = np.full_like(ids, IGNORE)
     for i, scene in enumerate(drawn):
         messages = []
-        for qa in captions.sample_questions(scene, rng, recipe.turns):
+        for qa in world.questions(scene, rng, recipe.turns):
             tag = "" if messages else SPECIAL[3] + "\n"
             messages += [
                 {"role": "User", "content": tag + qa.question},
@@ -174,11 +313,16 @@ def make_chunk(job: tuple[str, int, int, Recipe, Path]) -> dict[str, np.ndarray]
     return {"packed": packed, "ids": ids, "labels": labels}
 
 
-def make_data(recipe: Recipe, folder: Path, path: Path, kind: str, count: int) -> None:
+def make_data(
+    recipe: Recipe, folder: Path, path: Path, name: str, kind: str, count: int, atlas: Path | None
+) -> None:
     size = min(5000, count)
-    jobs = [(kind, i, min(size, count - i * size), recipe, folder) for i in range(math.ceil(count / size))]
+    jobs = [
+        (name, kind, i, min(size, count - i * size), recipe, folder, atlas)
+        for i in range(math.ceil(count / size))
+    ]
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
-        chunks = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc=f"Data, {kind}"))
+        chunks = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc=f"Data, {name}, {kind}"))
     arrays = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
     with atomic_file(path) as temporary:
         np.savez(temporary, **arrays)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Train the default model that ships in the package, from nothing, with one command on one GPU.
+"""Train the default model that ships in the package, or one of things too, from nothing, with one command on one GPU.
 
     python scripts/train_shapes.py --work runs/tiny                 # all stages, about 20 minutes on an H100
     python scripts/train_shapes.py --work runs/tiny --smoke         # the same path in miniature, minutes on a CPU
     janusflow-min bench shapes generate --model runs/tiny/tiny --out outputs/new    # then judge it
+    python scripts/train_shapes.py --work runs/things --recipe things    # things and shapes, after things_atlas.py
 
-Stages, each skipped when its result lies in --work already: `tokenizer` (a byte-level BPE over the world's
-sentences), `data` (scenes, captions, conversations, as integers), `vae`, `latents`, `model` (resumes from its
-newest checkpoint, optimizer included), `export` (the official layout, bfloat16).
+Stages, each skipped when its result lies in --work already: `tokenizer` (a byte-level BPE over the worlds'
+sentences), `data` (scenes, captions, conversations, as integers; drawn while the VAE trains), `vae`, `latents`, `model`
+(resumes from its newest checkpoint, optimizer included), `export` (the official layout, bfloat16).
 
 Each step is the trainer's own, `TrainStep`, with the paper's objective: flow matching with logit-normal time and
 10 % prompt dropping, cross-entropy on answers, alignment to SigLIP's features. Everything, SigLIP too, starts
@@ -22,19 +23,26 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from shapes_data import (
+    RECIPES,
     SMOKE,
     Recipe,
+    World,
     conversation_batch,
+    flat_images,
     generation_batch,
     load_arrays,
     make_data,
     make_tokenizer,
+    open_world,
+    shares,
     vocab_size,
 )
 from torch import Tensor
@@ -42,6 +50,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from janusflow_min.checkpoint import load_model, read_config, save_model
+from janusflow_min.config import JanusFlowConfig
 from janusflow_min.devices import pick_dtype
 from janusflow_min.files import atomic_directory, atomic_file
 from janusflow_min.flow import sample_time
@@ -63,8 +72,34 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 # VAE -----------------------------------------------------------------------
 
 
-def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
-    """diffusers' AutoencoderKL on rendered scenes: L1 + 3·MSE + 3e-4·KL. Ends with the latents' scale measured."""
+def vae_batch(recipe: Recipe, drawn: Sequence[tuple[World, Tensor]], device: torch.device) -> Tensor:
+    """Images: scenes of the worlds by their shares, and of no world as many as `vae_flat` says."""
+    flat = round(recipe.vae_batch * recipe.vae_flat)
+    sizes = shares(recipe, recipe.vae_batch - flat)
+    parts = [
+        world.render(packed[torch.randint(len(packed), (sizes[world.name],), device=device)])
+        for world, packed in drawn
+    ]
+    return torch.cat([*parts, flat_images(flat, device)] if flat else parts)
+
+
+def vae_loss(vae, x: Tensor, kl: float) -> tuple[Tensor, Tensor]:
+    """L1 + 3·MSE + kl·KL of images (B, 3, S, S), and the MSE."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        mean, logvar = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)
+        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, dtype=mean.dtype, device=mean.device)
+        y = vae.decoder(vae.post_quant_conv(z))
+    error = y.float() - x
+    mse = error.square().mean()
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
+    return error.abs().mean() + 3 * mse + kl * divergence, mse.detach()
+
+
+def train_vae(
+    recipe: Recipe, worlds: Sequence[World], folder: Path, device: torch.device, compiled: bool
+) -> None:
+    """diffusers' AutoencoderKL on rendered scenes. Ends with the latents' scale and what it loses measured."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(recipe.seed)
@@ -74,15 +109,18 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
         up_block_types=("UpDecoderBlock2D",) * stages,
         block_out_channels=recipe.vae_channels,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=recipe.vae_latent_channels,
         norm_num_groups=16,
         sample_size=scenes.SIZE,
     ).to(device, memory_format=torch.channels_last)
-    rng = random.Random(f"vae {recipe.seed}")
-    names, weights = zip(*recipe.families, strict=True)
     count = min(40_000, recipe.generation_scenes)
-    drawn = [scenes.sample_scene(rng, family) for family in rng.choices(names, weights, k=count)]
-    packed = scenes.pack(drawn).to(device)
+    drawn = [
+        (world, world.pack(world.sample(random.Random(f"vae {recipe.seed}"), count)[1]).to(device))
+        for world in worlds
+    ]
+    draw, loss_of = vae_batch, vae_loss
+    if compiled:
+        draw, loss_of = (torch.compile(f, dynamic=False) for f in (vae_batch, vae_loss))
     optimizer = torch.optim.AdamW(vae.parameters(), recipe.vae_lr, betas=(0.9, 0.99), weight_decay=0.0)
     log = open(folder.parent / "vae.jsonl", "w")  # noqa: SIM115
     start, step, elapsed = time.monotonic(), 0, 0.0
@@ -91,19 +129,15 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
         for group in optimizer.param_groups:  # warm-up over steps, then a cosine over the time
             cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, elapsed / recipe.vae_seconds))
             group["lr"] = recipe.vae_lr * min(1.0, (step + 1) / 100) * cosine
-        x = scenes.render(packed[torch.randint(count, (recipe.vae_batch,), device=device)])
-        x = x.to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
-        error = y.float() - x
-        mse = error.square().mean()
-        loss = error.abs().mean() + 3 * mse + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        x = draw(recipe, drawn, device).to(memory_format=torch.channels_last)
+        loss, mse = loss_of(vae, x, recipe.vae_kl)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
+        if step == 1 and compiled:
+            start = time.monotonic()  # compiling does not count
         if step % 20 == 0:
             psnr = 10 * math.log10(4 / mse.item())  # waits for the GPU
             elapsed = time.monotonic() - start
@@ -116,7 +150,8 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
             bar.update(round(elapsed) - bar.n)
     log.close()
     with torch.no_grad():
-        z = torch.cat([vae.encode(scenes.render(p)).latent_dist.mean for p in packed[:2000].split(100)])
+        first = [(world, part) for world, packed in drawn for part in packed[:2000].split(100)]
+        z = torch.cat([vae.encode(world.render(part)).latent_dist.mean for world, part in first])
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
     with atomic_directory(folder, overwrite=True) as temporary:
         vae.to(torch.bfloat16).save_pretrained(temporary)
@@ -131,9 +166,26 @@ def load_frozen_vae(folder: Path, device: torch.device) -> VAE:
 
 
 @torch.no_grad()
-def encode_all(vae: VAE, packed: Tensor, batch: int = 1024) -> Tensor:
-    parts = tqdm(packed.split(batch), desc="Latents")
-    return torch.cat([vae.encode(scenes.render(p)).to(torch.bfloat16) for p in parts])
+def measure_vae(worlds: Sequence[World], folder: Path, device: torch.device, count: int) -> dict[str, float]:
+    """PSNR in dB on held-out scenes of each world and on flat images, for 8-bit images in [-1, 1]; kept in vae.json."""
+    vae, found = load_frozen_vae(folder, device), {}
+    for name in (*(world.name for world in worlds), "flat"):
+        if name == "flat":
+            images = flat_images(count, device)
+        else:
+            world = next(world for world in worlds if world.name == name)
+            scenes_ = world.sample(random.Random("measure vae"), count, "held_out")[1]
+            images = world.render(world.pack(scenes_).to(device))
+        again = torch.cat([vae.decode(vae.encode(part)) for part in images.split(100)])
+        found[name] = 10 * math.log10(4 / (again.float() - images).square().mean().item())
+    (folder.parent / "vae.json").write_text(json.dumps(found) + "\n")
+    return found
+
+
+@torch.no_grad()
+def encode_all(vae: VAE, world: World, packed: Tensor, batch: int = 1024) -> Tensor:
+    parts = tqdm(packed.split(batch), desc=f"Latents, {world.name}")
+    return torch.cat([vae.encode(world.render(p)).to(torch.bfloat16) for p in parts])
 
 
 # Model -----------------------------------------------------------------------
@@ -164,22 +216,57 @@ def init_weights(model: JanusFlow, generator: torch.Generator | None = None, std
     return model
 
 
+def model_config(recipe: Recipe, vocab_size: int) -> JanusFlowConfig:
+    """The shipped model's, with the recipe's sizes; attention heads of 64 in the LLM, of 16 or more in SigLIP."""
+    shipped, hidden, channels = read_config(TINY), recipe.hidden_size, recipe.uvit_channels
+    latent = recipe.vae_latent_channels
+    llm = replace(
+        shipped.llm,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+    )
+    widths = dict(channels=channels, hidden_size=hidden)
+    return replace(
+        shipped,
+        llm=llm,
+        siglip=replace(shipped.siglip, width=recipe.siglip_width),
+        uvit_encoder=replace(shipped.uvit_encoder, in_channels=latent, out_channels=channels, **widths),
+        uvit_decoder=replace(shipped.uvit_decoder, in_channels=channels, out_channels=latent, **widths),
+    )
+
+
 class ModelTraining:
     """The trainer's own step (`TrainStep`) over data that lie on the device, by a schedule in time instead of steps."""
 
-    def __init__(self, recipe: Recipe, work: Path, device: torch.device, compiled: bool, init: Path | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        worlds: Sequence[World],
+        work: Path,
+        device: torch.device,
+        compiled: bool,
+        init: Path | None,
+    ):
         """Continues from `work`/training.pt where there is one, else starts from `init` or from random weights."""
         self.recipe, self.work, self.checkpoint = recipe, work, work / "training.pt"
-        self.generation = load_arrays(work / "generation.npz", device)
-        self.conversation = load_arrays(work / "conversation.npz", device)
-        self.latents = encode_all(load_frozen_vae(work / "vae", device), self.generation["packed"])
+        vae, self.data = load_frozen_vae(work / "vae", device), []
+        for world in worlds:
+            generation, conversation = (
+                load_arrays(work / f"{kind}-{world.name}.npz", device)
+                for kind in ("generation", "conversation")
+            )
+            generation["latents"] = encode_all(vae, world, generation["packed"])
+            self.data.append((world, generation, conversation))
         size = vocab_size(work / "tokenizer")
         tokenizer = Processor.from_folder(work / "tokenizer", size).tokenizer
         self.pad = tokenizer.pad_id
         # Ids whose embeddings an image replaces.
         self.image_ids = torch.tensor([tokenizer.image_start_id, tokenizer.image_id], device=device)
-        shipped = read_config(TINY)
-        model = JanusFlow(replace(shipped, llm=replace(shipped.llm, vocab_size=size)))
+        model = JanusFlow(model_config(recipe, size))
         if init is None:
             init_weights(model, torch.Generator().manual_seed(recipe.seed))
         else:
@@ -204,36 +291,51 @@ class ModelTraining:
             self.train_step.loss.compile(fullgraph=True, dynamic=False)
             self.batches = torch.compile(self.batches, fullgraph=True, dynamic=False)
 
-    def draw(self) -> tuple[Tensor, ...]:
+    def draw(self) -> tuple[Any, ...]:
         """A step's data, drawn on the device: a copy from the host would wait for the whole queue of kernels."""
         recipe, device, generator = self.recipe, self.device, self.generator
 
         def below(n: int, count: int) -> Tensor:
             return torch.randint(n, (count,), generator=generator, device=device)
 
-        rows = below(len(self.latents), recipe.batch)
-        which = below(recipe.captions_per_scene, recipe.batch)
-        talks = below(len(self.conversation["ids"]), recipe.conversation_batch)
-        latents = self.latents[rows].float()
+        shown, asked = [], []
+        for world, generation, conversation in self.data:
+            count, talks = (shares(recipe, n)[world.name] for n in (recipe.batch, recipe.conversation_batch))
+            rows = below(len(generation["latents"]), count)
+            which = below(recipe.captions_per_scene, count)
+            shown.append(
+                (
+                    generation["packed"][rows],
+                    generation["latents"][rows].float(),
+                    generation["ids"][rows, which].long(),
+                )
+            )
+            chosen = below(len(conversation["ids"]), talks)
+            asked.append(tuple(conversation[key][chosen] for key in ("packed", "ids", "labels")))
+        latents, ids = (torch.cat(parts) for parts in list(zip(*shown, strict=True))[1:])
+        ids_und, labels = (torch.cat(parts).long() for parts in list(zip(*asked, strict=True))[1:])
         return (
-            self.generation["packed"][rows],
+            tuple(part[0] for part in shown),
             latents,
-            self.generation["ids"][rows, which].long(),
-            sample_time(recipe.batch, recipe.logit_mean, recipe.logit_std, generator, device),
+            ids,
+            sample_time(len(ids), recipe.logit_mean, recipe.logit_std, generator, device),
             torch.randn(latents.shape, generator=generator, device=device),
-            torch.rand(recipe.batch, generator=generator, device=device) < recipe.prompt_dropout,
-            self.conversation["packed"][talks],
-            self.conversation["ids"][talks].long(),
-            self.conversation["labels"][talks].long(),
+            torch.rand(len(ids), generator=generator, device=device) < recipe.prompt_dropout,
+            tuple(part[0] for part in asked),
+            ids_und,
+            labels,
         )
+
+    def render(self, packed: Sequence[Tensor]) -> Tensor:
+        return torch.cat([data[0].render(part) for data, part in zip(self.data, packed, strict=True)])
 
     def batches(self, packed, latents, ids, t, noise, drop, packed_und, ids_und, labels) -> list[MixedBatch]:
         """The two micro-batches of a step; conversations together weigh as much as all images."""
-        count, pixels = self.model.num_image_tokens, scenes.render(packed)
+        count = self.model.num_image_tokens
         places = (ids_und[..., None] == self.image_ids).any(-1)
         return [
-            generation_batch(ids, self.pad, drop, count, t, noise, latents, pixels),
-            conversation_batch(ids_und, labels, places, scenes.render(packed_und), self.recipe.batch),
+            generation_batch(ids, self.pad, drop, count, t, noise, latents, self.render(packed)),
+            conversation_batch(ids_und, labels, places, self.render(packed_und), len(ids)),
         ]
 
     def update(self) -> dict[str, Tensor]:
@@ -320,34 +422,67 @@ class ModelTraining:
             (folder / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
 
 
+def draw_data(recipe: Recipe, work: Path, atlas: Path | None) -> None:
+    """The scenes of every world, with captions and with conversations, where they are not there yet."""
+    for kind, total in (("generation", recipe.generation_scenes), ("conversation", recipe.conversations)):
+        for name, count in shares(recipe, total).items():
+            path = work / f"{kind}-{name}.npz"
+            if not path.is_file():
+                make_data(recipe, work / "tokenizer", path, name, kind, count, atlas)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--work", type=Path, default=Path("runs/tiny"), help="folder for every stage's result")
+    add(
+        "--recipe",
+        choices=list(RECIPES),
+        default="shapes",
+        help="shapes: the default model; things: both worlds",
+    )
+    add("--atlas", type=Path, help="of things, where it is not in its default place")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seconds", type=float, help="training time of the model, instead of the recipe's")
+    add("--vae-seconds", type=float, help="and of the VAE")
+    add(
+        "--scenes",
+        type=int,
+        help="number of scenes with captions, and with conversations, instead of the recipe's",
+    )
     add("--init", type=Path, help="checkpoint folder to start the model from, instead of random weights")
+    add("--until", choices=("vae", "model"), default="model", help="the last stage to run")
     flag = argparse.BooleanOptionalAction
     add("--compile", action=flag, default=None, help="torch.compile; default: on a GPU")
     add("--graph", action=flag, default=None, help="one CUDA graph a step; default: on a GPU")
     add("--smoke", action="store_true", help="a miniature of everything, to see that it runs")
     args = parser.parse_args()
-    recipe = replace(Recipe(), **(SMOKE if args.smoke else {}))
-    recipe = replace(recipe, seconds=args.seconds or recipe.seconds)
+    recipe = replace(RECIPES[args.recipe], **(SMOKE if args.smoke else {}))
+    given = dict(
+        seconds=args.seconds,
+        vae_seconds=args.vae_seconds,
+        generation_scenes=args.scenes,
+        conversations=args.scenes,
+    )
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     work, device = args.work, torch.device(args.device)
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
-    if not (work / "vae").is_dir():
-        train_vae(recipe, work / "vae", device)
-    if not (work / "tokenizer").is_dir():
-        make_tokenizer(work / "tokenizer")
-    for kind, count in (("generation", recipe.generation_scenes), ("conversation", recipe.conversations)):
-        if not (work / f"{kind}.npz").is_file():
-            make_data(recipe, work / "tokenizer", work / f"{kind}.npz", kind, count)
     compiled, graph = (device.type == "cuda" if f is None else f for f in (args.compile, args.graph))
-    ModelTraining(recipe, work, device, compiled, args.init).run(graph)
+    worlds = [open_world(name, recipe, args.atlas, device) for name, _ in recipe.worlds]
+    if not (work / "tokenizer").is_dir():
+        corpus = [text for world in worlds for text in world.corpus()]
+        make_tokenizer(work / "tokenizer", recipe.vocabulary, corpus)
+    with ThreadPoolExecutor(1) as beside:  # the processes that draw scenes leave the GPU to the VAE
+        data = beside.submit(draw_data, recipe, work, args.atlas)
+        if not (work / "vae").is_dir():
+            train_vae(recipe, worlds, work / "vae", device, compiled and recipe.vae_compile)
+            print(json.dumps(measure_vae(worlds, work / "vae", device, 20 if args.smoke else 500)))
+        data.result()
+    if args.until == "model":
+        ModelTraining(recipe, worlds, work, device, compiled, args.init).run(graph)
 
 
 if __name__ == "__main__":

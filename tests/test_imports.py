@@ -99,7 +99,7 @@ def test_later_floors_are_not_imported(imported):
     """Stops: the command line, training or benchmarks loaded by everyone."""
     ours = {name.split(".")[1] for name in imported["all"] if name.startswith("janusflow_min.")}
     assert ours >= FLOOR_1
-    assert not ours & (FLOOR_3 | {"training", "benchmarks", "shapes"})
+    assert not ours & (FLOOR_3 | {"training", "benchmarks", "shapes", "things"})
 
 
 HELP = """
@@ -222,8 +222,9 @@ BUDGETS = {  # lines at most
     "ComfyUI": 150,
     "training": 4018,  # 2300 is wanted
     "post-training": 492,
-    "benchmarks": 8157,  # with the world of shapes; 5600 is wanted
-    "scripts": 3150,  # 2200 is wanted
+    "benchmarks": 6781,  # 4200 is wanted
+    "worlds": 2390,  # of shapes and of things, with their judges; 2076 is wanted
+    "scripts": 3585,  # 2200 is wanted
 }
 
 
@@ -232,11 +233,13 @@ def test_each_part_keeps_its_budget(part):
     """Stops: a library that grows until nobody reads it. Something new makes room for itself."""
     after = {PACKAGE / "training" / f"{name}.py" for name in ("nft", "distill", "rounds", "rewards")}
     training = set((PACKAGE / "training").rglob("*.py")) - after
-    benchmarks = {path for name in ("benchmarks", "shapes") for path in (PACKAGE / name).rglob("*.py")}
+    benchmarks = set((PACKAGE / "benchmarks").rglob("*.py"))
+    worlds = {path for name in ("shapes", "things") for path in (PACKAGE / name).rglob("*.py")}
     scripts = set((PACKAGE.parent / "scripts").rglob("*.py"))
     server = {*(PACKAGE / "serve").rglob("*.py"), PACKAGE / "commands" / "serve.py"}
     files = {"training": training, "benchmarks": benchmarks, "scripts": scripts, "server": server}
     files |= {
+        "worlds": worlds,
         "post-training": after,
         "LoRA": {PACKAGE / "lora.py"},
         "quantization": {PACKAGE / "fast" / "quantized.py", PACKAGE / "fast" / "products.py"},

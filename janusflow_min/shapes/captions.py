@@ -10,9 +10,10 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
+from typing import Any
 
 from .scenes import (
     BACKGROUNDS,
@@ -132,7 +133,7 @@ class QA:
     answer: str
 
 
-def _unique(scene: Scene) -> list[Object]:
+def _unique(scene: Any) -> list[Any]:
     """The objects whose shape is there only once."""
     shapes = Counter([thing.shape for thing in scene.objects])
     return [thing for thing in scene.objects if shapes[thing.shape] == 1]
@@ -173,7 +174,7 @@ def cell(x: float, y: float) -> str | None:
     return CELLS[3 * int(y / third) + int(x / third)]
 
 
-def _where(scene: Scene, rng: random.Random) -> list[QA]:
+def _where(scene: Any, rng: random.Random) -> list[QA]:
     unique = _unique(scene)
     found = []
     for thing in unique:
@@ -226,15 +227,22 @@ def _yes_and_no(scene: Scene, rng: random.Random) -> tuple[list[QA], list[QA]]:
     ]
 
 
-def _describe(scene: Scene, rng: random.Random) -> list[QA]:
-    """Groups alike in shape and colour, left to right by their mean centre, where that order is clear."""
+def _describe_groups(objects: Iterable[Any]) -> list[tuple[int, tuple[Any, str]]] | None:
+    """(count, (colour, shape)) of what is alike, left to right by the mean centre; None where the order is unclear."""
     groups: dict[tuple[str, str], list[float]] = {}
-    for thing in scene.objects:
+    for thing in objects:
         groups.setdefault((thing.shape, thing.colour), []).append(thing.x)
     ordered = sorted((sum(xs) / len(xs), len(xs), kind) for kind, xs in groups.items())
     if any(b[0] - a[0] < ORDER_MARGIN for a, b in pairwise(ordered)):
+        return None
+    return [(count, (colour, shape)) for _, count, (shape, colour) in ordered]
+
+
+def _describe(scene: Scene, rng: random.Random) -> list[QA]:
+    ordered = _describe_groups(scene.objects)
+    if ordered is None:
         return []
-    things = _join([_noun(count, *kind) for _, count, kind in ordered])
+    things = _join([_noun(count, shape, colour) for count, (colour, shape) in ordered])
     return [QA("describe", "Describe the picture.", f"{things} on a {scene.background} background")]
 
 
@@ -294,20 +302,78 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a caption says: items, the relation of the first to the second, background (None: not told)."""
+    """What a caption says: items, the relation of the first to the second, background, style (None: not told)."""
 
     items: tuple[Item, ...]
     relation: str | None = None
     background: str | None = None
+    style: str | None = None
 
 
-_ITEM = re.compile(
-    rf"(a|an|two|three|four)(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(COLOURS)}))?"
-    rf" ({'|'.join([*SHAPES, *PLURAL.values()])})"
+class Grammar:
+    """The sentences of a world: which words its captions and descriptions are made of.
+
+    plurals: plural -> noun; links: words between two nouns -> the relation they tell.
+    """
+
+    def __init__(
+        self,
+        nouns: Iterable[str],
+        plurals: Mapping[str, str],
+        colours: Iterable[str],
+        backgrounds: Iterable[str],
+        links: Mapping[str, str],
+        styles: Iterable[str] = (),
+        openings: Iterable[str] = ("a photo of",),
+    ):
+        self.nouns, self.plurals, self.links = frozenset(nouns), plurals, links
+        self.kinds = (*KINDS, "style") if styles else KINDS  # of questions
+        longest = sorted({*self.nouns, *plurals}, key=len, reverse=True)
+        self.item = re.compile(
+            rf"(a|an|two|three|four)(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(colours)}))? ({'|'.join(longest)})"
+        )
+        self.opening = re.compile(rf"(?:{'|'.join(openings)}) ")
+        self.ground = re.compile(rf"(.*) on a ({'|'.join(backgrounds)}) background")
+        self.style = re.compile(rf"(.*) in ({'|'.join(styles)}) style") if styles else None
+        self.link = re.compile(rf" ({'|'.join(links)}) (?=(?:a|an|two|three|four) )")
+
+    def parse_item(self, text: str) -> Item | None:
+        match = self.item.fullmatch(text)
+        if not match:
+            return None
+        article, size, colour, noun = match.groups()
+        count = COUNTS.index(article) if article in COUNTS else 1
+        if noun not in (self.plurals if count > 1 else self.nouns):
+            return None
+        return Item(count, self.plurals[noun] if count > 1 else noun, colour, size)
+
+    def parse(self, text: str) -> Spec | None:
+        """What a caption or a description says, or None where it is no sentence of this world.
+
+        Upper case, white space, a full stop at the end and a missing opening do not matter.
+        """
+        text = _normal(text)
+        if opening := self.opening.match(text):
+            text = text[opening.end() :]
+        style = background = relation = None
+        if self.style and (told := self.style.fullmatch(text)):
+            text, style = told.groups()
+        if ground := self.ground.fullmatch(text):
+            text, background = ground.groups()
+        if link := self.link.search(text):
+            relation, parts = self.links[link.group(1)], [text[: link.start()], text[link.end() :]]
+        else:
+            *first, last = text.split(" and ")
+            parts = [*first[0].split(", "), last] if len(first) == 1 else [text]
+        items = tuple(item for item in map(self.parse_item, parts) if item)
+        if len(items) < len(parts) or sum(item.count for item in items) > len(COUNTS) - 1:
+            return None
+        return Spec(items, relation, background, style)
+
+
+GRAMMAR = Grammar(
+    SHAPES, {many: shape for shape, many in PLURAL.items()}, COLOURS, BACKGROUNDS, {r: r for r in RELATIONS}
 )
-_GROUND = re.compile(rf"(.*) on a ({'|'.join(BACKGROUNDS)}) background")
-_LINK = re.compile(rf" ({'|'.join(RELATIONS)}) ")
-_SINGULAR = {plural: shape for shape, plural in PLURAL.items()}
 
 
 def _normal(text: str) -> str:
@@ -315,58 +381,31 @@ def _normal(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
-def _parse_item(text: str) -> Item | None:
-    match = _ITEM.fullmatch(text)
-    if not match:
-        return None
-    article, size, colour, noun = match.groups()
-    count = COUNTS.index(article) if article in COUNTS else 1
-    if (noun in _SINGULAR) != (count > 1):
-        return None
-    return Item(count, _SINGULAR.get(noun, noun), colour, size)
-
-
 def parse_prompt(text: str) -> Spec | None:
-    """What a caption or a description says, or None where it is no sentence of this world.
-
-    Upper case, white space, a full stop at the end and a missing "a photo of" do not matter.
-    """
-    text = _normal(text).removeprefix("a photo of ")
-    background = None
-    if ground := _GROUND.fullmatch(text):
-        text, background = ground.groups()
-    relation = None
-    if link := _LINK.search(text):
-        relation, parts = link.group(1), [text[: link.start()], text[link.end() :]]
-    else:
-        *first, last = text.split(" and ")
-        parts = [*first[0].split(", "), last] if len(first) == 1 else [text]
-    items = tuple(item for item in map(_parse_item, parts) if item)
-    if len(items) < len(parts) or sum(item.count for item in items) > len(COUNTS) - 1:
-        return None
-    return Spec(items, relation, background)
+    """`Grammar.parse` of the world of shapes."""
+    return GRAMMAR.parse(text)
 
 
-def answer_is_right(kind: str, expected: str, given: str) -> bool:
+def answer_is_right(kind: str, expected: str, given: str, grammar: Grammar = GRAMMAR) -> bool:
     """Whether an answer says the expected thing; case, white space and a final full stop do not matter.
 
     For "describe" the order of the objects does not matter either, nor how they are grouped.
     """
-    if kind not in KINDS:
-        raise ValueError(f"expected a kind of {KINDS}, got {kind!r}")
+    if kind not in grammar.kinds:
+        raise ValueError(f"expected a kind of {grammar.kinds}, got {kind!r}")
     if _normal(expected) == _normal(given):
         return True
     if kind != "describe":
         return False
     said = []
     for text in (expected, given):
-        spec = parse_prompt(text)
+        spec = grammar.parse(text)
         if spec is None or spec.relation or _normal(text).startswith("a photo"):
             return False
         counts: Counter = Counter()
         for item in spec.items:
             counts[item.shape, item.colour, item.size] += item.count
-        said.append((counts, spec.background))
+        said.append((counts, spec.background, spec.style))
     return said[0] == said[1]
 
 

@@ -33,14 +33,22 @@ UNIFORM = 0.9  # share of an object's inner pixels that are of its colour, at le
 
 @dataclass(frozen=True)
 class Seen:
-    """One component: names or "unknown"; box (x1, y1, x2, y2), centre, area and radius (as in scenes), px."""
+    """One component: names or "unknown"; box (x1, y1, x2, y2), centre, area and radius (as in scenes), px.
+
+    colour: None where a thing has none to tell; styles: those that it could be of, in worlds that have styles.
+    """
 
     shape: str
-    colour: str
+    colour: str | None
     box: Box
     centre: tuple[float, float]
     area: float
     radius: float
+    styles: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> str | None:
+        return size_of(self.radius)
 
 
 @dataclass(frozen=True)
@@ -209,9 +217,7 @@ def size_of(radius: float) -> str | None:
 
 def _is(thing: Seen, item: Item) -> bool:
     return (
-        thing.shape == item.shape
-        and item.colour in (None, thing.colour)
-        and item.size in (None, size_of(thing.radius))
+        thing.shape == item.shape and item.colour in (None, thing.colour) and item.size in (None, thing.size)
     )
 
 
@@ -231,9 +237,11 @@ def judge(reading: Reading, spec: Spec, world: World = WORLD) -> tuple[bool, str
         return False, "an object of no known colour"
     if len(things) != len(slots):
         return False, f"objects: expected {len(slots)}, seen {len(things)}"
+    if spec.style and not all(spec.style in thing.styles for thing in things):
+        return False, f"not in {spec.style} style"
     expected, seen = Counter(item.shape for item in slots), Counter(thing.shape for thing in things)
     if expected != seen:
-        shape = next(shape for shape in world.outlines if expected[shape] != seen[shape])
+        shape = next(shape for shape in (*world.outlines, *expected, *seen) if expected[shape] != seen[shape])
         return False, f"{plural(shape)}: expected {expected[shape]}, seen {seen[shape]}"
     for item in slots:
         if not any(_is(thing, item) for thing in things):

@@ -292,8 +292,8 @@ def relations(a: Box, b: Box) -> list[str]:
     return found
 
 
-def clear_relation(a: Object, b: Object) -> str | None:
-    """The one relation of a to b where one axis clearly dominates (by `CLEAR`), else None."""
+def clear_relation(a: Any, b: Any) -> str | None:
+    """The one relation of a to b where one axis clearly dominates (by `CLEAR`), else None. Objects of any world."""
     x, y = abs(a.x - b.x), abs(a.y - b.y)
     if max(x, y) < CLEAR * min(x, y):
         return None

@@ -41,8 +41,8 @@ def test_the_default_learns_by_the_trainer_s_objective(data):
     """Stops: a default made by another objective; a prompt that is hidden otherwise, an image at other positions, a
     label too late; shapes that depend on the data, which no CUDA graph can hold."""
     recipe = replace(data.Recipe(), conversation_length=192)
-    pairs = data.make_chunk(("generation", 0, 4, recipe, TINY))
-    talks = data.make_chunk(("conversation", 0, 2, recipe, TINY))
+    pairs = data.make_chunk(("shapes", "generation", 0, 4, recipe, TINY, None))
+    talks = data.make_chunk(("shapes", "conversation", 0, 2, recipe, TINY, None))
     model = load_model(TINY, progress=False).requires_grad_(True)
     torch.manual_seed(0)
     head = AlignmentHead(256, 128)
@@ -89,10 +89,11 @@ def training(script, data, tmp_path):
     shutil.copytree(TINY, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("vae", "*.safetensors"))
     shutil.copytree(TINY / "vae", tmp_path / "vae")
     for kind, count in (("generation", 20), ("conversation", 5)):
-        chunk = data.make_chunk((kind, 0, count, recipe, TINY))
-        np.savez(tmp_path / f"{kind}.npz", **chunk)
+        chunk = data.make_chunk(("shapes", kind, 0, count, recipe, TINY, None))
+        np.savez(tmp_path / f"{kind}-shapes.npz", **chunk)
+    worlds = [data.open_world("shapes", recipe, None)]
     return lambda **options: script.ModelTraining(
-        recipe, tmp_path, torch.device("cpu"), **{"compiled": False, "init": None, **options}
+        recipe, worlds, tmp_path, torch.device("cpu"), **{"compiled": False, "init": None, **options}
     )
 
 
