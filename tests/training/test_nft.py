@@ -6,6 +6,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -352,3 +355,41 @@ def test_adapters_learn_too(settings):
     train(config)
     assert json.loads((Path(config.output) / "export-adapter" / "adapter_config.json").read_text())["r"] == 2
     assert metrics(config)[1]["velocity_moved"] > 0 == metrics(config)[0]["velocity_moved"]
+
+
+LAUNCH = """
+import json, sys
+from janusflow_min.training.config import Config
+from janusflow_min.training.settings import read
+from janusflow_min.training.trainer import Trainer
+
+if __name__ == "__main__":
+    Trainer(read(Config, json.load(open(sys.argv[1]))), progress=False).run()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(settings, tmp_path):
+    """Stops: ranks that generate the same images, weigh a point by their own number, or validate different prompts."""
+    options = {"updates": 1, "validation": 5}
+    report = {"every": 2, "keep_best": True}
+    alone = settings("alone", nft=options, report=report)
+    train(alone)
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    both = settings("both", nft=options, report=report, parallel="replicate")
+    (tmp_path / "config.json").write_text(json.dumps(both.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command += [
+        str(20_000 + os.getpid() % 20_000),
+        str(tmp_path / "launch.py"),
+        str(tmp_path / "config.json"),
+    ]
+    paths = [str(Path(jf.__file__).parents[1]), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mine, one in zip(metrics(both), metrics(alone), strict=True):
+        for key in ("reward", "spread", "loss", "norm", "velocity_moved"):
+            assert mine[key] == pytest.approx(one[key], rel=2e-3, abs=1e-6), (mine["step"], key)
+    shown = [read_lines(Path(c.output) / "samples.jsonl") for c in (both, alone)]
+    assert [row["loss"] for row in shown[0]] == pytest.approx([row["loss"] for row in shown[1]], rel=2e-3)
