@@ -220,8 +220,8 @@ BUDGETS = {  # lines at most
     "page": 357,  # 250 is wanted
     "lmms-eval": 80,
     "ComfyUI": 150,
-    "training": 4018,  # 2300 is wanted
-    "post-training": 492,
+    "training": 4022,  # 2300 is wanted
+    "post-training": 494,
     "benchmarks": 6781,  # 4200 is wanted
     "worlds": 2390,  # of shapes and of things, with their judges; 2076 is wanted
     "scripts": 3585,  # 2200 is wanted

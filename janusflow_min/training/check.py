@@ -70,6 +70,10 @@ class Plan:
             bad = f", {row['bad']:,} bad" if row["bad"] else ""
             share = f"{row['share']:.1%} of the samples"
             lines.append((f"data.{i}", f"{row['kind']}: {row['source']}, {count}{bad}, {share}"))
+        if c.in_rounds:
+            r, rate = c.rounds, c.batch * c.rounds.passes / c.updates
+            what = f"reward {c.nft.reward}" if c.stage == "nft" else f"target {c.distill.target}"
+            lines.append(("round", f"prompts {r.prompts}, {what}; {r.updates} updates of {rate:g} points"))
         passes, left = self.epochs(c.steps), checkpoints.found(Path(c.output) / "checkpoints")
         lines += [
             ("steps", f"{c.steps:,} of {c.batch} samples{'' if passes is None else f', {passes:,.1f} epochs'}"),

@@ -99,7 +99,7 @@ class OptimizerConfig:
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0  # of matrices and convolutions; never of norms, biases and embeddings
     max_grad_norm: Positive = 1.0
-    warmup: Interval = FROM_STAGE  # steps; the stage's is at most a fifth of the run
+    warmup: Interval = FROM_STAGE  # steps (updates, in rounds); the stage's is at most a fifth of the run
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr_ratio: Share = 0.0  # of the rate, at the end of a cosine
     states: Literal["fp32", "8bit"] = (

@@ -85,8 +85,10 @@ class NftStep(RoundStep):
         """Rewards. ValueError unless there is a number in [0, 1] for each image."""
         # Eyes that learn to see what is wanted are no judges: those of "answers" stay as they were.
         with self.optimizer.computing_with(self.start if self.nft.reward == "answers" else {}):
-            values = list(self.reward(images, prompts))
-        require(len(values) == len(images), "nft.reward", f"{len(images)} numbers for as many images", values)
+            values: Any = self.reward(images, prompts)
+        values = values.tolist() if hasattr(values, "tolist") else values  # an array or a tensor
+        good = isinstance(values, list | tuple) and len(values) == len(images)
+        require(good, "what nft.reward returned", f"{len(images)} numbers for as many images", values)
         return [checks.number("what nft.reward returned", value, 0, 1) for value in values]
 
     def distances(self, p: Points) -> dict[str, tuple[Tensor, Tensor]]:

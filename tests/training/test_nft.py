@@ -220,6 +220,8 @@ def test_what_is_no_reward(step, values):
     images = [jf.pixels.Image.new("RGB", (64, 64))] * 2
     with pytest.raises(ValueError, match=r"nft\.reward"):
         step.rate(images, ["a", "b"])
+    step.reward = lambda images, prompts: np.array([0.25, 1])
+    assert step.rate(images, ["a", "b"]) == [0.25, 1]
 
 
 def test_the_reader_s_reward():
