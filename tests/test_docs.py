@@ -55,6 +55,8 @@ NOT_RUN = {  # how a command begins: why no test here runs it
     "python scripts/benchmark_training.py": "a GPU",
     "torchrun --nproc-per-node 2 scripts/benchmark_training.py": "two GPUs",
     "python scripts/train_shapes.py": "a GPU",
+    "python scripts/things_atlas.py": "npm and resvg-py; test_things_atlas.py renders two invented packages",
+    "janusflow-min bench things": "the atlas; test_things_benchmark.py runs it on invented sprites",
     "python scripts/examples/new_concept.py": "half an hour",
     "pytest -m lmms_eval": "lmms-eval",
     "python -m lmms_eval": "lmms-eval and the hub; tests/integrations/test_lmms_eval.py runs it",

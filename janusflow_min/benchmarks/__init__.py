@@ -40,4 +40,5 @@ MODULES = {  # name on the command line -> module in this package
     "wise": "wise",
     "uni_mmmu": "uni_mmmu",
     "shapes": "shapes",
+    "things": "things",
 }

@@ -37,7 +37,7 @@ from .scoring import ScoreOptions as CommonOptions
 from .scoring import ScoringRun, means
 
 if TYPE_CHECKING:
-    from ..shapes.captions import QA
+    from ..shapes.captions import QA, Grammar
     from ..shapes.edits import EditCase
 
 TITLE = "Shapes"
@@ -210,8 +210,10 @@ def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, 
     if options.dry_run:
         what = f"{len(there):,} images, {len(answers):,} answers and {len(edited):,} edits, judged by rules"
         return {"benchmark": "shapes", "dry_run": what}
-    items = _judge_images(scoring, captioned, there, options.progress)
-    items += _judge_answers(asked[: options.limit], answers)
+    from ..shapes import captions, judge
+
+    items = _judge_images(scoring, captioned, there, judge.check, options.progress)
+    items += _judge_answers(asked[: options.limit], answers, captions.GRAMMAR)
     items += _judge_edits(scoring, to_edit, edited)
     groups = dict.fromkeys([*(family for family, _ in captioned), *(f"answer: {qa.kind}" for qa, _ in asked)])
     groups |= dict.fromkeys(f"{case.kind} {what}" for case in to_edit for what in ("edited", "kept"))
@@ -233,6 +235,12 @@ def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, 
         options=about,
         others=others,
     )
+    _check_shares(result, shares, options)
+    return result
+
+
+def _check_shares(result: dict[str, Any], shares: Mapping[str, tuple], options: ScoreOptions) -> None:
+    """ValueError where a smaller share of images or answers is right than the options ask for."""
     for name, least in (("images", options.at_least), ("answers", options.answers_at_least)):
         value, n, _ = shares[name]
         if least is not None and (not result["complete"] or (value or 0.0) < least):
@@ -240,7 +248,6 @@ def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, 
                 f"{value or 0.0:.1%} of {n} {name} are right, at least {least:.1%} are needed"
                 + ("" if result["complete"] else f"; {reports.summary(result)}")
             )
-    return result
 
 
 def _read_blocks(scoring: ScoringRun, count: int, batch_size: int) -> dict[int, str]:
@@ -257,27 +264,31 @@ def _read_blocks(scoring: ScoringRun, count: int, batch_size: int) -> dict[int, 
 
 
 def _judge_images(
-    scoring: ScoringRun, captioned: Sequence[tuple[str, str]], names: Sequence[str], progress: bool
+    scoring: ScoringRun,
+    captioned: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    check: Callable[[Any, str], tuple[bool, str]],
+    progress: bool,
 ) -> list[ItemScore]:
-    from ..shapes import judge
-
     items = []
     for name in tqdm(names, desc="Judging", disable=not progress):
         family, prompt = captioned[int(Path(name).stem)]
         path = scoring.images / name
-        right, reason = judge.check(read_image(path).convert("RGB"), prompt)
+        right, reason = check(read_image(path).convert("RGB"), prompt)
         parts = {group: (float(right), 1) for group in (family, "images")}
         items.append(ItemScore(name, parts, prompt, [str(path)], reason))
     return items
 
 
-def _judge_answers(asked: Sequence[tuple[QA, Image.Image]], answers: Mapping[int, str]) -> list[ItemScore]:
-    from ..shapes import captions
+def _judge_answers(
+    asked: Sequence[tuple[QA, Image.Image]], answers: Mapping[int, str], grammar: Grammar
+) -> list[ItemScore]:
+    from ..shapes.captions import answer_is_right
 
     items = []
     for place, (qa, _) in enumerate(asked):
         if (text := answers.get(place)) is not None:
-            right = captions.answer_is_right(qa.kind, qa.answer, text)
+            right = answer_is_right(qa.kind, qa.answer, text, grammar)
             parts = {group: (float(right), 1) for group in (f"answer: {qa.kind}", "answers")}
             reason = f"expected {qa.answer!r}, got {text.strip()!r}"
             items.append(ItemScore(f"question {place:05d}", parts, qa.question, (), reason))

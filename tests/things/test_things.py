@@ -9,31 +9,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from sprites import KINDS, invented
 
 from janusflow_min.shapes.scenes import FAMILIES, SIZE, relations, to_uint8
 from janusflow_min.things import captions, scenes
-from janusflow_min.things.atlas import BORDER, FILLED, SIDE, Atlas, load_atlas, save_atlas
-from janusflow_min.things.concepts import GENEVAL, ICONS, STYLES
+from janusflow_min.things.atlas import BORDER, SIDE, load_atlas, save_atlas
+from janusflow_min.things.concepts import ICONS, STYLES
 from janusflow_min.things.judge import Judge
-
-KINDS = (*list(GENEVAL)[:10], ("black", "cat"), ("green", "apple"), ("red", "apple"), ("blue", "book"))
-
-
-def invented(kinds=KINDS, seed=0) -> Atlas:
-    """Each sprite: two dark coloured blocks of its own sizes on a coloured bar that is as wide as the square."""
-    rng = np.random.default_rng(seed)
-    pixels = np.zeros((len(kinds), len(STYLES), 4, SIDE, SIDE), np.uint8)
-    for sprite in pixels.reshape(-1, 4, SIDE, SIDE):
-        top, left, width = rng.integers(BORDER, 40), rng.integers(BORDER, 60), rng.integers(20, 60)
-        colours = rng.integers(0, 130, (3, 3, 1, 1))
-        for colour, place in (
-            (colours[0], np.s_[:, 60 : 60 + rng.integers(20, 60), BORDER : BORDER + FILLED]),
-            (colours[1], np.s_[:, top:64, left : left + width]),
-            (colours[2], np.s_[:, 50:80, 30 : 30 + width]),
-        ):
-            sprite[place][:3] = colour
-            sprite[place][3] = 255
-    return Atlas(kinds, torch.from_numpy(pixels))
 
 
 @pytest.fixture(scope="module")
