@@ -148,4 +148,5 @@ def random_calls(pipe: Pipeline, args: argparse.Namespace) -> dict[int, float]:
             pipe.understand([words] * rows, images, max_new_tokens=draw.randint(1, 200))
         if call % max(1, args.calls // 10) == 0:
             held[call] = held_gib()
+            log(f"{call} calls: {held[call]:.2f} GiB held")
     return held
