@@ -314,3 +314,42 @@ def test_logits_on_a_gpu(gpu_pipe, rows):
         assert [len(ids) for ids in greedy] == [20] * rows and [g[0] for g in greedy] == [
             w[0] for w in wanted
         ]
+
+
+@pytest.mark.gpu
+def test_calls_within_a_call_on_a_gpu(gpu_pipe):
+    """Stops: a graph that replays with another call's keys and values, or after its memory was given back."""
+    options = dict(parallel_size=2, num_inference_steps=3, seed=0, progress=False)
+    wanted = gpu_pipe.generate(PROMPTS, **options).latents
+
+    def interrupt(step, t, latents):
+        gpu_pipe.understand(["hello"] * (1 + 5 * step), max_new_tokens=4 + 300 * step)
+        gpu_pipe.generate(PROMPTS[1], **{**options, "parallel_size": 1 + step})
+
+    for _ in range(2):
+        ours = gpu_pipe.generate(PROMPTS, callback_on_step_end=interrupt, **options)
+        assert torch.equal(ours.latents, wanted)
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_memory_is_given_back(gpu_pipe):
+    """Stops: graphs, or the buffers of a large call, that keep the card's memory until Python collects garbage."""
+
+    def allocated() -> int:
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    gpu_pipe.understand("hello", max_new_tokens=2)
+    gpu_pipe.generate(PROMPTS[0], parallel_size=1, num_inference_steps=1, progress=False)
+    gpu_pipe.sampler.forget()
+    before = allocated()
+    gc.disable()
+    try:
+        for rows in (2, 16):
+            gpu_pipe.understand(["hello"] * rows, max_new_tokens=400)
+        most = allocated()
+        gpu_pipe.generate(PROMPTS[0], parallel_size=3, num_inference_steps=1, progress=False)
+        gpu_pipe.sampler.forget()
+        assert allocated() - before < 0.1 * (most - before)
+    finally:
+        gc.enable()
