@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from plain_losses import generation_loss, understanding_loss
+from sprites import invented
 
 from janusflow_min.checkpoint import load_model
 from janusflow_min.hub import TINY
 from janusflow_min.model import JanusFlow
 from janusflow_min.processor import Processor
 from janusflow_min.shapes import scenes
+from janusflow_min.things.atlas import save_atlas
 from janusflow_min.training.config import ObjectiveConfig
 from janusflow_min.training.losses import AlignmentHead, JanusFlowLoss
 from janusflow_min.training.optimizer import Schedule
@@ -135,3 +137,49 @@ def test_a_step_can_be_captured_in_a_graph(training):
         metrics["loss"].tolist()
     assert metrics.keys() >= {"loss", "flow", "answers", "norm"}
     assert places[0] and places[0] == places[1] == places[2]
+
+
+def test_two_worlds_share_a_step(script, data, tmp_path):
+    """Stops: images of one world with the latents or the words of another; a world that a batch leaves out; a model
+    that opens with other sizes than its recipe's."""
+    save_atlas(invented(), tmp_path / "things.npz")
+    small = dict(hidden_size=64, intermediate_size=64, layers=2, siglip_width=32, uvit_channels=16)
+    recipe = replace(data.THINGS, **{**data.SMOKE, **small, "vae_seconds": 0.01, "vae_batch": 4})
+    cpu, atlas = torch.device("cpu"), tmp_path / "things.npz"
+    worlds = [data.open_world(name, recipe, atlas, cpu) for name, _ in recipe.worlds]
+    corpus = [text for world in worlds for text in world.corpus()]
+    data.make_tokenizer(tmp_path / "tokenizer", recipe.vocabulary, corpus)
+    for name, _ in recipe.worlds:
+        for kind in ("generation", "conversation"):
+            chunk = data.make_chunk((name, kind, 0, 6, recipe, tmp_path / "tokenizer", atlas))
+            np.savez(tmp_path / f"{kind}-{name}.npz", **chunk)
+    script.train_vae(recipe, worlds, tmp_path / "vae", cpu, compiled=False)
+    assert set(script.measure_vae(worlds, tmp_path / "vae", cpu, 4)) == {"things", "shapes", "flat"}
+    setup = script.ModelTraining(recipe, worlds, tmp_path, cpu, compiled=False, init=None)
+    packed, latents, ids, *_ = drawn = setup.draw()
+    assert [len(part) for part in packed] == list(data.shares(recipe, recipe.batch).values()) == [6, 2]
+    vae = script.load_frozen_vae(tmp_path / "vae", cpu)
+    pixels = torch.cat([world.render(part) for world, part in zip(worlds, packed, strict=True)])
+    torch.testing.assert_close(latents, vae.encode(pixels), atol=0.05, rtol=0.05)  # kept in bfloat16
+    tokenizer = Processor.from_folder(tmp_path / "tokenizer", setup.model.config.llm.vocab_size).tokenizer
+    words = [tokenizer.decode(row[row != setup.pad].tolist()).lower() for row in ids]
+    assert len(words) == 8
+    shown = [sum(shape in text for shape in scenes.SHAPES) for text in words]
+    assert not any(shown[:6]) and all(shown[6:])
+    first, second = setup.batches(*drawn)
+    torch.testing.assert_close(first.pixels, pixels)
+    assert len(second.und_pixels) == sum(data.shares(recipe, recipe.conversation_batch).values())
+    setup.set_schedule()
+    assert torch.isfinite(setup.update()["loss"][0])
+    setup.save()
+    config = load_model(tmp_path / "tiny", progress=False).config
+    assert (config.latent_channels, config.llm.hidden_size, config.siglip.width) == (8, 64, 32)
+
+
+def test_flat_images_are_of_any_colour(data):
+    """Stops: a VAE that is taught nothing but the worlds' colours, or values outside [-1, 1]."""
+    torch.manual_seed(0)
+    images = data.flat_images(40, torch.device("cpu"))
+    assert images.shape == (40, 3, scenes.SIZE, scenes.SIZE) and images.abs().max() <= 1 + 1e-5
+    means = images.mean((2, 3))
+    assert means.std(0).min() > 0.2 and (images.amax((2, 3)) - images.amin((2, 3))).mean() > 0.5
