@@ -223,7 +223,7 @@ BUDGETS = {  # lines at most
     "training": 4022,  # 2300 is wanted
     "post-training": 494,
     "benchmarks": 6946,  # 4200 is wanted
-    "worlds": 2390,  # of shapes and of things, with their judges; 2076 is wanted
+    "worlds": 2401,  # of shapes and of things, with their judges; 2076 is wanted
     "scripts": 3585,  # 2200 is wanted
 }
 

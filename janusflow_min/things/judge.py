@@ -109,23 +109,30 @@ class Judge:
         if shares[likely].mean() < 0.5:
             return Reading(UNKNOWN, ())
         ground = np.median(ring[shares[likely]], axis=0)
-        mask = np.linalg.norm(pixels - ground, axis=2) > DIFFERENT
-        found = self._things(pixels, ground, mask, JOIN)
+        difference = np.linalg.norm(pixels - ground, axis=2)
+        found = self._things(pixels, ground, difference, difference > DIFFERENT, JOIN)
         return Reading(likely, tuple(sorted(found, key=lambda thing: thing.centre)))
 
-    def _things(self, pixels: np.ndarray, ground: np.ndarray, mask: np.ndarray, join: int) -> list[SeenThing]:
-        """What the components of a mask (S, S) are. One that is nothing known may be several that nearly touch."""
+    def _things(
+        self, pixels: np.ndarray, ground: np.ndarray, difference: np.ndarray, mask: np.ndarray, join: int
+    ) -> list[SeenThing]:
+        """What the components of a mask (S, S) are. One that is nothing known may have a side that hardly differs from
+        the background, or be several that nearly touch."""
         joined = max_pool2d(torch.from_numpy(mask)[None].float(), 2 * join + 1, 1, join)[0].numpy() > 0
         found = []
         for runs in _components(joined):
-            part = np.zeros_like(mask)
+            region = np.zeros_like(mask)
             for row, start, end in runs:
-                part[row, start:end] = mask[row, start:end]
+                region[row, start:end] = True
+            part = region & mask
             if part.sum() < SPECK:
                 continue
             thing = self._match(pixels, ground, part)
+            if thing.shape == UNKNOWN:
+                wider = self._match(pixels, ground, region & (difference > DIFFERENT / 2))
+                thing = wider if wider.shape != UNKNOWN else thing
             if thing.shape == UNKNOWN and join:
-                apart = self._things(pixels, ground, part, join - 1)
+                apart = self._things(pixels, ground, difference, part, join - 1)
                 if len(apart) > 1 and all(each.shape != UNKNOWN for each in apart):
                     found += apart
                     continue
