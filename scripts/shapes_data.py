@@ -4,13 +4,11 @@ arrays of integers, and batches of them whose shapes are fixed. Not run itself."
 
 from __future__ import annotations
 
-import functools
 import math
 import multiprocessing
 import os
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,11 @@ from tqdm import tqdm
 from janusflow_min.files import atomic_directory, atomic_file
 from janusflow_min.hub import TINY
 from janusflow_min.processor import SYSTEM_PROMPT, Processor
-from janusflow_min.shapes import captions, scenes
-from janusflow_min.things import captions as thing_captions
-from janusflow_min.things.atlas import load_atlas
-from janusflow_min.things.scenes import World as Things
+from janusflow_min.shapes import scenes
 from janusflow_min.training.config import Config, ObjectiveConfig, OptimizerConfig, SourceConfig
 from janusflow_min.training.losses import IGNORE, MixedBatch
 from janusflow_min.training.sample import conversation_example
+from janusflow_min.worlds import World, open_world
 
 
 @dataclass(frozen=True)
@@ -168,63 +164,12 @@ SPECIAL = (
 # Worlds -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class World:
-    """What training asks of a world. families: names and weights; render: packed scenes (B, P) to (B, 3, S, S).
-
-    `caption(scene, family, rng)`, `questions(scene, rng, n)`, `corpus()`: text with every word.
-    """
-
-    name: str
-    families: tuple[tuple[str, int], ...]
-    sample_scene: Callable[..., Any]
-    pack: Callable[..., Tensor]
-    render: Callable[[Tensor], Tensor]
-    caption: Callable[..., str]
-    questions: Callable[..., list[captions.QA]]
-    corpus: Callable[[], list[str]]
-
-    def sample(self, rng: random.Random, count: int, split: str = "train") -> tuple[list[str], list[Any]]:
-        """Families and scenes."""
-        names, weights = zip(
-            *(pair for pair in self.families if split == "train" or pair[0] != "mixed"), strict=True
-        )
-        families = rng.choices(names, weights, k=count)
-        return families, [self.sample_scene(rng, family, split) for family in families]
-
-
-@functools.cache
-def _things(atlas: Path | None) -> Things:
-    return Things(load_atlas(atlas))
-
-
-def open_world(name: str, recipe: Recipe, atlas: Path | None, device: torch.device | None = None) -> World:
-    """A world by its name; device: where it renders, None where it need not. `atlas`: of things."""
-    if name == "shapes":
-        return World(
-            name,
-            recipe.families,
-            scenes.sample_scene,
-            scenes.pack,
-            scenes.render,
-            captions.caption,
-            captions.sample_questions,
-            captions.corpus,
-        )
-    if name != "things":
-        raise ValueError(f"expected a world of shapes, things; got {name!r}")
-    things = _things(atlas)
-    levels = None if device is None else things.atlas.levels.to(device)
-    return World(
-        name,
-        recipe.thing_families,
-        things.sample_scene,
-        things.pack,
-        lambda packed: things.render(packed, levels=levels),
-        thing_captions.caption,
-        lambda scene, rng, n: thing_captions.sample_questions(scene, things.nouns, rng, n),
-        lambda: thing_captions.corpus(things),
-    )
+def sample(recipe: Recipe, world: World, rng: random.Random, count: int) -> tuple[list[str], list[Any]]:
+    """Families, drawn by their weights, and a training scene of each."""
+    weighted = recipe.families if world.name == "shapes" else recipe.thing_families
+    names, weights = zip(*weighted, strict=True)
+    families = rng.choices(names, weights, k=count)
+    return families, [world.sample_scene(rng, family) for family in families]
 
 
 def shares(recipe: Recipe, count: int) -> dict[str, int]:
@@ -285,11 +230,11 @@ def vocab_size(folder: Path) -> int:
 def make_chunk(job: tuple[str, str, int, int, Recipe, Path, Path | None]) -> dict[str, np.ndarray]:
     """One worker's share: a world, `kind` "generation" or "conversation", `count` scenes of the given seed."""
     name, kind, seed, count, recipe, folder, atlas = job
-    world = open_world(name, recipe, atlas)
+    world = open_world(name, atlas)
     rng = random.Random(f"{kind} {seed} {recipe.seed}")
     processor = Processor.from_folder(folder, vocab_size(folder))
     pad = processor.tokenizer.pad_id
-    families, drawn = world.sample(rng, count)
+    families, drawn = sample(recipe, world, rng, count)
     packed = world.pack(drawn).numpy().astype(np.float32)
     if kind == "generation":
         ids = np.full((count, recipe.captions_per_scene, recipe.prompt_length), pad, np.int16)
@@ -302,7 +247,7 @@ def make_chunk(job: tuple[str, str, int, int, Recipe, Path, Path | None]) -> dic
     labels = np.full_like(ids, IGNORE)
     for i, scene in enumerate(drawn):
         messages = []
-        for qa in world.questions(scene, rng, recipe.turns):
+        for qa in world.some_questions(scene, rng, recipe.turns):
             tag = "" if messages else SPECIAL[3] + "\n"
             messages += [
                 {"role": "User", "content": tag + qa.question},

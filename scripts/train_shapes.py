@@ -34,14 +34,13 @@ from shapes_data import (
     RECIPES,
     SMOKE,
     Recipe,
-    World,
     conversation_batch,
     flat_images,
     generation_batch,
     load_arrays,
     make_data,
     make_tokenizer,
-    open_world,
+    sample,
     shares,
     vocab_size,
 )
@@ -63,6 +62,7 @@ from janusflow_min.training.metrics import means
 from janusflow_min.training.optimizer import Schedule
 from janusflow_min.training.step import TrainStep
 from janusflow_min.vae import VAE
+from janusflow_min.worlds import World, open_world
 
 # Not cuDNN's kernel, which torch would choose on Hopper: with it every gradient was NaN after 1,900 steps of one run;
 # without it none was in the 20,000 that made the default.
@@ -115,7 +115,7 @@ def train_vae(
     ).to(device, memory_format=torch.channels_last)
     count = min(40_000, recipe.generation_scenes)
     drawn = [
-        (world, world.pack(world.sample(random.Random(f"vae {recipe.seed}"), count)[1]).to(device))
+        (world, world.pack(sample(recipe, world, random.Random(f"vae {recipe.seed}"), count)[1]).to(device))
         for world in worlds
     ]
     draw, loss_of = vae_batch, vae_loss
@@ -167,17 +167,16 @@ def load_frozen_vae(folder: Path, device: torch.device) -> VAE:
 
 @torch.no_grad()
 def measure_vae(worlds: Sequence[World], folder: Path, device: torch.device, count: int) -> dict[str, float]:
-    """PSNR in dB on held-out scenes of each world and on flat images, for 8-bit images in [-1, 1]; kept in vae.json."""
-    vae, found = load_frozen_vae(folder, device), {}
-    for name in (*(world.name for world in worlds), "flat"):
-        if name == "flat":
-            images = flat_images(count, device)
-        else:
-            world = next(world for world in worlds if world.name == name)
-            scenes_ = world.sample(random.Random("measure vae"), count, "held_out")[1]
-            images = world.render(world.pack(scenes_).to(device))
-        again = torch.cat([vae.decode(vae.encode(part)) for part in images.split(100)])
-        found[name] = 10 * math.log10(4 / (again.float() - images).square().mean().item())
+    """PSNR in dB, for a range of 2, on held-out scenes of each world and on flat images; kept in vae.json."""
+    vae, rng = load_frozen_vae(folder, device), random.Random("measure vae")
+    images = {"flat": flat_images(count, device)}
+    for world in worlds:
+        drawn = [world.sample_scene(rng, scenes.FAMILIES[i % 6], "held_out") for i in range(count)]
+        images[world.name] = world.render(world.pack(drawn).to(device))
+    found = {}
+    for name, x in images.items():
+        y = torch.cat([vae.decode(vae.encode(part)).float() for part in x.split(100)])
+        found[name] = 10 * math.log10(4 / (y - x).square().mean().item())
     (folder.parent / "vae.json").write_text(json.dumps(found) + "\n")
     return found
 
@@ -471,7 +470,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     compiled, graph = (device.type == "cuda" if f is None else f for f in (args.compile, args.graph))
-    worlds = [open_world(name, recipe, args.atlas, device) for name, _ in recipe.worlds]
+    worlds = [open_world(name, args.atlas, device) for name, _ in recipe.worlds]
     if not (work / "tokenizer").is_dir():
         corpus = [text for world in worlds for text in world.corpus()]
         make_tokenizer(work / "tokenizer", recipe.vocabulary, corpus)

@@ -99,7 +99,7 @@ def test_later_floors_are_not_imported(imported):
     """Stops: the command line, training or benchmarks loaded by everyone."""
     ours = {name.split(".")[1] for name in imported["all"] if name.startswith("janusflow_min.")}
     assert ours >= FLOOR_1
-    assert not ours & (FLOOR_3 | {"training", "benchmarks", "shapes", "things"})
+    assert not ours & (FLOOR_3 | {"training", "benchmarks", "shapes", "things", "worlds"})
 
 
 HELP = """
@@ -222,9 +222,9 @@ BUDGETS = {  # lines at most
     "ComfyUI": 150,
     "training": 4022,  # 2300 is wanted
     "post-training": 494,
-    "benchmarks": 6946,  # 4200 is wanted
-    "worlds": 2401,  # of shapes and of things, with their judges; 2076 is wanted
-    "scripts": 3585,  # 2200 is wanted
+    "benchmarks": 6894,  # 4200 is wanted
+    "worlds": 2476,  # of shapes and of things, with their judges; 2076 is wanted
+    "scripts": 3512,  # 2200 is wanted
 }
 
 
@@ -239,7 +239,7 @@ def test_each_part_keeps_its_budget(part):
     server = {*(PACKAGE / "serve").rglob("*.py"), PACKAGE / "commands" / "serve.py"}
     files = {"training": training, "benchmarks": benchmarks, "scripts": scripts, "server": server}
     files |= {
-        "worlds": worlds,
+        "worlds": {*worlds, PACKAGE / "worlds.py"},
         "post-training": after,
         "LoRA": {PACKAGE / "lora.py"},
         "quantization": {PACKAGE / "fast" / "quantized.py", PACKAGE / "fast" / "products.py"},

@@ -39,6 +39,7 @@ from .scoring import ScoringRun, means
 if TYPE_CHECKING:
     from ..shapes.captions import QA, Grammar
     from ..shapes.edits import EditCase
+    from ..worlds import World
 
 TITLE = "Shapes"
 SUMMARY = "the default's world: held-out prompts, questions and edits, no data needed"
@@ -65,33 +66,33 @@ class ScoreOptions(CommonOptions):
 OPTIONS = {"generate": GenerateOptions, "score": ScoreOptions}
 
 
-def prompts(cases: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(family, prompt), `cases` for each family."""
-    from ..shapes import captions, scenes
+def prompts(cases: int, seed: int = 0, world: World | None = None) -> list[tuple[str, str]]:
+    """(family, prompt), `cases` for each family; of the world of shapes, or another."""
+    from ..worlds import SHAPES, scenes
 
-    drawn = []
+    world, drawn = world or SHAPES, []
     for family in scenes.FAMILIES:
         for i in range(cases):
             rng = random.Random(f"prompt {family} {i} {seed}")
-            scene = scenes.sample_scene(rng, family, "held_out")
-            drawn.append((family, captions.caption(scene, family, rng, "plain")))
+            scene = world.sample_scene(rng, family, "held_out")
+            drawn.append((family, world.caption(scene, family, rng, "plain")))
     return drawn
 
 
-def questions(cases: int, seed: int = 0) -> list[tuple[QA, Image.Image]]:
+def questions(cases: int, seed: int = 0, world: World | None = None) -> list[tuple[QA, Image.Image]]:
     """A question and the image it is about, `cases` for each kind, families in turn where they have such a one."""
-    from ..shapes import captions, scenes
+    from ..worlds import SHAPES, scenes
 
-    drawn = []
-    for kind in captions.KINDS:
+    world, drawn = world or SHAPES, []
+    for kind in world.grammar.kinds:
         for i in range(cases):
             rng = random.Random(f"question {kind} {i} {seed}")
             while True:
-                scene = scenes.sample_scene(rng, rng.choice(scenes.FAMILIES), "held_out")
-                fitting = [qa for qa in captions.questions(scene, rng) if qa.kind == kind]
+                scene = world.sample_scene(rng, rng.choice(scenes.FAMILIES), "held_out")
+                fitting = [qa for qa in world.questions(scene, rng) if qa.kind == kind]
                 if fitting:
                     break
-            image = scenes.to_pil(scenes.render(scenes.pack([scene]))[0])
+            image = scenes.to_pil(world.render(world.pack([scene]))[0])
             drawn.append((rng.choice(fitting), image))
     return drawn
 
@@ -198,22 +199,35 @@ def _edit(
 
 def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, Any]:
     """Judge images and answers; writes item_scores.jsonl and score.json into `run`. ValueError below a given share."""
+    from ..worlds import SHAPES
+
     manifest = RunFolder(run).read_manifest()
-    scoring = ScoringRun("shapes", run, options, manifest["inputs_sha256"], published=True)
     about = {key: manifest["settings"][key] for key in ("cases", "draw_seed")}
-    captioned, asked = prompts(*about.values()), questions(*about.values())
     to_edit = edits(*about.values()) if "edits" in manifest["inputs_sha256"] else []
+    return score_world(run, options, SHAPES, prompts(*about.values()), questions(*about.values()), to_edit)
+
+
+def score_world(
+    run: str | Path,
+    options: ScoreOptions,
+    world: World,
+    captioned: Sequence[tuple[str, str]],
+    asked: Sequence[tuple[QA, Image.Image]],
+    to_edit: Sequence[EditCase] = (),
+) -> dict[str, Any]:
+    """`score` of a world's run, whose prompts, questions and edits these are."""
+    manifest = RunFolder(run).read_manifest()
+    scoring = ScoringRun(world.name, run, options, manifest["inputs_sha256"], published=True)
+    about = {key: manifest["settings"][key] for key in ("cases", "draw_seed")}
     there = scoring.whole([f"{i:05d}.png" for i in range(len(captioned[: options.limit]))], "NNNNN.png")
     answers = _read_blocks(scoring, len(asked), manifest["settings"]["batch_size"])
     names = [f"edits/{i:05d}.png" for i in range(len(to_edit[: options.limit]))]
     edited = scoring.whole_files(scoring.folder.root, names)
     if options.dry_run:
         what = f"{len(there):,} images, {len(answers):,} answers and {len(edited):,} edits, judged by rules"
-        return {"benchmark": "shapes", "dry_run": what}
-    from ..shapes import captions, judge
-
-    items = _judge_images(scoring, captioned, there, judge.check, options.progress)
-    items += _judge_answers(asked[: options.limit], answers, captions.GRAMMAR)
+        return {"benchmark": world.name, "dry_run": what}
+    items = _judge_images(scoring, captioned, there, world.checker(), options.progress)
+    items += _judge_answers(asked[: options.limit], answers, world.grammar)
     items += _judge_edits(scoring, to_edit, edited)
     groups = dict.fromkeys([*(family for family, _ in captioned), *(f"answer: {qa.kind}" for qa, _ in asked)])
     groups |= dict.fromkeys(f"{case.kind} {what}" for case in to_edit for what in ("edited", "kept"))
@@ -235,12 +249,6 @@ def score(run: str | Path, options: ScoreOptions = ScoreOptions()) -> dict[str, 
         options=about,
         others=others,
     )
-    _check_shares(result, shares, options)
-    return result
-
-
-def _check_shares(result: dict[str, Any], shares: Mapping[str, tuple], options: ScoreOptions) -> None:
-    """ValueError where a smaller share of images or answers is right than the options ask for."""
     for name, least in (("images", options.at_least), ("answers", options.answers_at_least)):
         value, n, _ = shares[name]
         if least is not None and (not result["complete"] or (value or 0.0) < least):
@@ -248,6 +256,7 @@ def _check_shares(result: dict[str, Any], shares: Mapping[str, tuple], options: 
                 f"{value or 0.0:.1%} of {n} {name} are right, at least {least:.1%} are needed"
                 + ("" if result["complete"] else f"; {reports.summary(result)}")
             )
+    return result
 
 
 def _read_blocks(scoring: ScoringRun, count: int, batch_size: int) -> dict[int, str]:

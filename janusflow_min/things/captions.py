@@ -125,10 +125,6 @@ def caption(scene: Scene, family: str, rng: random.Random, style: str = "train")
     return f"{opening}{_join(_nouns(objects, coloured, people=True))}{ending}"
 
 
-def plain_description(scene: Scene) -> str:
-    return f"{_join(_nouns(scene.objects, True))} on a {scene.background} background in {scene.style} style"
-
-
 # ---- questions ---------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from janusflow_min.training.config import ObjectiveConfig
 from janusflow_min.training.losses import AlignmentHead, JanusFlowLoss
 from janusflow_min.training.optimizer import Schedule
 from janusflow_min.training.step import TrainStep
+from janusflow_min.worlds import SHAPES, open_world
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def training(script, data, tmp_path):
     for kind, count in (("generation", 20), ("conversation", 5)):
         chunk = data.make_chunk(("shapes", kind, 0, count, recipe, TINY, None))
         np.savez(tmp_path / f"{kind}-shapes.npz", **chunk)
-    worlds = [data.open_world("shapes", recipe, None)]
+    worlds = [SHAPES]
     return lambda **options: script.ModelTraining(
         recipe, worlds, tmp_path, torch.device("cpu"), **{"compiled": False, "init": None, **options}
     )
@@ -146,7 +147,7 @@ def test_two_worlds_share_a_step(script, data, tmp_path):
     small = dict(hidden_size=64, intermediate_size=64, layers=2, siglip_width=32, uvit_channels=16)
     recipe = replace(data.THINGS, **{**data.SMOKE, **small, "vae_seconds": 0.01, "vae_batch": 4})
     cpu, atlas = torch.device("cpu"), tmp_path / "things.npz"
-    worlds = [data.open_world(name, recipe, atlas, cpu) for name, _ in recipe.worlds]
+    worlds = [open_world(name, atlas, cpu) for name, _ in recipe.worlds]
     corpus = [text for world in worlds for text in world.corpus()]
     data.make_tokenizer(tmp_path / "tokenizer", recipe.vocabulary, corpus)
     for name, _ in recipe.worlds:
