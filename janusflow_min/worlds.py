@@ -63,23 +63,26 @@ def _things(atlas: str | None) -> Things:
     return Things(load_atlas(atlas))
 
 
-def open_world(name: str, atlas: str | Path | None = None, device: torch.device | str = "cpu") -> World:
-    """A world by its name. atlas: file of the rendered things, if not in its default place; device: of its images."""
+def open_world(
+    name: str, atlas: str | Path | None = None, device: torch.device | str | None = "cpu"
+) -> World:
+    """A world by its name. atlas: file of the rendered things, if not in its default place; device: of its images, None
+    where none are rendered."""
     if name == "shapes":
         return SHAPES
     if name != "things":
         raise ValueError(f"a world is one of {', '.join(NAMES)}, got {name!r}")
     things = _things(None if atlas is None else str(atlas))
-    levels = functools.cache(lambda: things.atlas.levels.to(device))
+    levels = None if device is None else things.atlas.levels.to(device)
     return World(
         name,
         thing_captions.GRAMMAR,
         things.sample_scene,
         things.pack,
-        lambda packed: things.render(packed, levels=levels()),
+        lambda packed: things.render(packed, levels=levels),
         thing_captions.caption,
         lambda scene, rng: thing_captions.questions(scene, things.nouns, rng),
         lambda scene, rng, n: thing_captions.sample_questions(scene, things.nouns, rng, n),
         lambda: thing_captions.corpus(things),
-        lambda: Judge(things.atlas, device).check,
+        lambda: Judge(things.atlas, device or "cpu").check,
     )

@@ -230,7 +230,7 @@ def vocab_size(folder: Path) -> int:
 def make_chunk(job: tuple[str, str, int, int, Recipe, Path, Path | None]) -> dict[str, np.ndarray]:
     """One worker's share: a world, `kind` "generation" or "conversation", `count` scenes of the given seed."""
     name, kind, seed, count, recipe, folder, atlas = job
-    world = open_world(name, atlas)
+    world = open_world(name, atlas, device=None)
     rng = random.Random(f"{kind} {seed} {recipe.seed}")
     processor = Processor.from_folder(folder, vocab_size(folder))
     pad = processor.tokenizer.pad_id

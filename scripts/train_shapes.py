@@ -302,27 +302,23 @@ class ModelTraining:
             count, talks = (shares(recipe, n)[world.name] for n in (recipe.batch, recipe.conversation_batch))
             rows = below(len(generation["latents"]), count)
             which = below(recipe.captions_per_scene, count)
-            shown.append(
-                (
-                    generation["packed"][rows],
-                    generation["latents"][rows].float(),
-                    generation["ids"][rows, which].long(),
-                )
-            )
+            scenes_, latents_, ids_ = (generation[key] for key in ("packed", "latents", "ids"))
+            shown.append((scenes_[rows], latents_[rows].float(), ids_[rows, which].long()))
             chosen = below(len(conversation["ids"]), talks)
             asked.append(tuple(conversation[key][chosen] for key in ("packed", "ids", "labels")))
-        latents, ids = (torch.cat(parts) for parts in list(zip(*shown, strict=True))[1:])
-        ids_und, labels = (torch.cat(parts).long() for parts in list(zip(*asked, strict=True))[1:])
+        packed, latents, ids = zip(*shown, strict=True)
+        packed_und, ids_und, labels = zip(*asked, strict=True)
+        latents, ids = torch.cat(latents), torch.cat(ids)
         return (
-            tuple(part[0] for part in shown),
+            packed,
             latents,
             ids,
             sample_time(len(ids), recipe.logit_mean, recipe.logit_std, generator, device),
             torch.randn(latents.shape, generator=generator, device=device),
             torch.rand(len(ids), generator=generator, device=device) < recipe.prompt_dropout,
-            tuple(part[0] for part in asked),
-            ids_und,
-            labels,
+            packed_und,
+            torch.cat(ids_und).long(),
+            torch.cat(labels).long(),
         )
 
     def render(self, packed: Sequence[Tensor]) -> Tensor:
@@ -436,21 +432,11 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--work", type=Path, default=Path("runs/tiny"), help="folder for every stage's result")
-    add(
-        "--recipe",
-        choices=list(RECIPES),
-        default="shapes",
-        help="shapes: the default model; things: both worlds",
-    )
+    add("--recipe", choices=list(RECIPES), default="shapes", help="things: of both worlds in one model")
     add("--atlas", type=Path, help="of things, where it is not in its default place")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seconds", type=float, help="training time of the model, instead of the recipe's")
     add("--vae-seconds", type=float, help="and of the VAE")
-    add(
-        "--scenes",
-        type=int,
-        help="number of scenes with captions, and with conversations, instead of the recipe's",
-    )
     add("--init", type=Path, help="checkpoint folder to start the model from, instead of random weights")
     add("--until", choices=("vae", "model"), default="model", help="the last stage to run")
     flag = argparse.BooleanOptionalAction
@@ -459,12 +445,7 @@ def main() -> None:
     add("--smoke", action="store_true", help="a miniature of everything, to see that it runs")
     args = parser.parse_args()
     recipe = replace(RECIPES[args.recipe], **(SMOKE if args.smoke else {}))
-    given = dict(
-        seconds=args.seconds,
-        vae_seconds=args.vae_seconds,
-        generation_scenes=args.scenes,
-        conversations=args.scenes,
-    )
+    given = {"seconds": args.seconds, "vae_seconds": args.vae_seconds}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     work, device = args.work, torch.device(args.device)
     work.mkdir(parents=True, exist_ok=True)

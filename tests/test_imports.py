@@ -223,8 +223,8 @@ BUDGETS = {  # lines at most
     "training": 4022,  # 2300 is wanted
     "post-training": 494,
     "benchmarks": 6894,  # 4200 is wanted
-    "worlds": 2476,  # of shapes and of things, with their judges; 2076 is wanted
-    "scripts": 3512,  # 2200 is wanted
+    "worlds": 2479,  # of shapes and of things, with their judges; 2076 is wanted
+    "scripts": 3493,  # 2200 is wanted
 }
 
 

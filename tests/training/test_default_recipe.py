@@ -167,7 +167,7 @@ def test_two_worlds_share_a_step(script, data, tmp_path):
     assert len(words) == 8
     shown = [sum(shape in text for shape in scenes.SHAPES) for text in words]
     assert not any(shown[:6]) and all(shown[6:])
-    first, second = setup.batches(*drawn)
+    first, second = torch.compile(setup.batches, backend="eager", fullgraph=True)(*drawn)
     torch.testing.assert_close(first.pixels, pixels)
     assert len(second.und_pixels) == sum(data.shares(recipe, recipe.conversation_batch).values())
     setup.set_schedule()
