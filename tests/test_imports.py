@@ -221,7 +221,7 @@ BUDGETS = {  # lines at most
     "lmms-eval": 80,
     "ComfyUI": 150,
     "training": 4022,  # 2300 is wanted
-    "post-training": 494,
+    "post-training": 495,
     "benchmarks": 6894,  # 4200 is wanted
     "worlds": 2479,  # of shapes and of things, with their judges; 2076 is wanted
     "scripts": 3493,  # 2200 is wanted

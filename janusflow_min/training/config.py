@@ -179,7 +179,7 @@ class ReportConfig:
 class RoundsConfig:
     """How a step of the next two stages makes `batch` images of its own, and learns from them. See rounds.py."""
 
-    # "shapes": the default's world; or a file with a prompt on each line, plain or as {"text": prompt}
+    # "shapes" or "things": a world; or a file with a prompt on each line, plain or as {"text": prompt}
     prompts: PathOrName = "shapes"
     passes: Count = 2  # training points of an image: new noise and time each
     updates: Count = 4  # of the weights, each from its share of a round's points
@@ -194,7 +194,7 @@ class RoundsConfig:
 class NftConfig(RoundsConfig):
     """Of stage "nft"."""
 
-    # "shapes": the default's rule-based reader; "answers": the model's own; or MODULE:FUNCTION
+    # "shapes", "things": the rules of that world; "answers": the model's own; or MODULE:FUNCTION
     reward: str = "shapes"
     checker: str = "shapes"  # of "answers", by name or as MODULE:FUNCTION; "": the plain question alone
     group: Count = 12  # images of a prompt, whose rewards are compared

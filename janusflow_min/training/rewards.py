@@ -19,28 +19,27 @@ from PIL import Image
 from ..pipeline import Pipeline
 from ..processor import Processor
 from ..selection import find_checker, named_function, score_all
-from ..shapes.captions import caption, parse_prompt
-from ..shapes.judge import check as check_image
-from ..shapes.scenes import sample_scene
+from ..worlds import NAMES, open_world
 from .config import Config
 from .rows import seeded_generator
 from .settings import naming, require
 
 # Images and the prompt of each -> rewards in [0, 1].
 Reward = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[float]]
-MIX = {  # of prompts of the default's world: as in its own training
+MIX = {  # of a world's prompts: as in the default's training
     **{"single_object": 10, "two_object": 18, "counting": 24, "colors": 6, "position": 14},
     **{"color_attr": 22, "mixed": 10},
 }
 
 
 class Prompts:
-    """Prompt n of a run, for any n: of a file, in an order drawn anew each time through, or of the default's world,
-    about a scene that its training may see."""
+    """Prompt n of a run, for any n: of a file, in an order drawn anew each time through, or of a world, about a scene
+    that training may see."""
 
     def __init__(self, source: str, *key: Any):
-        """source: "shapes" or a file, see `read_prompts`. key: of what is drawn."""
-        self.key, self.texts = key, [] if source == "shapes" else read_prompts(Path(source))
+        """source: a world's name or a file, see `read_prompts`. key: of what is drawn."""
+        self.key, self.texts = key, [] if source in NAMES else read_prompts(Path(source))
+        self.world: Any = open_world(source, device=None) if source in NAMES else None
 
     def __getitem__(self, n: int) -> str:
         if self.texts:
@@ -49,13 +48,13 @@ class Prompts:
             return self.texts[int(torch.randperm(len(self.texts), generator=generator, device="cpu")[index])]
         rng = random.Random(repr((*self.key, n)))
         family = rng.choices([*MIX], [*MIX.values()])[0]
-        return caption(sample_scene(rng, family), family, rng)
+        return self.world.caption(self.world.sample_scene(rng, family, "train"), family, rng, "train")
 
 
 def read_prompts(path: Path) -> list[str]:
     """A prompt on each line, as it is or as {"text": prompt}. FileNotFoundError, or ValueError that names the line."""
     if not path.is_file():
-        raise FileNotFoundError(f'there is no file {path}; "shapes" is the default model\'s world')
+        raise FileNotFoundError(f"there is no file {path}, and no world of that name ({', '.join(NAMES)})")
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         text: Any = line.strip()
@@ -73,9 +72,10 @@ def read_prompts(path: Path) -> list[str]:
     return found
 
 
-def read_shapes(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    """1 for an image in which the rules of `shapes.judge` find just what its prompt says, else 0."""
-    return [float(check_image(image, prompt)[0]) for image, prompt in zip(images, prompts, strict=True)]
+def rules(world: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """1 for an image in which the world's rule-based judge finds just what its prompt says, else 0."""
+    check = open_world(world).checker()
+    return [float(check(image, prompt)[0]) for image, prompt in zip(images, prompts, strict=True)]
 
 
 def own_answers(
@@ -85,25 +85,26 @@ def own_answers(
     return score_all(pipe, images, prompts, find_checker(checker or None))
 
 
-REWARDS = {"shapes": f"{__name__}:read_shapes", "answers": f"{__name__}:own_answers"}
-
-
 def find_reward(name: str, checker: str, pipe: Pipeline | None = None) -> Reward:
-    """A reward by its name in `REWARDS`, or by "module:function". ValueError for an unknown one."""
+    """A reward: a world's rules by its name, "answers", or "module:function". ValueError for an unknown one."""
+    known = {"answers": f"{__name__}:own_answers"} | dict.fromkeys(NAMES, f"{__name__}:rules")
     with naming("nft.reward"):
-        function = named_function("it", REWARDS, name)
+        function = named_function("it", known, name)
     with naming("nft.checker"):
         find_checker(checker or None)
+    if name in NAMES:
+        return functools.partial(function, name)
     return functools.partial(function, pipe, checker) if name == "answers" else function
 
 
 def check_rounds(config: Config, processor: Processor, longest: int) -> None:
     """ValueError or FileNotFoundError for reward or prompts that do not fit. longest: prompt, in tokens."""
     find_reward(config.nft.reward, config.nft.checker)
-    read = config.stage == "nft" and config.nft.reward == "shapes"
+    named = config.nft.reward if config.stage == "nft" and config.nft.reward in NAMES else None
+    parse = open_world(named, device=None).grammar.parse if named else None
     with naming(f"{config.stage}.prompts"):
         for text in Prompts(config.rounds.prompts).texts:
             length = len(processor.generation_prompt(text)[0])
             require(length <= longest, "each", f"at most {longest} tokens long", text)
-            known = not read or parse_prompt(text) is not None
-            require(known, "each", "of the default's world, which the reward reads", text)
+            known = parse is None or parse(text) is not None
+            require(known, "each", f'of the world "{named}", whose rules are the reward', text)

@@ -234,8 +234,9 @@ def test_the_reader_s_reward():
     """Stops: wrong images that are rewarded, right ones that are not."""
     asked = [(qa.answer, image) for qa, image in shapes.questions(6) if qa.kind == "describe"]
     texts, images = zip(*asked, strict=True)
-    assert rewards.read_shapes(images, texts) == [1.0] * 6
-    assert rewards.read_shapes(images, texts[1:] + texts[:1]) == [0.0] * 6
+    reward = rewards.find_reward("shapes", "")
+    assert reward(images, texts) == [1.0] * 6
+    assert reward(images, texts[1:] + texts[:1]) == [0.0] * 6
 
 
 def test_own_eyes_stay_as_they_were(settings, monkeypatch):
@@ -284,7 +285,7 @@ def test_other_weights_go_when_they_should(dtype):
         ({"parallel": "fsdp"}, "parallel must be"),
         ({"nft": {"updates": 13}}, "nft.updates"),
         ({"nft": {"reward": "no_such_module:f"}}, "nft.reward.*no_such_module"),
-        ({"nft": {"reward": "beauty"}}, "nft.reward.*shapes, answers or MODULE:FUNCTION"),
+        ({"nft": {"reward": "beauty"}}, "nft.reward.*answers, shapes, things or MODULE:FUNCTION"),
         ({"nft": {"checker": "nobody", "reward": "answers"}}, "nft.checker"),
         ({"nft": {"prompts": "missing.txt"}}, "nft.prompts.*missing.txt"),
         ({"nft": {"solver": "rk9"}}, "nft.solver"),
@@ -303,7 +304,7 @@ def test_a_file_s_prompts_are_checked_first(settings, tmp_path):
     """Stops: a run that ends in its tenth round at a prompt that the reader does not know or the model cannot hold."""
     path = tmp_path / "prompts.txt"
     for text, reward, message in (
-        ("a photo of a red star\na cat", "shapes", "default's world.*a cat"),
+        ("a photo of a red star\na cat", "shapes", 'world "shapes".*a cat'),
         ("cat " * 20000, f"{__name__}:brightness", "tokens"),
     ):
         path.write_text(text, encoding="utf-8")
