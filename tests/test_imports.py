@@ -213,7 +213,7 @@ BUDGETS = {  # lines at most
     "the rest of the package": 7530,  # 4600 is wanted
     "prefetch": 112,
     "measuring the host": 165,
-    "quantization": 300,
+    "quantization": 302,
     "LoRA": 216,  # 120 is wanted
     "hub": 295,
     "server": 1072,  # 450 is wanted

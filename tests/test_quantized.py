@@ -74,21 +74,22 @@ def test_products_against_float64(kind, rows):
         return ((y.double() - exact) / size).abs().max().item()
 
     y = quantized.linear(x, weight)
-    assert error(y) < 1e-7
+    assert error(y) < (1e-5 if rows == 1 and kind == "int8" else 1e-7)  # the row's 14 bits, else fp32's sums
     assert relative(y / size, x.double() @ w.double().T / size) < PRODUCT[kind]
     # Controls that must fail: a scale off by a thousandth, the scales of other outputs.
-    assert error(y * 1.001) > 1e-5
+    assert error(y * 1.001) > 5e-5
     assert error(quantized.linear(x, Quantized(weight.values, weight.scale.flip(0)))) > 0.1
     for dtype in (torch.bfloat16, torch.float16):
         assert quantized.linear((x / 100).to(dtype), weight).dtype == dtype
 
 
-def test_every_matrix_of_the_llm_is_8_bits_and_nothing_else(pipes, kind):
+def test_matrices_behind_the_first_block_are_8_bits_and_nothing_else(pipes, kind):
     """Stops: a layer passed over, an embedding or SigLIP rounded, weights held twice."""
     plain, ours = pipes
     before, after = (dict(pipe.model.named_parameters()) for pipe in pipes)
     matrices = {n for n in before if n.startswith("llm.") and n.endswith(("_proj.weight", "lm_head.weight"))}
-    assert len(matrices) == 7 * plain.model.config.llm.num_hidden_layers + 1
+    matrices -= {n for n in matrices if n.startswith("llm.layers.0.")}
+    assert len(matrices) == 7 * (plain.model.config.llm.num_hidden_layers - 1) + 1
     for name, weight in before.items():
         if name in matrices:
             values, scale = (after[name.replace(".weight", part)] for part in (".values", ".scale"))
@@ -124,8 +125,8 @@ def test_one_evaluation_by_the_fast_sampler(pipes, kind):
         assert ours.understand("Is there a red star?", max_new_tokens=5).token_ids == answer
         assert ours.sampler.is_current
         with torch.no_grad():
-            first = ours.model.llm.layers[0].self_attn.q_proj
-            assert ours.sampler.layers[0].qkv.values.data_ptr() == first.values.data_ptr()
+            last = ours.model.llm.layers[-1].self_attn.q_proj
+            assert ours.sampler.layers[-1].qkv.values.data_ptr() == last.values.data_ptr()
     finally:
         ours.sampler = None
 
@@ -154,11 +155,14 @@ def check_kernels(device: str, dtype: torch.dtype, bound: float, kind: str) -> N
     """Each of the blocks with 8-bit weights against `ops.py`, of uneven sizes, for one row and for many."""
     from janusflow_min.fast import kernels
 
-    made = {
-        name: quantize(draw(*shape, seed=3), QUANTIZATIONS[kind])
-        for name, shape in (("weight", (96, 208)), ("gate_up", (192, 208)), ("down", (208, 96)))
-    }
-    weight, gate_up, down = (Quantized(q.values.to(device), q.scale.to(device)) for q in made.values())
+    generator = torch.Generator().manual_seed(3)
+    weight, gate_up, down = (
+        Quantized(made.values.to(device), made.scale.to(device))
+        for made in (
+            quantize(torch.randn(shape, generator=generator) * 0.1, QUANTIZATIONS[kind])
+            for shape in ((96, 208), (192, 208), (208, 96))
+        )
+    )
     for rows in (1, 5, 16, 70, 300):
         x, residual = draw(rows, 208).to(device, dtype), draw(rows, 208, seed=4).to(device, dtype)
         norm = 1 + draw(1, 208, seed=5)[0].to(device, dtype)

@@ -82,6 +82,9 @@ def inspect_checkpoint(
     stored = attempt(lambda: find_weights(folder, header))
     if stored is not None:
         lines += weights_table(stored)
+        matrices = [e for name, e in stored.items() if name.endswith(("_proj.weight", "lm_head.weight"))]
+        size = sum(math.prod(entry.shape) for entry in matrices) / 1e6
+        lines.append(f"  the LLM's matrices: {size:,.2f} MB where --quantization made each of them 8 bits")
         if config is not None:
             attempt(lambda: build_model(folder, config, stored))
     if config is not None:
