@@ -18,8 +18,9 @@ what --throughput measures; it exits with 1 if GPUs or passes differ in a byte; 
 
 - limit of the card: its measured matrix rate and copy bandwidth. Floor of generating: the LLM's products at that
   rate. Floor of answering: its weights and the row's keys and values read once a token.
-- modes: "fast" is the default, "compile" is `load(compile=True)`, "plain" is `load(fast=False)`; "reference" is the
-  published loop over the published classes, "reference compiled" has its LLM in torch.compile (5 images alone).
+- modes: "fast" is the default, "compile" is `load(compile=True)`, "plain" is `load(fast=False)`, "int8" and "fp8" are
+  its `quantization`; "reference" is the published loop over the published classes, "reference compiled" has its LLM in
+  torch.compile (5 images alone).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from torch import Tensor
 
 import janusflow_min as jf
 from janusflow_min.config import JanusFlowConfig
+from janusflow_min.fast.quantized import QUANTIZATIONS
 from janusflow_min.model import JanusFlow
 from janusflow_min.pipeline import Pipeline
 from janusflow_min.pixels import to_uint8
@@ -61,7 +63,7 @@ from janusflow_min.processor import Batch
 from janusflow_min.sampling import PlainSampler
 
 Note = Callable[[str, float], None]  # takes a measure and its value
-MODES = ("fast", "compile", "plain", "reference", "reference compiled")
+MODES = ("fast", "compile", "plain", *QUANTIZATIONS, "reference", "reference compiled")
 SECONDS = ("1 image", "5 images", "16 images", "5 images, 128 prompt tokens", "64 prompts, per image")
 
 
@@ -187,14 +189,9 @@ def question(pipe: Pipeline, rows: int):
 
 
 def load(folder: Path, args: argparse.Namespace, mode: str) -> Pipeline:
-    return jf.load(
-        folder,
-        device=args.device,
-        dtype=args.dtype,
-        progress=False,
-        fast=mode != "plain",
-        compile=mode == "compile",
-    )
+    quantization = mode if mode in QUANTIZATIONS else None
+    options = dict(fast=mode != "plain", compile=mode == "compile", quantization=quantization)
+    return jf.load(folder, device=args.device, dtype=args.dtype, progress=False, **options)
 
 
 def painter(pipe: Pipeline, args: argparse.Namespace) -> Callable[..., Callable[[], Any]]:

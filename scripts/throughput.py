@@ -26,6 +26,7 @@ from janusflow_min.benchmarks import geneval
 from janusflow_min.benchmarks.ranks import RankInfo
 from janusflow_min.benchmarks.run_folder import RunFolder
 from janusflow_min.benchmarks.runner import Settings, generate_images, load_pipe
+from janusflow_min.fast.quantized import QUANTIZATIONS
 from janusflow_min.files import sha256
 from janusflow_min.pixels import to_uint8
 
@@ -48,6 +49,7 @@ def measure(model: Path, work: Path, args: Any, reference: Any) -> dict[str, Any
             seed=0,
             fast=mode != "plain",
             compile=mode == "compile",
+            quantization=mode if mode in QUANTIZATIONS else None,
         )
         for ranks in dict.fromkeys((1, args.gpus)):
             log(f"{mode} on {ranks}")
