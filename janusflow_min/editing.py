@@ -13,11 +13,11 @@ Legend: B images, C h w latent, S image side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
@@ -28,11 +28,13 @@ from .pixels import ImageSource, open_image, to_pixels
 from .progress import progress_bar
 from .sampling import draw_noise, guided_velocity
 from .sampling_options import EDIT_METHODS, SamplingOptions
+from .selection import Checker, Judge, candidate_seed, encode_images, rater, square
 from .solvers import Solver, find_solver, time_grid
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
+LESS = 7 / 8  # of the strength, for every second candidate
 EDIT_BATCH = 8  # images edited at once; FlowEdit's four rows each fill what 16 guided images do
 DESCRIPTION_TOKENS = 96  # most, of the model's own source prompt
 
@@ -53,6 +55,9 @@ def edit(
     solver: str | Solver = "euler",
     timestep_shift: float = 1.0,
     callback_on_step_end: Callable[..., Any] | None = None,
+    best_of: int = 1,
+    checker: str | Checker | None = None,
+    judge: Judge | None = None,
 ) -> list[Image.Image]:
     """Change images as prompts say; returns one of the model's size for each, its prompts and seed in `.info`.
 
@@ -65,6 +70,9 @@ def edit(
     num_inference_steps: of the solver, whatever the strength. seed: image k gets seed + k, a list gives every image
     its seed, None draws them; "invert" uses none. progress, solver, timestep_shift, callback_on_step_end: as in
     `generate`.
+    best_of: candidates for each image, every second one with 7/8 of the strength. Of those that show the prompt by
+    `score` with this checker (above 0.5) the one that changed least is returned, of none the one of the highest
+    score; with a judge the one that it likes best. Seed and strength of that one, and all scores, are in `.info`.
     Raises ValueError for arguments that make no edit and FileNotFoundError for a missing file, before any work;
     FloatingPointError where latents or pixels become NaN or infinite.
     """
@@ -72,10 +80,10 @@ def edit(
     strength = checks.number("strength", strength, least=0, most=1, above=True)
     weights = checks.number("cfg_weight", cfg_weight), checks.number("source_cfg_weight", source_cfg_weight)
     options = SamplingOptions(
-        num_inference_steps=num_inference_steps, solver=solver, timestep_shift=timestep_shift
+        num_inference_steps=num_inference_steps, solver=solver, timestep_shift=timestep_shift, best_of=best_of
     ).resolved()
-    integrate = find_solver(options["solver"])
-    times = time_grid(options["num_inference_steps"], 1 - strength, options["timestep_shift"])
+    integrate, best_of = find_solver(options["solver"]), options["best_of"]
+    rated = rater(pipe, best_of, checker, judge)
     checks.function("callback_on_step_end", callback_on_step_end)
     progress = checks.flag("progress", progress)
     images, prompts = _inputs(pipe, image, prompt)
@@ -89,18 +97,23 @@ def edit(
         described = _source_prompts(pipe, source_prompt, squares)
         source = pipe.check_prompts(described)
 
-    def on_step(step: int, z: Tensor) -> None:
-        bar.update()
-        if callback_on_step_end is not None:
-            callback_on_step_end(step, times[step + 1], z)
-
-    edited: list[Image.Image] = []
     parts = [slice(i, i + EDIT_BATCH) for i in range(0, len(prompts), EDIT_BATCH)]
-    total = len(parts) * (len(times) - 1)
-    with torch.inference_mode(), progress_bar(progress, total=total, desc="Editing", unit="step") as bar:
+    total = best_of * len(parts) * options["num_inference_steps"]
+
+    def candidates(k: int) -> Iterator[tuple[Image.Image, float]]:
+        """Of each image, and how far its latents moved."""
+        own = strength * (LESS if k % 2 else 1)
+        times = time_grid(options["num_inference_steps"], 1 - own, options["timestep_shift"])
+
+        def on_step(step: int, z: Tensor) -> None:
+            bar.update()
+            if callback_on_step_end is not None:
+                callback_on_step_end(step, times[step + 1], z)
+
         for part in parts:
             x = encode_images(pipe, squares[part])
-            generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[part]]
+            tried = [candidate_seed(s, k) for s in seeds[part]]
+            generators = [torch.Generator("cpu").manual_seed(s) for s in tried]
             start, velocity = x, guided_velocity(sampler, target[part], weights[0])
             if method == "flowedit":
                 velocity = flowedit_velocity(sampler, x, source[part], target[part], weights, generators)
@@ -110,19 +123,33 @@ def edit(
                 noise = draw_noise(x.shape[1:], generators).to(x)
                 start = interpolate(x, noise, x.new_full((len(x),), times[0]))[0]
             if masks is not None:
-                velocity = hold_outside(velocity, _changing(masks[part], x), start, x, strength)
+                velocity = hold_outside(velocity, _changing(masks[part], x), start, x, own)
             final = integrate(velocity, start, times, on_step)
             if not torch.isfinite(final).all():
                 raise FloatingPointError(
                     f"the edited latents are not finite; dtype {pipe.model.dtype}, cfg_weight {cfg_weight}, "
                     f"source_cfg_weight {source_cfg_weight}"
                 )
-            edited += pipe._decode(final, prompts[part])
-    for i, result in enumerate(edited):
-        if masks is not None:
-            edited[i] = result = Image.composite(result, squares[i], masks[i])
-        result.info |= {"prompt": prompts[i], "source_prompt": described[i], "seed": seeds[i]}
-    return edited
+            edited = pipe._decode(final, prompts[part])
+            if masks is not None:
+                held = zip(edited, squares[part], masks[part], strict=True)
+                edited = [Image.composite(image, original, mask) for image, original, mask in held]
+            for image, seed in zip(edited, tried, strict=True):
+                image.info |= {"seed": seed, "strength": own}
+            yield from zip(edited, (final - x).flatten(1).norm(dim=1).tolist(), strict=True)
+
+    with torch.inference_mode(), progress_bar(progress, total=total, desc="Editing", unit="step") as bar:
+        tries = [list(candidates(k)) for k in range(best_of)]
+        scored = [rated([image for image, _ in one], prompts) for one in tries] if best_of > 1 else []
+    found = []
+    for i, own in enumerate(zip(*tries, strict=True)):
+        scores = [one[i] for one in scored]
+        shows = [k for k, score in enumerate(scores) if score > 0.5 and judge is None]
+        best = min(shows, key=lambda k: own[k][1]) if shows else scores.index(max(scores)) if scores else 0
+        found.append(own[best][0])
+        found[-1].info |= {"prompt": prompts[i], "source_prompt": described[i]}
+        found[-1].info |= {"scores": scores} if scores else {}
+    return found
 
 
 def invert(
@@ -203,20 +230,3 @@ def _each(name: str, values: list[Any], count: int) -> list[Any]:
     if len(values) not in (1, count):
         raise ValueError(f"{name}: {count} edits need one or {count}, got {len(values)}")
     return values * (count // len(values))
-
-
-def square(
-    pipe: Pipeline, image: Image.Image, how: Image.Resampling = Image.Resampling.BICUBIC
-) -> Image.Image:
-    """The middle of an image, at the model's size."""
-    side = pipe.model.config.siglip.image_size
-    return ImageOps.fit(image, (side, side), how)
-
-
-def encode_images(pipe: Pipeline, squares: Sequence[Image.Image]) -> Tensor:
-    """RGB images of the model's size -> latents (B, C, h, w), fp32 on the model's device. One image at a time, which
-    bounds the VAE's memory."""
-    vae = pipe.vae
-    assert vae is not None
-    latents = [vae.encode(to_pixels(image)[None].to(vae.device)) for image in squares]
-    return torch.cat(latents).to(pipe.model.device, torch.float32)

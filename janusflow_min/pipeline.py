@@ -36,7 +36,7 @@ from .processor import Processor
 from .progress import progress_bar
 from .sampling import MAX_BATCH, PlainSampler, Sampler, draw_noise, fresh_seed, guided_velocity
 from .sampling_options import SamplingOptions
-from .selection import Checker, Judge, best_candidates, choose, find_checker, score_all, scores_of
+from .selection import Checker, Judge, best_candidates, choose, find_checker, rater, score_all
 from .solvers import OnStep, Solver, find_solver, time_grid
 from .vae import VAE
 
@@ -202,11 +202,7 @@ class Pipeline(LoraMixin):
             preset=preset,
             best_of=best_of,
         ).resolved()
-        asks = find_checker(checker)
-        if judge is not None and (checker is not None or not callable(judge)):
-            raise ValueError("judge must be a function, and takes the place of a checker")
-        if best_of > 1 and judge is None:
-            self._need("understanding")
+        rated = rater(self, best_of, checker, judge)
         negative = self._negative_prompts(negative_prompt, len(prompts))
         checks.function("callback_on_step_end", callback_on_step_end)
         if checks.flag("preview", preview) and callback_on_step_end is None:
@@ -231,7 +227,7 @@ class Pipeline(LoraMixin):
             return final, [] if output_type == "latent" and best_of == 1 else self._decode(final, texts)
 
         def rate(rows: Sequence[Row], images: list[Image.Image]) -> list[float]:
-            return scores_of(self, images, [text for text, *_ in rows], asks, judge)
+            return rated(images, [text for text, *_ in rows])
 
         with torch.inference_mode():
             if best_of == 1:

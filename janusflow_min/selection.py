@@ -19,15 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import checks
-from .editing import encode_images, square
 from .flow import TIME_SCALE, flow_loss, interpolate
 from .llama import mask_positions
 from .model import merge_image_embeds
-from .pixels import ImageSource, look_up, open_image
+from .pixels import ImageSource, look_up, open_image, to_pixels
 from .sampling import draw_noise, plan_rows
 
 if TYPE_CHECKING:
@@ -162,6 +161,23 @@ def fit(pipe: Pipeline, image: ImageSource, prompt: str, other: str) -> float:
     return 1 / (1 + float(own.mean() / others.mean()) ** FIT_POWER)
 
 
+def square(
+    pipe: Pipeline, image: Image.Image, how: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The middle of an image, at the model's size."""
+    side = pipe.model.config.siglip.image_size
+    return ImageOps.fit(image, (side, side), how)
+
+
+def encode_images(pipe: Pipeline, squares: Sequence[Image.Image]) -> Tensor:
+    """RGB images of the model's size -> latents (B, C, h, w), fp32 on the model's device. One image at a time, which
+    bounds the VAE's memory."""
+    vae = pipe.vae
+    assert vae is not None
+    latents = [vae.encode(to_pixels(image)[None].to(vae.device)) for image in squares]
+    return torch.cat(latents).to(pipe.model.device, torch.float32)
+
+
 def candidate_seed(seed: int, candidate: int) -> int:
     """The seed of the candidate of an image with this seed; the first is the image itself."""
     if candidate == 0:
@@ -217,6 +233,18 @@ def named_function(what: str, known: Mapping[str, str], name: str) -> Callable[.
     except (ImportError, AttributeError, ValueError) as error:
         names = ", ".join(known)
         raise ValueError(f"{what} must be {names} or MODULE:FUNCTION, got {name!r}: {error}") from None
+
+
+def rater(
+    pipe: Pipeline, best_of: int, checker: str | Checker | None, judge: Judge | None
+) -> Callable[[Sequence[Image.Image], Sequence[str]], list[float]]:
+    """What gives candidates their scores: (images, prompts) -> one for each. ValueError where nothing can."""
+    asks = find_checker(checker)
+    if judge is not None and (checker is not None or not callable(judge)):
+        raise ValueError("judge must be a function, and takes the place of a checker")
+    if best_of > 1 and judge is None:
+        pipe._need("understanding")
+    return functools.partial(scores_of, pipe, checker=asks, judge=judge)
 
 
 def scores_of(

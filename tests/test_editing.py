@@ -19,6 +19,7 @@ from janusflow_min.fast.sampler import GraphSampler
 from janusflow_min.pixels import to_pixels
 from janusflow_min.sampling import guided_velocity
 from janusflow_min.sampling_options import EDIT_METHODS
+from janusflow_min.selection import candidate_seed
 from janusflow_min.shapes import judge, scenes
 from janusflow_min.solvers import euler, time_grid
 
@@ -92,6 +93,42 @@ def test_a_batch_edits_as_each_alone(edit, method):
     assert [result.info["seed"] for result in together] == list(range(5, 15))
     for k in (0, 7, 9):
         assert differ(edit(images[k], prompts[k], method=method, seed=5 + k)[0], together[k]) <= 1
+
+
+def test_of_several_the_least_change_that_shows_the_prompt(pipe, edit, monkeypatch):
+    """Stops: a candidate that shows the prompt and changed more than it had to, scores taken for another image's, and a
+    result whose seed and strength do not repeat it."""
+    options = dict(strength=0.8, num_inference_steps=2)
+    alone = [
+        [edit(picture(seed=i), seed=candidate_seed(5 + i, k), **options | {"strength": strength})[0]]
+        for i in range(2)
+        for k, strength in enumerate((0.8, 0.7, 0.8))
+    ]
+    images = [image for (image,) in alone]
+    before = [encoded(pipe, picture(seed=i)) for i in range(2) for _ in range(3)]
+    moved = [float((encoded(pipe, a) - b).norm()) for a, b in zip(images, before, strict=True)]
+    said = iter([[0.9, 0.2], [0.4, 0.3], [0.8, 0.1]])  # of both images' candidate k
+    monkeypatch.setattr("janusflow_min.selection.scores_of", lambda *args, **options: next(said))
+    first, second = edit([picture(), picture(seed=1)], best_of=3, **options)
+    assert first.info["scores"] == [0.9, 0.4, 0.8] and second.info["scores"] == [0.2, 0.3, 0.1]
+    best = 0 if moved[0] < moved[2] else 2
+    assert differ(first, images[best]) <= 1 and differ(second, images[4]) <= 1
+    assert second.info["strength"] == pytest.approx(0.7)
+    monkeypatch.undo()
+    again = edit(
+        picture(seed=1), seed=second.info["seed"], num_inference_steps=2, strength=second.info["strength"]
+    )[0]
+    assert differ(again, second) <= 1 and again.info["prompt"] == second.info["prompt"]
+
+
+def test_a_judge_chooses_the_edit(pipe, edit, parity_dir):
+    """Stops: a judge whose numbers are taken for probabilities, and candidates that nothing can judge."""
+    darkest = edit(picture(), best_of=4, judge=lambda image, prompt: -float(np.asarray(image).mean()))[0]
+    scores = darkest.info["scores"]
+    assert max(scores) == -float(np.asarray(darkest).mean()) > min(scores)
+    half = jf.load(parity_dir, device="cpu", parts="generation", progress=False)
+    with pytest.raises(ValueError, match="understanding"):
+        half.edit(picture(), TARGET, SOURCE, best_of=2, progress=False)
 
 
 def test_one_image_serves_all_prompts(edit):
@@ -202,6 +239,9 @@ def test_the_default_changes_a_colour_and_keeps_the_place(tiny):
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"best_of": 0}, "best_of must be"),
+        ({"best_of": 2, "checker": "shape"}, "checker must be"),
+        ({"judge": 3}, "judge must be a function"),
         ({"method": "flow"}, "method must be one of flowedit, invert, sdedit, got 'flow'"),
         ({"strength": 0}, "strength must be a finite number above 0 and of at most 1, got 0"),
         ({"strength": 1.5}, "strength must be .* got 1.5"),

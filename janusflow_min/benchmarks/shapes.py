@@ -190,6 +190,8 @@ def _edit(
             method=options.edit_method,
             seed=[image_seed(settings.seed, i, 1, 0) for i, _ in block],
             progress=False,
+            best_of=settings.best_of,
+            checker=settings.checker,
             **sampling,
         )
         for path, source, image in zip(paths, sources, edited, strict=True):

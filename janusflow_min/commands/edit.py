@@ -14,7 +14,9 @@ from ..options import finite, whole
 from ..sampling_options import EDIT_METHODS, SOLVER_NAMES
 from .common import Command, Option, load_pipeline, model_options, model_record, say, seed, since
 
-NAMES = "strength method cfg_weight source_cfg_weight num_inference_steps solver timestep_shift"
+NAMES = (
+    "strength method cfg_weight source_cfg_weight num_inference_steps solver timestep_shift best_of checker"
+)
 SETTINGS = tuple(NAMES.split())
 
 
@@ -44,6 +46,8 @@ def add_parser(command: Command, option: Option) -> None:
     option(new, "--num-inference-steps", "N", "of the solver", 30, whole(1, MAX_STEPS))
     new.add_argument("--solver", choices=SOLVER_NAMES, default="euler", help="(default: euler)")
     option(new, "--timestep-shift", "S", "above 1: more steps near the noise", 1.0, finite(0, above=True))
+    option(new, "--best-of", "N", "candidates for each prompt, of which the best is kept", 1, whole())
+    option(new, "--checker", "NAME", "what asks about candidates: shapes, or MODULE:FUNCTION")
     option(new, "--seed", "N", "seed of the first; edit k gets seed N + k (default: random)", None, seed)
 
 
@@ -59,7 +63,7 @@ def edit(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} is empty")
     out: Path = check_folder(args.out, "--out")
     asks = args.source_prompt is None and args.method != "sdedit"
-    pipe = load_pipeline(args, "all" if asks else "generation")
+    pipe = load_pipeline(args, "all" if asks or args.best_of > 1 else "generation")
     start = time.perf_counter()
     first = secrets.randbelow(2**31) if args.seed is None else args.seed
     settings = {name: getattr(args, name) for name in SETTINGS}
@@ -75,7 +79,7 @@ def edit(args: argparse.Namespace) -> int:
     mask = None if args.mask is None else expand(args.mask).name
     common = settings | model_record(args, pipe) | {"image": expand(args.image).name, "mask": mask}
     for i, (prompt, image) in enumerate(zip(args.prompts, edited, strict=True)):
-        about = {str(key): value for key, value in (image.info | common).items() if value is not None}
+        about = {str(key): value for key, value in (common | image.info).items() if value is not None}
         say(str(save_png(image, out / f"{i:02d}_{slug(prompt)}_seed{image.info['seed']}.png", about)))
     if asks:
         say(f"the model calls the image {edited[0].info['source_prompt']!r}", args.quiet, remark=True)
