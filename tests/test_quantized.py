@@ -7,9 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 from adapters import write_adapter
+from PIL import Image
 from torch import Tensor
 
 import janusflow_min as jf
+from janusflow_min import cli
+from janusflow_min.benchmarks.manifest import generation_settings
+from janusflow_min.benchmarks.runner import Settings
 from janusflow_min.fast import ops, quantized
 from janusflow_min.fast.quantized import QUANTIZATIONS, Quantized, quantize
 from janusflow_min.fast.sampler import GraphSampler
@@ -146,6 +150,29 @@ def test_what_a_quantized_pipeline_cannot_do_says_so(pipes, kind, tmp_path):
     assert ours.model.llm.lm_head.scale.dtype == torch.float32
     with pytest.raises(ValueError, match="one of int8, fp8, got 'int4'"):
         jf.load(tmp_path / "no such folder", quantization="int4")
+
+
+def test_the_command_line_says_what_made_an_image(kind, tmp_path, capsys):
+    """Stops: an option that is dropped on its way to `load`, an image or a run that hides it, an adapter refused only
+    once the model is loaded."""
+    options = ["--quantization", kind, "--device", "cpu", "--quiet"]
+    command = [
+        "generate",
+        PROMPT,
+        "--num-inference-steps",
+        "1",
+        "--parallel-size",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert cli.main([*command, *options]) == 0
+    with Image.open(next(tmp_path.glob("*seed*.png"))) as image:
+        assert image.text["quantization"] == kind
+    assert cli.main([*command, *options, "--lora", str(tmp_path / "nowhere")]) == 2
+    assert "--lora does not go with --quantization" in capsys.readouterr().err
+    assert generation_settings(Settings(quantization=kind, device="cpu"))["quantization"] == kind
+    assert "quantization" not in generation_settings(Settings(device="cpu"))  # older runs go on
 
 
 # Kernels -----------------------------------------------------------------------
