@@ -5,8 +5,8 @@
     python scripts/things_atlas.py --packages FOLDER --out things.npz    # from the two .tgz files in FOLDER
 
 The pictures are Noto Emoji (Google, Apache-2.0) and Fluent Emoji Flat (Microsoft, MIT), as the npm packages
-`@iconify-json/noto` and `@iconify-json/fluent-emoji-flat` hold them. Beside the file lie the packages' notices, a
-contact sheet, and what the judge could mistake for what. Needs `pip install resvg-py`, and npm or the .tgz files.
+`@iconify-json/noto` and `@iconify-json/fluent-emoji-flat` hold them. Beside the file lie their notices and a contact
+sheet. Needs `pip install 'janusflow-min[things]'`, and npm or the .tgz files.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def render(icons: dict[str, Any], name: str) -> torch.Tensor:
     try:
         from resvg_py import svg_to_bytes
     except ImportError as error:
-        raise SystemExit("rendering needs `pip install resvg-py`") from error
+        raise SystemExit("rendering needs `pip install 'janusflow-min[things]'`") from error
 
     while name in icons.get("aliases", {}):
         name = icons["aliases"][name]["parent"]
