@@ -41,8 +41,8 @@ class Recipe:
     captions_per_scene: int = 4
     conversations: int = 300_000
     turns: int = 4  # questions about each image
-    prompt_length: int = 31  # tokens, padded on the right
-    conversation_length: int = 192  # tokens, padded on the right
+    prompt_length: int = 31  # tokens, padded on the right; as long as the longest where that is longer
+    conversation_length: int = 192
     families: tuple[tuple[str, int], ...] = (
         ("single_object", 10),
         ("two_object", 18),
@@ -113,7 +113,8 @@ THINGS = replace(
     vocabulary=1280,
     generation_scenes=400_000,
     conversations=200_000,
-    conversation_length=176,
+    prompt_length=34,
+    conversation_length=184,
     turns=3,
     vae_channels=(48, 64, 80, 96),
     vae_latent_channels=8,
@@ -226,6 +227,8 @@ def vocab_size(folder: Path) -> int:
 
 # Data -----------------------------------------------------------------------
 
+LONGEST = 512  # tokens; a sentence or conversation of more is an error
+
 
 def make_chunk(job: tuple[str, str, int, int, Recipe, Path, Path | None]) -> dict[str, np.ndarray]:
     """One worker's share: a world, `kind` "generation" or "conversation", `count` scenes of the given seed."""
@@ -237,13 +240,14 @@ def make_chunk(job: tuple[str, str, int, int, Recipe, Path, Path | None]) -> dic
     families, drawn = sample(recipe, world, rng, count)
     packed = world.pack(drawn).numpy().astype(np.float32)
     if kind == "generation":
-        ids = np.full((count, recipe.captions_per_scene, recipe.prompt_length), pad, np.int16)
+        ids = np.full((count, recipe.captions_per_scene, LONGEST), pad, np.int16)
         for i, (scene, family) in enumerate(zip(drawn, families, strict=True)):
             for j in range(recipe.captions_per_scene):
                 tokens = processor.generation_prompt(world.caption(scene, family, rng))[0][:-1]
-                ids[i, j, : len(tokens)] = tokens  # raises where prompt_length is too short
-        return {"packed": packed, "ids": ids}
-    ids = np.full((count, recipe.conversation_length), pad, np.int16)
+                ids[i, j, : len(tokens)] = tokens
+        longest = max(recipe.prompt_length, int((ids != pad).sum(-1).max()))
+        return {"packed": packed, "ids": ids[..., :longest]}
+    ids = np.full((count, LONGEST), pad, np.int16)
     labels = np.full_like(ids, IGNORE)
     for i, scene in enumerate(drawn):
         messages = []
@@ -255,7 +259,17 @@ def make_chunk(job: tuple[str, str, int, int, Recipe, Path, Path | None]) -> dic
             ]
         tokens, targets = conversation_example(processor, messages)
         ids[i, : len(tokens)], labels[i, : len(tokens)] = tokens, targets
-    return {"packed": packed, "ids": ids, "labels": labels}
+    longest = max(recipe.conversation_length, int((ids != pad).sum(-1).max()))
+    return {"packed": packed, "ids": ids[:, :longest], "labels": labels[:, :longest]}
+
+
+def joined(parts: list[np.ndarray], fill: int) -> np.ndarray:
+    """(n, ..., L) of several lengths L, one after the other, filled up on the right to the longest."""
+    longest = max(part.shape[-1] for part in parts)
+    missing = [[(0, 0)] * (part.ndim - 1) + [(0, longest - part.shape[-1])] for part in parts]
+    return np.concatenate(
+        [np.pad(part, widths, constant_values=fill) for part, widths in zip(parts, missing, strict=True)]
+    )
 
 
 def make_data(
@@ -268,7 +282,10 @@ def make_data(
     ]
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
         chunks = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc=f"Data, {name}, {kind}"))
-    arrays = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    pad = Processor.from_folder(folder, vocab_size(folder)).tokenizer.pad_id
+    arrays = {
+        key: joined([chunk[key] for chunk in chunks], IGNORE if key == "labels" else pad) for key in chunks[0]
+    }
     with atomic_file(path) as temporary:
         np.savez(temporary, **arrays)
 

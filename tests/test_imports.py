@@ -224,7 +224,7 @@ BUDGETS = {  # lines at most
     "post-training": 495,
     "benchmarks": 6896,  # 4200 is wanted
     "worlds": 2479,  # of shapes and of things, with their judges; 2076 is wanted
-    "scripts": 3493,  # 2200 is wanted
+    "scripts": 3509,  # 2200 is wanted
 }
 
 

@@ -3,7 +3,7 @@
 
 First come the nouns of GenEval's 80 that have an emoji, under GenEval's words; the emoji's names are Unicode's
 (CLDR), as the packages spell them. A noun that exists in several colours is one thing in each. Left out: what cannot be
-told apart at 48 px (clocks, moons, faces), what falls into distant parts, and nouns of the world of shapes.
+told apart at 48 px (clocks, moons, faces), what a VAE blurs away, and nouns of the world of shapes.
 """
 
 from __future__ import annotations
@@ -36,26 +36,25 @@ turkey; turtle; unicorn; whale; wolf; dinosaur: t-rex; dragon; cactus; cherry bl
 pine tree: evergreen-tree; palm tree; maple leaf; rose; sunflower; tulip; clover: four-leaf-clover;
 hibiscus; avocado; bell pepper; bread; burger: hamburger; cheese: cheese-wedge; coconut; cookie; corn:
 ear-of-corn; croissant; cupcake; egg; eggplant; ice cream: soft-ice-cream; kiwi: kiwi-fruit; lemon;
-lollipop; peach; pear; pineapple; popcorn; pretzel; strawberry; taco; teapot; tomato; waffle; watermelon;
-beer mug; cocktail: cocktail-glass; honey pot; chili pepper: hot-pepper; chocolate bar; onion; candy;
-custard; ambulance; fire truck: fire-engine; police car; taxi; tractor; helicopter; rocket; ship; scooter:
-motor-scooter; sled; roller skate; parachute; flying saucer; locomotive; racing car; castle; church; house;
-tent; factory; ferris wheel; fountain; volcano; mountain: snow-capped-mountain; island: desert-island; hut;
-carousel horse; sun; moon: crescent-moon; cloud; rainbow; snowflake; snowman: snowman-without-snow;
-lightning bolt: high-voltage; fire; planet: ringed-planet; globe: globe-showing-americas; droplet; wave:
-water-wave; alarm clock; anchor; axe; balloon; basket; bathtub; battery; bell; bomb; boomerang; briefcase;
-broom; bucket; camera; candle; coin; crown; die: game-die; door; dress; drum; envelope; fire extinguisher;
-flashlight; floppy disk; gear; gem: gem-stone; gift: wrapped-gift; guitar; hammer; hourglass:
-hourglass-done; joystick; key; ladder; lantern: red-paper-lantern; light bulb; lipstick; lock: locked;
-magnet; magnifying glass: magnifying-glass-tilted-left; megaphone; microphone; microscope; mirror; money
-bag; box: package; paintbrush; paperclip; pencil; piano: musical-keyboard; pill; pumpkin: jack-o-lantern;
+lollipop; peach; pear; pineapple; pretzel; strawberry; taco; teapot; tomato; waffle; watermelon; beer mug;
+honey pot; chili pepper: hot-pepper; chocolate bar; onion; candy; custard; ambulance; fire truck:
+fire-engine; police car; taxi; tractor; helicopter; rocket; ship; scooter: motor-scooter; sled; roller
+skate; flying saucer; locomotive; racing car; castle; church; house; tent; fountain; volcano; mountain:
+snow-capped-mountain; island: desert-island; hut; carousel horse; sun; moon: crescent-moon; cloud; rainbow;
+snowflake; snowman: snowman-without-snow; lightning bolt: high-voltage; fire; planet: ringed-planet; globe:
+globe-showing-americas; droplet; wave: water-wave; alarm clock; anchor; axe; balloon; basket; bathtub;
+battery; bell; bomb; briefcase; broom; bucket; camera; candle; coin; crown; die: game-die; door; dress;
+envelope; fire extinguisher; flashlight; floppy disk; gear; gem: gem-stone; gift: wrapped-gift; guitar;
+hammer; hourglass: hourglass-done; joystick; key; ladder; lantern: red-paper-lantern; light bulb; lipstick;
+lock: locked; magnet; magnifying glass: magnifying-glass-tilted-left; megaphone; microphone; microscope;
+mirror; money bag; box: package; paintbrush; pencil; piano: musical-keyboard; pill; pumpkin: jack-o-lantern;
 puzzle piece; radio; robot; ghost; skull; saxophone; screwdriver; scroll; shield; shopping cart; sponge;
-stethoscope; sunglasses; dagger; syringe; telephone; telescope; thermometer; toolbox; top hat; trophy;
-trumpet; violin; watch; wheel; wrench; yarn; basketball; football: american-football; boxing glove; bow:
-ribbon; volleyball; ice skate; high heel: high-heeled-shoe; boot: hiking-boot; cap: billed-cap; target:
-bullseye; palette: artist-palette; gas pump: fuel-pump; barrel: oil-drum; rock; log: wood; satellite;
-compass; buoy: ring-buoy; mailbox: postbox; game controller: video-game; abacus; accordion; crystal ball;
-christmas tree; paddle: ping-pong; plunger; chess pawn; alien; pushpin; tuba: postal-horn; flute; maracas
+sunglasses; dagger; syringe; telephone; telescope; toolbox; top hat; trophy; trumpet; violin; watch; wheel;
+wrench; yarn; basketball; football: american-football; boxing glove; bow: ribbon; ice skate; high heel:
+high-heeled-shoe; boot: hiking-boot; cap: billed-cap; target: bullseye; palette: artist-palette; gas pump:
+fuel-pump; barrel: oil-drum; rock; log: wood; satellite; compass; buoy: ring-buoy; mailbox: postbox; game
+controller: video-game; abacus; accordion; crystal ball; christmas tree; paddle: ping-pong; plunger; chess
+pawn; alien; pushpin; tuba: postal-horn; flute; maracas
 """
 _COLOUR_WORDS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey")
 

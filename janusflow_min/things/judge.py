@@ -33,7 +33,7 @@ JOIN = 3  # px; parts up to twice as far apart are one thing
 RING = 2  # px of the border, where nothing but background is
 SAME_BACKGROUND = 28.0  # distance in rgb within which a background has its name
 ASPECT = (0.06, 3.0)  # a box's sides may differ from a template's by this share and so many px
-MISFIT = 0.27  # squared difference from a template, as a share of the template's from the bare background
+MISFIT = 0.30  # squared difference from a template, as a share of the template's from the bare background
 CLEARLY = 0.92  # the misfit is at most this share of the next thing's
 AS_NEAR = 1.35  # a style whose misfit is at most so many times the best is possible too
 

@@ -54,6 +54,7 @@ TURN = 8.0  # degrees, at most
 MIRRORED, TURNED = 0.25, 0.25  # shares of the things
 HELD_OUT_SHARE = 6  # one combination in so many
 DIFFERENT = 32.0  # distance in rgb (0..255) from which a pixel stands out from the background
+CLEARLY_DIFFERENT = 44.0  # the same, with room for what a VAE blurs
 STANDS_OUT = 0.75  # share of a sprite that must, for it to be drawn on that background
 NARROW = 0.06  # of the longer side: by less may the outline of what stands out miss the sprite's
 
@@ -187,16 +188,16 @@ class World:
     def visible(self) -> np.ndarray:
         """(K, Y, backgrounds) bool: whether a sprite stands out as a whole from a background.
 
-        Most of it does, and the outline of what does is the sprite's.
+        Most of it does, and the outline of what does is the sprite's, drawn as small as it ever is.
         """
-        side = 64
+        side = 32
         small = torch.nn.functional.avg_pool2d(self.atlas.pixels.flatten(0, 1).float(), SIDE // side)
         rgb, alpha = small[:, :3], small[:, 3:] / 255
         solid = alpha[:, 0] > 0.5
         found = []
         for colour in BACKGROUNDS.values():
             ground = torch.tensor(colour, dtype=torch.float32)[:, None, None]
-            stands = ((rgb + (1 - alpha) * ground - ground).norm(dim=1) > DIFFERENT) & solid
+            stands = ((rgb + (1 - alpha) * ground - ground).norm(dim=1) > CLEARLY_DIFFERENT) & solid
             whole = (stands.sum((1, 2)) / solid.sum((1, 2))) >= STANDS_OUT
             for axis in (1, 2):
                 a, b = (mask.any(axis).float() for mask in (stands, solid))

@@ -177,6 +177,23 @@ def test_two_worlds_share_a_step(script, data, tmp_path):
     assert (config.latent_channels, config.llm.hidden_size, config.siglip.width) == (8, 64, 32)
 
 
+def test_no_caption_is_too_long(data):
+    """Stops: a run that ends, or a caption that is cut, because of one in a million that is longer than expected."""
+    recipe = replace(data.Recipe(), prompt_length=4, conversation_length=8)
+    for kind, least in (("generation", 4), ("conversation", 8)):
+        short, long = (
+            data.make_chunk(("shapes", kind, 0, 3, replace(recipe, **lengths), TINY, None))["ids"]
+            for lengths in ({}, {"prompt_length": 60, "conversation_length": 400})
+        )
+        width = short.shape[-1]
+        assert least < width < long.shape[-1] in (60, 400)
+        np.testing.assert_array_equal(data.joined([short], -1), short)
+        both = data.joined([short, long], -1)
+        np.testing.assert_array_equal(both[3:], long)
+        np.testing.assert_array_equal(both[:3, ..., :width], long[..., :width])
+        assert (both[:3, ..., width:] == -1).all()
+
+
 def test_flat_images_are_of_any_colour(data):
     """Stops: a VAE that is taught nothing but the worlds' colours, or values outside [-1, 1]."""
     torch.manual_seed(0)
