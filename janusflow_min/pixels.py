@@ -49,14 +49,17 @@ def check_image_source(source: Any) -> None:
         )
 
 
-def open_image(source: ImageSource, upright: bool = False, background: str | None = None) -> Image.Image:
+def open_image(
+    source: ImageSource, upright: bool = False, background: str | None = None, copy: bool = True
+) -> Image.Image:
     """An RGB image from a path, a file's bytes, a file object, a PIL image of any mode, or a uint8 array [H, W, 3].
 
     upright: turn it as its EXIF orientation says. background: the colour behind transparent pixels; None drops
     alpha, so that the colours it hides appear. Grey of 9 to 16 bits is scaled to 8; PIL's modes I and F count as
     8 bits where the values fit, else as 16 bits (I) or as 0 to 1 (F), and are refused beyond that.
-    The source stays as it is. Raises FileNotFoundError for a path without a file; ValueError for what is no image,
-    truncated, empty, or beyond `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    The source stays as it is. copy: False may return a PIL image itself, for who only reads it.
+    Raises FileNotFoundError for a path without a file; ValueError for what is no image, truncated, empty, or beyond
+    `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     check_image_source(source)
     name, file = "the image", cast(IO[bytes] | str, source)
@@ -66,7 +69,7 @@ def open_image(source: ImageSource, upright: bool = False, background: str | Non
             raise ValueError(f"an image array must be uint8 [H, W, 3], got {form}")
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, str(getattr(source, "filename", "") or name), upright, background)
+        return _to_rgb(source, str(getattr(source, "filename", "") or name), upright, background, copy)
     if isinstance(source, str | os.PathLike):
         name, file = printable(str(source)), _existing(source)
     elif isinstance(source, bytes):
@@ -75,7 +78,7 @@ def open_image(source: ImageSource, upright: bool = False, background: str | Non
         Image.init()  # all of Pillow's formats, and what others have registered
         image = Image.open(file, formats=[kind for kind in FORMATS.split() if kind in Image.OPEN])
     with image:
-        return _to_rgb(image, name, upright, background)
+        return _to_rgb(image, name, upright, background, copy)
 
 
 def _existing(source: str | os.PathLike) -> str:
@@ -120,7 +123,7 @@ def _hint(file: str | IO[bytes]) -> str:
     return ""
 
 
-def _to_rgb(image: Image.Image, name: str, upright: bool, background: str | None) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, upright: bool, background: str | None, copy: bool) -> Image.Image:
     (width, height), limit = image.size, Image.MAX_IMAGE_PIXELS or math.inf
     if not 0 < width * height <= limit:
         remedy = f"; {BIG}" if width * height else ""
@@ -137,7 +140,7 @@ def _to_rgb(image: Image.Image, name: str, upright: bool, background: str | None
         elif image.mode == "P" and "transparency" in image.info:
             image = image.copy()
             del image.info["transparency"]  # the pixels are the same, but PIL would warn
-        return image.convert("RGB")
+        return image.convert("RGB") if copy or image.mode != "RGB" else image
 
 
 def _grey_levels(image: Image.Image) -> np.ndarray:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .pixels import ImageSource, open_image
 
-THREADS = 8  # at most
+THREADS = 16  # at most
 LARGE = 2**19  # pixels of an image whose resize is shared among threads
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,7 +58,7 @@ def image_bytes(
         # File objects, and images that Pillow has not loaded yet, may share a file: one at a time.
         own = isinstance(image, str | os.PathLike | bytes | np.ndarray)
         with contextlib.nullcontext() if own else reading:
-            opened = open_image(image)
+            opened = open_image(image, copy=False)
         place[:] = np.asarray(square(opened, share)).transpose(2, 0, 1)
 
     if min(count, len(distinct)) > 1:
@@ -81,14 +81,14 @@ def resize(image: Image.Image, size: tuple[int, int], threads: int = 1) -> Image
     """
     (width, height), (columns, rows), bicubic = image.size, size, Image.Resampling.BICUBIC
     rows_first = columns <= width and rows <= height <= 2 * width and columns * height <= (rows + 1) * width
-    count = min(threads, height, columns)
+    count = min(threads, 4, height, columns)  # more wait for each other
     if count < 2 or width * height < LARGE or not rows_first:
         return image.resize(size, bicubic)
     narrow, small = Image.new("RGB", (columns, height)), Image.new("RGB", size)
 
     def shrink_rows(band: tuple[int, int]) -> Image.Image:
         top, bottom = band
-        return image.crop((0, top, width, bottom)).resize((columns, bottom - top), bicubic)
+        return image.resize((columns, bottom - top), bicubic, box=(0, top, width, bottom))
 
     def shrink_columns(band: tuple[int, int]) -> Image.Image:
         left, right = band

@@ -42,11 +42,11 @@ class VAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.autoencoder.parameters()).dtype
+        return next(self.autoencoder.decoder.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.autoencoder.parameters()).device
+        return next(self.autoencoder.decoder.parameters()).device
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of the flow -> pixels (B, 3, H, W), about [-1, 1], in the VAE's dtype."""
@@ -68,6 +68,9 @@ class VAE(nn.Module):
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> latents of the flow (B, C, h, w): the mean, or with a CPU `generator`
         a sample of the posterior."""
+        if next(self.autoencoder.encoder.parameters()).device != self.device:  # it has waited on the CPU
+            with torch.inference_mode(False), torch.no_grad():
+                self.autoencoder.to(self.device)
         posterior = self.autoencoder.encode(pixels.to(self.dtype)).latent_dist
         z = posterior.mean
         if generator is not None:
@@ -90,11 +93,16 @@ def load_vae(
     folder: str | Path, device: torch.device | str, dtype: torch.dtype, latent_channels: int | None = None
 ) -> VAE:
     """From a folder in diffusers' layout (config.json, diffusion_pytorch_model.safetensors), or one that holds it
-    as `vae/`. latent_channels: the model's, where it is known. Strict: see `build_vae`."""
+    as `vae/`. latent_channels: the model's, where it is known. Its encoder waits on the CPU until something is encoded.
+    Strict: see `build_vae`."""
     check_vae_dtype(dtype)
     autoencoder, stored = build_vae(folder, latent_channels)
     wanted = {name: stored[name] for name in autoencoder.state_dict()}
-    autoencoder.load_state_dict(dict(read_tensors(wanted, device, dtype)), strict=True, assign=True)
+    encoder = {
+        name: wanted.pop(name) for name in list(wanted) if name.startswith(("encoder.", "quant_conv."))
+    }
+    tensors = dict(read_tensors(wanted, device, dtype)) | dict(read_tensors(encoder, "cpu", dtype))
+    autoencoder.load_state_dict(tensors, strict=True, assign=True)
     return VAE(autoencoder)
 
 

@@ -353,3 +353,19 @@ def test_a_gpu_s_memory_is_given_back(gpu_pipe):
         assert allocated() - before < 0.1 * (most - before)
     finally:
         gc.enable()
+
+
+@pytest.mark.gpu
+def test_the_vae_s_encoder_waits_on_the_cpu(parity_dir):
+    """Stops: memory for an encoder that generating never uses, and latents that depend on where it has waited."""
+    pipe = jf.load(parity_dir, device="cuda", progress=False)
+    encoder = next(pipe.vae.autoencoder.encoder.parameters())
+    assert encoder.device.type == "cpu" and pipe.vae.device.type == "cuda"
+    pipe.generate(PROMPTS[0], parallel_size=1, num_inference_steps=1, seed=0, progress=False)
+    assert next(pipe.vae.autoencoder.encoder.parameters()).device.type == "cpu"
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.inference_mode():
+        first = pipe.vae.encode(pixels)
+    pipe.vae.to("cpu").to("cuda")
+    assert torch.equal(pipe.vae.encode(pixels), first) and first.is_cuda
+    assert not next(pipe.vae.autoencoder.encoder.parameters()).is_inference()

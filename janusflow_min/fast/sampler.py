@@ -38,7 +38,7 @@ from ..sampling import RowPlan, RowsVelocity, SampleFn, check_logits, cut_at_eos
 from . import ops as plain_ops
 from .quantized import Quantized, Weight
 
-PROMPT_STEP, TEXT_STEP, CACHE_STEP = 128, 64, 256  # lengths are rounded up to multiples of these
+PROMPT_STEP, TEXT_STEP, CACHE_STEP = 64, 64, 256  # lengths are rounded up to multiples of these
 KEPT_BYTES = (
     2**28
 )  # of buffers and graphs that belong to one shape each; the oldest beyond that are given up,
@@ -276,6 +276,12 @@ class GraphSampler:
         with self.lock, torch.cuda.device(self.model.device) if self.graphs else nullcontext():
             yield
 
+    def upload(self, tensor: Tensor) -> Tensor:
+        """To the model's device; a GPU need not be done with what came before."""
+        if not self.graphs:
+            return tensor.to(self.model.device)
+        return tensor.pin_memory().to(self.model.device, non_blocking=True)
+
     def buffer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, device=self.model.device, dtype=dtype or self.model.dtype)
 
@@ -417,11 +423,11 @@ class DecodeGraph:
         for row, length in enumerate(lengths.tolist()):  # padding is on the left
             ids[row, :length] = batch.input_ids[row, -length:]
             images[row, :length] = batch.images_seq_mask[row, -length:]
-        self.embeds.copy_(model.llm.embed_tokens(ids.to(model.device)))
+        self.embeds.copy_(model.llm.embed_tokens(sampler.upload(ids)))
         if count:
-            places = images.flatten().nonzero()[:, 0].to(model.device)
+            places = sampler.upload(images.flatten().nonzero()[:, 0])
             self.embeds.view(rows * width, -1).index_copy_(0, places, vision.features)
-        self.length.copy_(lengths)
+        self.length.copy_(sampler.upload(lengths))
         self.eos.fill_(eos_id)
         for tensor in (self.ended, self.count, self.health):
             tensor.zero_()
