@@ -58,9 +58,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every layer, in buffers of fixed capacity.
 
-    `length` tokens are valid. A forward pass writes behind them and moves `length` on; setting `length` back
-    forgets what came later, which is how the flow's sampler keeps a prompt over all its steps.
+    `length` tokens are valid. A forward pass writes behind them and moves `length` on. Where it is `fixed`, what comes
+    later is seen and not kept, which is how the flow's sampler keeps a prompt, and nothing else, over all its steps.
     """
+
+    fixed = False
 
     def __init__(
         self, config: LlamaConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
@@ -76,6 +78,9 @@ class KVCache:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, d) behind the valid tokens of `layer`; returns all its keys and values (B, G, S, d)."""
+        if self.fixed:
+            past = self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+            return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
         end = self.length + keys.shape[2]
         if end > self.capacity:
             raise ValueError(f"the key/value cache holds {self.capacity} tokens; {end} are needed")
@@ -196,7 +201,7 @@ class Llama(nn.Module):
             x = block(x, rope, mask, cache)
             if i == hidden_layer:
                 hidden = x
-        if cache is not None:
+        if cache is not None and not cache.fixed:
             cache.length += length
         x = self.norm(x)
         return x if hidden is None else (x, hidden)

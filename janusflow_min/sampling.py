@@ -142,14 +142,14 @@ class PlainSampler:
         model.llm(model.llm.embed_tokens(ids), mask_positions(mask), mask, prompts)
         # One row of cache for every row of image tokens.
         length, source = ids.shape[1], torch.tensor(plan.source, device=device)
-        cache = prompts.select(source, length + image_tokens)
+        cache = prompts.select(source, length)
+        cache.fixed = True
         seen = torch.cat([mask[source], mask.new_ones(len(source), image_tokens)], dim=1)  # (R, T + 1 + N)
         attention_mask = None if bool(seen.all()) else seen
         first = torch.tensor(plan.position, device=device)
         positions = first[:, None] + torch.arange(image_tokens, device=device)  # (R, 1 + N)
 
         def velocity(z: Tensor, timestep: Tensor) -> Tensor:
-            cache.length = length  # forget the image tokens of the last evaluation
             v = model.velocity(
                 z, timestep, position_ids=positions, attention_mask=attention_mask, cache=cache
             )

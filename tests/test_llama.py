@@ -171,6 +171,18 @@ def test_a_full_cache_is_an_error(llama):
     assert cache.length == 4
 
 
+def test_a_fixed_cache_keeps_the_prompt_alone(llama):
+    """Stops: image tokens of one step seen in the next, or room for all layers' keys and values of an image."""
+    embeds, growing, fixed = torch.randn(2, 9, 32), new_cache(llama, 2, 9), new_cache(llama, 2, 4)
+    for cache in (growing, fixed):
+        llama(embeds[:, :4], cache=cache)
+    fixed.fixed = True
+    wanted = llama(embeds[:, 4:], cache=growing)
+    for _ in range(2):
+        assert_close(llama(embeds[:, 4:], cache=fixed), wanted, rtol=0, atol=0)
+    assert fixed.length == fixed.capacity == 4
+
+
 def test_selected_rows_go_on_alone(llama):
     """Stops: rows in another order, repeats that share memory, a selection that writes into its source."""
     prompts, new = torch.randn(3, 4, 32), torch.randn(4, 2, 32)
