@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .pixels import ImageSource, open_image
 
-THREADS = 16  # at most
+THREADS = 8  # at most
 LARGE = 2**19  # pixels of an image whose resize is shared among threads
 Item = TypeVar("Item")
 Result = TypeVar("Result")

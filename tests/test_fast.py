@@ -6,12 +6,14 @@ That it matches the reference's recordings is in `test_parity.py`, which runs bo
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import janusflow_min as jf
 from janusflow_min.fast import ops
@@ -175,6 +177,30 @@ def test_two_threads_wait_for_each_other(pipe, fast_pipe):
         first = next(pieces)
         assert relative(fast_pipe.generate(PROMPTS[0], **options).latents, wanted) < 4e-6
         assert first + "".join(pieces) == text
+
+
+def test_compiling_is_not_for_each_number_of_images(pipe, parity_dir, monkeypatch):
+    """Stops: seconds of compiling for every new number of images, and no compiled code at all after the eighth."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    module_compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: module_compile(self, backend=counter))
+    ours = jf.load(parity_dir, device="cpu", progress=False)
+    ours.sampler = fast.GraphSampler(ours.model, compile=True)
+    image = sorted((parity_dir / "images").glob("*.png"))[0]
+    frames = []
+    for count in (1, 2, 3, 5, 7):
+        options = dict(parallel_size=count, num_inference_steps=2, seed=0, progress=False)
+        assert (
+            relative(
+                ours.generate(PROMPTS[0], **options).latents, pipe.generate(PROMPTS[0], **options).latents
+            )
+            < 4e-6
+        )
+        asked = ["what?"] * count, [image] * count
+        assert ours.understand(*asked, max_new_tokens=3) == pipe.understand(*asked, max_new_tokens=3)
+        frames.append(counter.frame_count)
+    assert 3 <= frames[0] < frames[2] <= 9 and frames[2] == frames[3] == frames[4]
 
 
 def test_the_plain_path_is_used_where_the_fast_one_does_not_fit(pipe):

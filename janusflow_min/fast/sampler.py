@@ -128,10 +128,13 @@ class GraphSampler:
         config = model.config.llm
         self.heads, self.eps = config.num_attention_heads, config.rms_norm_eps
         self.cache_shape = (config.num_key_value_heads, config.head_dim)
-        wrap: Callable[[Any], Any] = torch.compile(dynamic=False) if compile else (lambda function: function)
+        # Not for each number of images: the second one makes it a symbol. SigLIP's blocks are alike: one is compiled.
+        wrap: Callable[[Any], Any] = torch.compile if compile else (lambda function: function)
         self.encode_latents = wrap(model.encode_latents)
         self.decode_velocity = wrap(model.decode_velocity)
-        self.embed_images = wrap(model.embed_images)
+        if compile and model.parts != "generation":
+            for block in model.siglip.blocks:
+                block.compile()
         self.upstream_rounding = model.llm.upstream_rounding
         positions = torch.arange(config.max_position_embeddings, device=model.device)[None]
         table = rotary_cos_sin(
@@ -385,7 +388,7 @@ class VisionGraph:
         self.encode_images = sampler.capture(self._encode_images)
 
     def _encode_images(self) -> None:
-        self.features.copy_(self.sampler.embed_images(self.pixels).flatten(0, 1))
+        self.features.copy_(self.sampler.model.embed_images(self.pixels).flatten(0, 1))
 
 
 class DecodeGraph:
