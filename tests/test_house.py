@@ -37,9 +37,11 @@ CALLS = [
     "ruff check .",
     "ruff format --check .",
     "mypy ",
-    "pip install -q -e .[train,bench,serve,ui,torchao]",
+    "pip install -q -e .[train,bench,serve,ui]",
     "python -m pytest tests/training tests/benchmarks tests/serve tests/integrations tests/test_docs.py "
     "tests/test_lora.py tests/test_webui.py tests/test_walkthrough.py",
+    "pip install -q -e .[torchao]",
+    "python -m pytest tests/training/test_eight_bit.py",
 ]
 
 
