@@ -154,7 +154,7 @@ def train_vae(
         z = torch.cat([vae.encode(world.render(part)).latent_dist.mean for world, part in first])
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
     with atomic_directory(folder, overwrite=True) as temporary:
-        vae.to(torch.bfloat16).save_pretrained(temporary)
+        vae.to(torch.bfloat16, memory_format=torch.contiguous_format).save_pretrained(temporary)
 
 
 def load_frozen_vae(folder: Path, device: torch.device) -> VAE:
