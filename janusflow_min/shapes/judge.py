@@ -183,6 +183,20 @@ def _object(
     return Seen(shape, name, box, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), area, radius)
 
 
+def background(
+    pixels: np.ndarray, names: Mapping[str, tuple[int, int, int]], least: float
+) -> tuple[str, np.ndarray] | None:
+    """The background of most of the pixels (n, 3), and their median colour (3,); None for less than a share of them."""
+    shares = {
+        name: np.linalg.norm(pixels - np.array(rgb, np.float32), axis=1) < SAME_BACKGROUND
+        for name, rgb in names.items()
+    }
+    likely = max(shares, key=lambda name: int(shares[name].sum()))
+    if shares[likely].mean() < least:
+        return None
+    return likely, np.median(pixels[shares[likely]], axis=0)
+
+
 def read(image, world: World = WORLD) -> Reading:
     """What an image shows.
 
@@ -190,19 +204,13 @@ def read(image, world: World = WORLD) -> Reading:
         image: uint8 (128, 128, 3), or a PIL image of that size.
     """
     pixels = _pixels(image)
-    flat = pixels.reshape(-1, 3)
-    shares = {
-        name: np.linalg.norm(flat - np.array(rgb, np.float32), axis=1) < SAME_BACKGROUND
-        for name, rgb in BACKGROUNDS.items()
-    }
-    likely = max(shares, key=lambda name: int(shares[name].sum()))
-    if shares[likely].mean() < 0.25:
+    if (likely := background(pixels.reshape(-1, 3), BACKGROUNDS, 0.25)) is None:
         return Reading(UNKNOWN, ())
-    ground = np.median(flat[shares[likely]], axis=0)
+    name, ground = likely
     mask = np.linalg.norm(pixels - ground, axis=2) > DIFFERENT
     found = [_object(pixels, ground, runs, world) for runs in _components(mask)]
     objects = sorted((thing for thing in found if thing is not None), key=lambda thing: thing.centre)
-    return Reading(likely, tuple(objects))
+    return Reading(name, tuple(objects))
 
 
 # ---- judging -----------------------------------------------------------------------------------------------

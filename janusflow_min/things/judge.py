@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate, max_pool2d
 
-from ..shapes.judge import SPECK, UNKNOWN, Reading, Seen, _components, _pixels, judge
+from ..shapes.judge import SPECK, UNKNOWN, Reading, Seen, _components, _pixels, background, judge
 from ..shapes.scenes import MAX_OBJECTS, SIZE
 from .atlas import Atlas, resized
 from .captions import parse_prompt
@@ -31,7 +31,6 @@ GRID = 24
 TURNS = (-8.0, -4.0, 0.0, 4.0, 8.0)  # degrees
 JOIN = 3  # px; parts up to twice as far apart are one thing
 RING = 2  # px of the border, where nothing but background is
-SAME_BACKGROUND = 28.0  # distance in rgb within which a background has its name
 ASPECT = (0.06, 3.0)  # a box's sides may differ from a template's by this share and so many px
 MISFIT = 0.30  # squared difference from a template, as a share of the template's from the bare background
 CLEARLY = 0.92  # the misfit is at most this share of the next thing's
@@ -100,18 +99,12 @@ class Judge:
         pixels = _pixels(image)
         inner = np.zeros((SIZE, SIZE), bool)
         inner[RING:-RING, RING:-RING] = True
-        ring = pixels[~inner]  # (n, 3)
-        shares = {
-            name: np.linalg.norm(ring - np.array(rgb, np.float32), axis=1) < SAME_BACKGROUND
-            for name, rgb in BACKGROUNDS.items()
-        }
-        likely = max(shares, key=lambda name: int(shares[name].sum()))
-        if shares[likely].mean() < 0.5:
+        if (likely := background(pixels[~inner], BACKGROUNDS, 0.5)) is None:
             return Reading(UNKNOWN, ())
-        ground = np.median(ring[shares[likely]], axis=0)
+        name, ground = likely
         difference = np.linalg.norm(pixels - ground, axis=2)
         found = self._things(pixels, ground, difference, difference > DIFFERENT, JOIN)
-        return Reading(likely, tuple(sorted(found, key=lambda thing: thing.centre)))
+        return Reading(name, tuple(sorted(found, key=lambda thing: thing.centre)))
 
     def _things(
         self, pixels: np.ndarray, ground: np.ndarray, difference: np.ndarray, mask: np.ndarray, join: int

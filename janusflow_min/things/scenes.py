@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..shapes.scenes import BACKGROUNDS as PLAIN
 from ..shapes.scenes import (
     CLEAR,
     FAMILIES,
@@ -39,9 +40,7 @@ from .atlas import FILLED, LEVELS, SIDE, Atlas
 from .concepts import STYLES, Kind
 
 BACKGROUNDS = {
-    "white": (248, 248, 248),
-    "grey": (195, 195, 195),
-    "cream": (247, 231, 188),
+    **PLAIN,
     "blue": (173, 205, 242),
     "green": (190, 228, 180),
     "pink": (248, 203, 218),
