@@ -107,3 +107,30 @@ def settings_for(parity_dir, manifest) -> Callable[..., Config]:
 def settings(settings_for, tmp_path) -> Callable[..., Config]:
     """`settings_for` with the test's own folder as output."""
     return lambda output=tmp_path / "run", **changes: settings_for(output, **changes)
+
+
+@pytest.fixture
+def rounds_for(parity_dir, tmp_path) -> Callable[..., Config]:
+    """A configuration of four short rounds of a stage, its table `own`; keyword arguments override, tables as dicts."""
+
+    def make(stage: str, own: dict[str, Any], batch: int, output: str = "run", **changes: Any) -> Config:
+        data: dict[str, Any] = {
+            "model": str(parity_dir),
+            "output": str(tmp_path / output),
+            "device": "cpu",
+            "stage": stage,
+            "steps": 4,
+            "batch": batch,
+            "micro_batch": 4,
+            "save_every": 2,
+            "export_dtype": "float32",
+            "objective": {"alignment_layer": 2},
+            "optimizer": {"lr": 1e-3, "warmup": 2, "ema_decay": 0.5},
+            stage: {"updates": 2, "validation": 0} | own,
+            "report": {"every": 0, "tracker": "none"},
+        }
+        for key, value in changes.items():
+            data[key] = data[key] | value if isinstance(data.get(key), dict) else value
+        return read(Config, data)
+
+    return make

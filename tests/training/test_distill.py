@@ -15,7 +15,6 @@ from janusflow_min.sampling import PlainSampler, guided_velocity
 from janusflow_min.solvers import ab2, time_grid
 from janusflow_min.training.config import Config
 from janusflow_min.training.metrics import CLOCK, Report, read_lines
-from janusflow_min.training.settings import read
 from janusflow_min.training.trainer import Trainer
 
 ASKED = [(0, "a cat"), (1, "a small yellow bird"), (2, "a dog")]
@@ -28,34 +27,12 @@ def no_plot(monkeypatch):
 
 
 @pytest.fixture
-def settings(parity_dir, tmp_path):
-    """A configuration of four short rounds; keyword arguments override, tables as dicts."""
+def settings(rounds_for):
+    """`rounds_for` with this stage's table."""
+    own = {"cfg_weight": 3.0, "passes": 2, "num_inference_steps": 3}
 
-    def make(output: str = "run", **changes) -> Config:
-        data = {
-            "model": str(parity_dir),
-            "output": str(tmp_path / output),
-            "device": "cpu",
-            "stage": "distill",
-            "steps": 4,
-            "batch": 4,
-            "micro_batch": 4,
-            "save_every": 2,
-            "export_dtype": "float32",
-            "objective": {"alignment_layer": 2},
-            "optimizer": {"lr": 1e-3, "warmup": 2, "ema_decay": 0.5},
-            "distill": {
-                "cfg_weight": 3.0,
-                "passes": 2,
-                "updates": 2,
-                "num_inference_steps": 3,
-                "validation": 0,
-            },
-            "report": {"every": 0, "tracker": "none"},
-        }
-        for key, value in changes.items():
-            data[key] = data[key] | value if isinstance(data.get(key), dict) else value
-        return read(Config, data)
+    def make(output: str = "run", batch: int = 4, **changes) -> Config:
+        return rounds_for("distill", own, batch, output, **changes)
 
     return make
 

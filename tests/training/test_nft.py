@@ -27,7 +27,6 @@ from janusflow_min.training.check import check
 from janusflow_min.training.config import Config, OptimizerConfig
 from janusflow_min.training.metrics import CLOCK, Report, read_lines
 from janusflow_min.training.optimizer import AdamW
-from janusflow_min.training.settings import read
 from janusflow_min.training.trainer import Trainer
 
 
@@ -43,34 +42,12 @@ def no_plot(monkeypatch):
 
 
 @pytest.fixture
-def settings(parity_dir, tmp_path):
-    """A configuration of four short rounds; keyword arguments override, tables as dicts."""
+def settings(rounds_for):
+    """`rounds_for` with this stage's table."""
+    own = {"reward": f"{__name__}:brightness", "group": 2, "num_inference_steps": 2}
 
-    def make(output: str = "run", **changes) -> Config:
-        data = {
-            "model": str(parity_dir),
-            "output": str(tmp_path / output),
-            "device": "cpu",
-            "stage": "nft",
-            "steps": 4,
-            "batch": 6,
-            "micro_batch": 4,
-            "save_every": 2,
-            "export_dtype": "float32",
-            "objective": {"alignment_layer": 2},
-            "optimizer": {"lr": 1e-3, "warmup": 2, "ema_decay": 0.5},
-            "nft": {
-                "reward": f"{__name__}:brightness",
-                "group": 2,
-                "updates": 2,
-                "num_inference_steps": 2,
-                "validation": 0,
-            },
-            "report": {"every": 0, "tracker": "none"},
-        }
-        for key, value in changes.items():
-            data[key] = data[key] | value if isinstance(data.get(key), dict) else value
-        return read(Config, data)
+    def make(output: str = "run", batch: int = 6, **changes) -> Config:
+        return rounds_for("nft", own, batch, output, **changes)
 
     return make
 
