@@ -49,18 +49,16 @@ def update_pieces(
     compiled: bool,
     **constants: Any,
 ) -> None:
-    """One tensor's step, in place, as `optimizer.update`, whose m and v are codes here with these scales."""
+    """One tensor's step, as `optimizer.update`; m and v are codes with these scales, the schedule () tensors."""
     maps = code_map(True, numbers.device), code_map(False, numbers.device)
-    varying = torch.tensor([rate, *map(float, schedule)], dtype=torch.float32, device="cpu").to(
-        numbers.device
-    )
+    own = torch.full((), rate, dtype=torch.float32, device=numbers.device)
     flat: list[Any] = [None if x is None else x.view(-1) for x in tensors]
     step = compiled_step() if compiled else step_piece
     for start in range(0, flat[0].numel(), PIECE):
         piece, blocks = slice(start, start + PIECE), slice(start // BLOCK, (start + PIECE) // BLOCK)
         parts = [None if x is None else x[piece] for x in flat]
         both = [scale[blocks] for scale in scales]
-        step(update, parts, both, maps, varying[0], decay, numbers, type(schedule)(*varying[1:]), **constants)
+        step(update, parts, both, maps, own, decay, numbers, schedule, **constants)
 
 
 @functools.cache

@@ -179,6 +179,8 @@ class AdamW:
         else:
             for k in whole:
                 update(tensors[k], *rates[k], **common)
+        if self.m_scale:  # on the device once, not for each tensor
+            common["schedule"] = Schedule(*(norm.new_zeros(()) + x for x in schedule))
         for k, name in enumerate(names):
             if name in self.m_scale:
                 scales = self.m_scale[name], self.v_scale[name]
